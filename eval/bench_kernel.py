@@ -1,0 +1,279 @@
+"""Times decode attention over codes against every fp16 path of torch; knows kernels and storage, no models.
+
+One run measures the copy bandwidth first, checks each case against float64, then times ours and SDPA (flash, cuDNN,
+memory-efficient; the query as (B, Hq, 1, d) with enable_gqa and as (B, H, G, d)) by CUDA graphs over inputs that
+rotate through more memory than the L2 cache holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_pqcache import cuda_engine, jit, layout
+from hf_pqcache.config import PQConfig
+from hf_pqcache.pool import LayerView
+
+ROTATED_BYTES = 600 * 2**20  # ten times the L2 cache of an H200
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decode step of one layer: `tokens` held by each of `batch` rows, window included."""
+
+    batch: int
+    kv_heads: int
+    group: int
+    tokens: int
+    head_dim: int = 128
+    num_subspaces: int = 64
+    num_bits: int = 8
+    page_size: int = 64
+    dtype: str = "float16"
+
+    def __str__(self) -> str:
+        shape = f"d={self.head_dim} M={self.num_subspaces} n={self.num_bits}"
+        return f"({self.batch}, {self.kv_heads}, {self.group}, {self.tokens}) {shape}"
+
+
+DEFAULT_CASES = (
+    Case(1, 32, 1, 131072),
+    Case(1, 8, 4, 131072),
+    Case(8, 8, 4, 32768),
+    Case(1, 8, 8, 131072),
+    Case(8, 8, 4, 32768, num_subspaces=32),
+    Case(1, 8, 4, 131072, num_subspaces=32),
+    Case(1, 8, 4, 32768),
+    Case(1, 8, 4, 8192),
+    Case(1, 8, 4, 2048),
+    Case(1, 32, 1, 2048),
+    Case(1, 8, 8, 2048),
+    Case(16, 8, 4, 2048),
+)
+
+
+def graph_time_us(calls: Sequence[Callable[[], Any]], replays: int = 15, warm_up_ms: float = 30.0) -> float:
+    """Median microseconds of one call; all calls are captured back to back in one CUDA graph.
+
+    The warm-up is long because the clock sags for milliseconds after heavy work: timed right after the float64 check, a
+    48 us kernel read 10 % slower than alone.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    begin_s = time.perf_counter()
+    while time.perf_counter() - begin_s < warm_up_ms / 1e3:
+        graph.replay()
+        torch.cuda.synchronize()
+    times = []
+    for _ in range(replays):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        times.append((begin, end))
+    torch.cuda.synchronize()
+    ordered = sorted(begin.elapsed_time(end) for begin, end in times)
+    return ordered[len(ordered) // 2] * 1e3 / len(calls)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a device-to-device copy, read plus written: the ceiling."""
+    x = torch.randint(0, 2**31 - 1, (ROTATED_BYTES // 4,), dtype=torch.int32, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * ROTATED_BYTES / (graph_time_us([lambda: y.copy_(x)]) * 1e-6)
+
+
+class Layers:
+    """Storage of one case, as `sets` layers that share a pool but no page, filled at random."""
+
+    def __init__(self, case: Case) -> None:
+        config = PQConfig(num_subspaces=case.num_subspaces, num_bits=case.num_bits, page_size=case.page_size)
+        self.case, self.config = case, config
+        coded = config.coded_tokens(case.tokens)
+        width = coded // case.page_size
+        page_bytes = config.code_bytes(case.head_dim)
+        per_set = case.batch * width
+        self.coded_bytes = 2 * per_set * case.kv_heads * page_bytes
+        self.sets = max(1, min(16, math.ceil(ROTATED_BYTES / max(self.coded_bytes, 1))))
+        pool = (self.sets * per_set, case.kv_heads, page_bytes)
+        dtype = getattr(torch, case.dtype)
+        order = torch.randperm(pool[0], device="cuda", dtype=torch.int32).view(self.sets, case.batch, width)
+        window = (case.batch, case.kv_heads, config.sink_tokens + config.window_slots, case.head_dim)
+        codes = [torch.randint(0, 256, pool, dtype=torch.uint8, device="cuda") for _ in range(2)]
+        books = (case.kv_heads, case.num_subspaces, 1 << case.num_bits, case.head_dim // case.num_subspaces)
+        centroids = [torch.randn(books, device="cuda").half() for _ in range(2)]
+        self.views = [
+            LayerView(
+                config=config,
+                num_subspaces=case.num_subspaces,
+                key_pages=codes[0],
+                value_pages=codes[1],
+                key_centroids=centroids[0],
+                value_centroids=centroids[1],
+                window_keys=torch.randn(window, device="cuda").to(dtype),
+                window_values=torch.randn(window, device="cuda").to(dtype),
+                lengths=torch.full((case.batch,), case.tokens, dtype=torch.int32, device="cuda"),
+                starts=torch.zeros(case.batch, dtype=torch.int32, device="cuda"),
+                page_table=order[i].contiguous(),
+            )
+            for i in range(self.sets)
+        ]
+        self.books = cuda_engine.prepare_layer(self.views[0])
+        self.desc = torch.tensor(
+            [
+                [
+                    *(x.data_ptr() for x in (*codes, *self.books[:2], view.window_keys, view.window_values, self.books[2])),
+                    0,
+                ]
+                for view in self.views
+            ],
+            device="cuda",
+        )
+        self.geometry = cuda_engine.Geometry.of(self.views[0])
+        heads = case.kv_heads * case.group
+        self.query = torch.randn(case.batch, heads, 1, case.head_dim, device="cuda").to(dtype)
+        self.bytes_moved = self.coded_bytes + 4 * case.batch * case.kv_heads * (case.tokens - coded) * case.head_dim
+
+    def attend(self, i: int, name: str) -> Tensor:
+        view = self.views[i]
+        return cuda_engine.attend(
+            self.query, self.desc, i, view.lengths, view.starts, view.page_table, None, None,
+            self.geometry, self.case.head_dim**-0.5, 0.0, self.case.tokens, name,
+        )  # fmt: skip
+
+    def tokens_of(self, i: int, row: int, which: str) -> Tensor:
+        """(H, tokens, d) in float64, as the storage says."""
+        view, config, case = self.views[i], self.config, self.case
+        coded, sinks = config.coded_tokens(case.tokens), config.sink_tokens
+        order_of = layout.key_order if which == "key" else layout.value_order
+        pages, centroids, window = (
+            (view.key_pages, view.key_centroids, view.window_keys)
+            if which == "key"
+            else (view.value_pages, view.value_centroids, view.window_values)
+        )
+        order = order_of(config.page_size, case.num_subspaces, config.num_bits)
+        codes = layout.unpack_pages(pages[view.page_table[row].long()], order, case.num_subspaces, config.num_bits)
+        codes = codes.transpose(0, 1).flatten(1, 2)  # (H, coded, M)
+        subspace = torch.arange(case.num_subspaces, device="cuda")
+        decoded = torch.stack([centroids[h].double()[subspace, codes[h].long()].flatten(-2) for h in range(case.kv_heads)])
+        tokens = torch.arange(sinks + coded, case.tokens, device="cuda")
+        slots = sinks + (tokens - sinks) % config.window_slots
+        return torch.cat([window[row, :, :sinks].double(), decoded, window[row][:, slots].double()], dim=1)
+
+    def error(self, name: str) -> float:
+        """Relative L2 distance of the first set's output from float64 attention."""
+        case = self.case
+        out = self.attend(0, name).double()[:, 0]
+        wrong = total = 0.0
+        for row in range(case.batch):
+            query = self.query[row, :, 0].double().view(case.kv_heads, case.group, case.head_dim)
+            score = query @ self.tokens_of(0, row, "key").transpose(1, 2) * case.head_dim**-0.5
+            want = (score.softmax(-1) @ self.tokens_of(0, row, "value")).flatten(0, 1)
+            wrong += float((out[row] - want).square().sum())
+            total += float(want.square().sum())
+        return math.sqrt(wrong / total)
+
+
+def time_sdpa(case: Case) -> dict[str, float]:
+    """Microseconds of every fp16 path that runs this case."""
+    shape = (case.batch, case.kv_heads, case.tokens, case.head_dim)
+    per_set = 4 * math.prod(shape)
+    sets = max(1, min(8, math.ceil(ROTATED_BYTES / per_set)))
+    dtype = getattr(torch, case.dtype)
+    keys, values = ([torch.randn(shape, dtype=dtype, device="cuda") for _ in range(sets)] for _ in range(2))
+    plain = torch.randn(case.batch, case.kv_heads * case.group, 1, case.head_dim, dtype=dtype, device="cuda")
+    grouped = plain.view(case.batch, case.kv_heads, case.group, case.head_dim)
+    times = {}
+    for name, backend in BACKENDS.items():
+        for form, q in (("gqa", plain), ("rows", grouped)):
+            if form == "rows" and case.group == 1:
+                continue
+            gqa = form == "gqa" and case.group > 1
+
+            def call(i: int, q: Tensor = q, gqa: bool = gqa) -> Tensor:
+                return F.scaled_dot_product_attention(q, keys[i], values[i], enable_gqa=gqa)
+
+            try:
+                with sdpa_kernel(backend), warnings.catch_warnings(action="ignore"):
+                    calls = [lambda i=i: call(i) for i in range(sets)]
+                    times[f"{name}/{form}"] = graph_time_us(calls * max(1, 4 // sets), 9)
+            except RuntimeError:
+                continue  # this backend does not take this case
+    return times
+
+
+def time_ours(case: Case, bandwidth: float, names: Sequence[str]) -> dict[str, float]:
+    """Microseconds, error and floor of our kernels; the storage is freed again on return."""
+    layers = Layers(case)
+    tolerance = 1e-3 if case.dtype == "float16" else 4e-3
+    result = {"floor_us": layers.bytes_moved / bandwidth * 1e6}
+    for name in names:
+        error = layers.error(name)
+        if not error < tolerance:
+            raise RuntimeError(f"{name} kernel is wrong for {case}: relative L2 error {error:.2e}")
+        calls = [partial(layers.attend, i, name) for i in range(layers.sets)]
+        result[f"{name}_us"] = graph_time_us(calls * max(1, 4 // layers.sets))
+        result[f"{name}_error"] = error
+    return result
+
+
+def bench_case(case: Case, bandwidth: float, names: Sequence[str] = ("tuned",), baseline: bool = True) -> dict[str, Any]:
+    """Check, then time one case. Raises RuntimeError if a kernel is wrong."""
+    result: dict[str, Any] = asdict(case) | time_ours(case, bandwidth, names)
+    if baseline:
+        result["fp16_us"] = time_sdpa(case)
+        best = min(result["fp16_us"], key=result["fp16_us"].get)
+        result["best_fp16"], result["best_fp16_us"] = best, result["fp16_us"][best]
+        result["speedup"] = result["best_fp16_us"] / result[f"{names[0]}_us"]
+    torch.cuda.empty_cache()
+    return result
+
+
+def bench_kernel(cases: Sequence[Case] = DEFAULT_CASES, names: Sequence[str] = ("tuned",)) -> list[dict[str, Any]]:
+    """Bench each case and print the table as it grows. Returns one dict a case."""
+    if (missing := jit.why_unavailable()) is not None or not torch.cuda.is_available():
+        raise RuntimeError(f"the kernel benchmark needs a GPU and CuPy: {missing or 'torch sees no CUDA device'}")
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s (read + written) is the ceiling")
+    columns = ("ours us", "floor us", "fp16 us", "speedup", "rel. L2")
+    print(f"{'(batch, KV heads, group, tokens)':42s}" + "".join(f"{name:>10s}" for name in columns))
+    results = []
+    for case in cases:
+        r = bench_case(case, bandwidth, names)
+        ours, best = r[f"{names[0]}_us"], r["best_fp16_us"]
+        row = f"{case!s:42s}{ours:10.1f}{r['floor_us']:10.1f}{best:10.1f}{r['speedup']:9.2f}x"
+        print(f"{row}{r[f'{names[0]}_error']:10.1e} {r['best_fp16']}", flush=True)
+        results.append(r | {"copy_tb_per_s": bandwidth / 1e12, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__})
+    return results
+
+
+def main() -> None:
+    print(json.dumps(bench_kernel()))
+
+
+if __name__ == "__main__":
+    main()

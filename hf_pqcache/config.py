@@ -1,0 +1,102 @@
+"""PQConfig: every number that shapes a cache, and the sizes that follow from it. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+#: Codes are indices of one byte at most; fewer than 16 centroids describe a subspace too coarsely to be of use.
+MIN_BITS, MAX_BITS = 4, 8
+
+
+@dataclass(frozen=True)
+class PQConfig:
+    """Shape of a product-quantized cache.
+
+    Attributes:
+        num_subspaces: M, the number of parts that a head vector is cut into (Jégou et al. 2011, section II-B). A
+            divisor of head_dim from 8 to head_dim. None means head_dim / 2, which is 4 bits a value at 8 bits a code.
+        num_bits: bits of one code; 2**num_bits centroids a subspace. 4 to 8.
+        page_size: tokens a page holds; a multiple of 16 from 16 to 512.
+        max_pages: pages of the preallocated pool, shared by all sequences of the cache.
+        sink_tokens: first tokens of every sequence that stay exact (Xiao et al. 2023, attention sinks).
+        extended_residual: newest tokens that always stay exact; older ones leave this window a page at a time.
+        learn_tokens: without a codebook, tokens to see (all sequences together) before one is learnt from them. None
+            means four for every centroid.
+    """
+
+    num_subspaces: int | None = None
+    num_bits: int = 8
+    page_size: int = 64
+    max_pages: int = 1000
+    sink_tokens: int = 4
+    extended_residual: int = 128
+    learn_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name in ("num_subspaces", "learn_tokens"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{field.name}={value!r} must be an integer, got {type(value).__name__}")
+        if not MIN_BITS <= self.num_bits <= MAX_BITS:
+            raise ValueError(f"num_bits={self.num_bits} is out of range; use {MIN_BITS} to {MAX_BITS}")
+        if self.page_size % 16 or not 16 <= self.page_size <= 512:
+            raise ValueError(f"page_size={self.page_size} must be a multiple of 16 from 16 to 512; the default is 64")
+        if self.max_pages < 1:
+            raise ValueError(f"max_pages={self.max_pages} must be at least 1")
+        if self.sink_tokens < 0:
+            raise ValueError(f"sink_tokens={self.sink_tokens} must not be negative")
+        if self.extended_residual < 1:
+            raise ValueError(
+                f"extended_residual={self.extended_residual} must be at least 1: the token being decoded stays exact"
+            )
+        if self.learn_tokens is not None and self.learn_tokens < self.num_centroids:
+            raise ValueError(
+                f"learn_tokens={self.learn_tokens} is fewer than the {self.num_centroids} centroids to learn from them"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PQConfig:
+        """Build from a plain dict, as read from YAML or JSON. Raises ValueError naming the keys it does not know."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown cache settings {unknown}; known ones are {sorted(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def replace(self, **changes: Any) -> PQConfig:
+        return replace(self, **changes)
+
+    @property
+    def num_centroids(self) -> int:
+        """C: centroids of one subspace."""
+        return 1 << self.num_bits
+
+    @property
+    def window_slots(self) -> int:
+        """Ring slots of the exact window: a full page leaves when the last one is taken, so `extended_residual` stay."""
+        return self.extended_residual + self.page_size
+
+    def coded_tokens(self, length: int) -> int:
+        """How many of a sequence's first `length` tokens are stored as codes: whole pages, between sinks and window."""
+        return max(0, length - self.sink_tokens - self.extended_residual) // self.page_size * self.page_size
+
+    def subspaces(self, head_dim: int) -> int:
+        """M for a head of `head_dim` values, checked. Raises ValueError naming the legal choices."""
+        m = head_dim // 2 if self.num_subspaces is None else self.num_subspaces
+        legal = [i for i in range(8, head_dim + 1) if head_dim % i == 0]
+        if m not in legal:
+            raise ValueError(f"num_subspaces={m} does not cut head_dim={head_dim} into equal parts; use one of {legal}")
+        return m
+
+    def code_bytes(self, head_dim: int) -> int:
+        """Bytes of the codes of one page of one head, keys or values."""
+        return self.page_size * self.subspaces(head_dim) * self.num_bits // 8
+
+    def bits_per_value(self, head_dim: int) -> float:
+        """Bits of code for each key or value number, side tables not counted."""
+        return self.subspaces(head_dim) * self.num_bits / head_dim

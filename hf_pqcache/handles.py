@@ -1,0 +1,113 @@
+"""What `update` hands to attention instead of decoded keys and values; knows layers only by what it asks of them.
+
+In eager code a handle must pass for a tensor, since a model may do arithmetic on keys after `update`; in compiled code
+dynamo traces a plain object best.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+KEY, VALUE = 0, 1
+
+
+class HandledLayer(Protocol):
+    """The part of a cache layer that handles and the attention dispatcher use."""
+
+    def dense(self, which: int, new: Tensor) -> Tensor: ...
+
+    def dense_traced(self, which: int, new: Tensor) -> Tensor: ...
+
+    def attend(
+        self, query: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float, value_dim: int
+    ) -> Tensor: ...
+
+    def commit(self, mask: Tensor | None = None) -> None: ...
+
+
+class KVHandle:
+    """Keys or values of a layer in compiled code; `fresh` are this step's own, (B, H, T, d)."""
+
+    def __init__(self, layer: HandledLayer, which: int, new: Tensor) -> None:
+        self.layer = layer
+        self.which = which
+        self.fresh = new
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.fresh.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.fresh.device
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.fresh.shape
+
+    def to(self, *args: Any, **kwargs: Any) -> KVHandle:
+        return self
+
+
+class LazyKV(Tensor):
+    """Keys or values of a layer in eager code: shape, dtype and device of the whole, decoded only if somebody looks.
+
+    The attention dispatcher recognises it and reads codes; everybody else gets dense, decoded data: slower, never
+    wrong.
+    """
+
+    layer: HandledLayer
+    which: int
+    fresh: Tensor
+    _dense: Tensor | None
+
+    @staticmethod
+    def __new__(cls, layer: HandledLayer, which: int, new: Tensor, total: int) -> LazyKV:
+        shape = (*new.shape[:2], total, new.shape[3])
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
+        self.layer, self.which, self.fresh, self._dense = layer, which, new, None
+        return self
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+    def dense(self) -> Tensor:
+        """The plain tensor (B, H, n, d). Kept, since the layer may move on before somebody looks again."""
+        if self._dense is None:
+            self._dense = self.layer.dense(self.which, self.fresh)
+        return self._dense
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"LazyKV(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _METADATA:
+                return func(*args, **(kwargs or {}))
+            args, kwargs = tree_map_only(LazyKV, LazyKV.dense, (args, kwargs or {}))
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(LazyKV, LazyKV.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+#: What can be answered without decoding.
+_METADATA = {
+    Tensor.shape.__get__,  # type: ignore[attr-defined]
+    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,  # type: ignore[attr-defined]
+    Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.is_floating_point,
+}

@@ -1,0 +1,79 @@
+"""The custom ops that compiled and eager models call: check, choose an engine, launch; knows no transformers.
+
+Registered with `torch.library.Library` rather than `custom_op`, whose wrapper costs 25-55 us a call on the host. The
+storage behind an op is addressed by its descriptor tensor, never passed: a graph with hundreds of pool tensors as
+inputs would spend its time checking them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_pqcache import torch_engine
+from hf_pqcache.state import state_of
+
+_LIBRARY = torch.library.Library("hf_pqcache", "DEF")
+_LIBRARY.define("append(Tensor key, Tensor value, Tensor(a!) lengths, Tensor desc, int layer) -> ()")
+_LIBRARY.define(
+    "attend(Tensor query, Tensor lengths, Tensor desc, Tensor? mask, Tensor? sinks, int layer, float scale, "
+    "float softcap, int value_dim) -> Tensor"
+)
+_LIBRARY.define("dense(Tensor like, Tensor lengths, Tensor desc, int layer, int which, int total) -> Tensor")
+
+
+def _append(key: Tensor, value: Tensor, lengths: Tensor, desc: Tensor, layer: int) -> None:
+    """Store one decode step's key and value (B, H, T, d) and advance the layer's lengths. Pages must be reserved."""
+    state = state_of(desc)
+    state.calls["append", "torch"] += 1
+    view, row_lengths = state.views[layer], lengths[layer].tolist()
+    for row, length in enumerate(row_lengths):
+        torch_engine.append_row(view, row, key[row], value[row], length)
+    lengths[layer] += key.shape[2]
+
+
+def _attend(
+    query: Tensor,
+    lengths: Tensor,
+    desc: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    layer: int,
+    scale: float,
+    softcap: float,
+    value_dim: int,
+) -> Tensor:
+    """Attention of query (B, Hq, 1, d) over everything the layer holds -> (B, 1, Hq, value_dim)."""
+    state = state_of(desc)
+    state.calls["attend", "torch"] += 1
+    return torch_engine.attend(
+        state.views[layer], query, mask, sinks, scale, softcap, lengths[layer].tolist(), state.starts.tolist()
+    )
+
+
+def _dense(like: Tensor, lengths: Tensor, desc: Tensor, layer: int, which: int, total: int) -> Tensor:
+    """Keys (which=0) or values (1) decoded: (B, H, total, d), zeros where there is no token."""
+    state = state_of(desc)
+    state.calls["dense", "torch"] += 1
+    side: torch_engine.Which = "value" if which else "key"
+    return torch_engine.dense(state.views[layer], side, lengths[layer].tolist(), state.starts.tolist(), total)
+
+
+for _name, _function in (("append", _append), ("attend", _attend), ("dense", _dense)):
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _function, _key)
+
+
+@torch.library.register_fake("hf_pqcache::append")
+def _(key: Tensor, value: Tensor, lengths: Tensor, desc: Tensor, layer: int) -> None:
+    return None
+
+
+@torch.library.register_fake("hf_pqcache::attend")
+def _(query, lengths, desc, mask, sinks, layer, scale, softcap, value_dim):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value_dim)
+
+
+@torch.library.register_fake("hf_pqcache::dense")
+def _(like, lengths, desc, layer, which, total):  # type: ignore[no-untyped-def]
+    return like.new_empty(like.shape[0], like.shape[1], total, like.shape[3])

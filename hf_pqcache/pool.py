@@ -1,0 +1,154 @@
+"""Who owns pages, which sequence uses them, and what attention reads of a layer; knows no transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_pqcache.config import PQConfig
+from hf_pqcache.errors import PagesExhaustedError
+
+
+class PageAllocator:
+    """Hands out page numbers 0..num_pages-1 through a free list in O(1), with a reference count for sharing.
+
+    A page is written once, whole, and never changed while somebody refers to it: sharing it needs a count, no copy.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._references = [0] * num_pages
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_pages - len(self._free)
+
+    def references(self, page: int) -> int:
+        """How many sequences refer to `page`; 0 when it is free."""
+        return self._references[page]
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` free pages, each with one reference. Raises PagesExhaustedError and takes none if too few are free."""
+        if count > len(self._free):
+            raise PagesExhaustedError(
+                f"{count} more pages are needed and {len(self._free)} of {self.num_pages} are free; "
+                f"build the cache with max_pages={self.num_used + count} or more, or free sequences first"
+            )
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add one reference to each page."""
+        for page in pages:
+            if self._references[page] == 0:
+                raise ValueError(f"page {page} is free and cannot be shared")
+            self._references[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Drop one reference of each page; a page without any returns to the free list."""
+        for page in pages:
+            if self._references[page] == 0:
+                raise ValueError(f"page {page} is already free")
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._free.append(page)
+
+
+class PageTable:
+    """Which pages each sequence (row) uses, in the order of its tokens; one for all layers of a cache.
+
+    `version` changes with every change, so that device copies know when they are stale.
+    """
+
+    def __init__(self, allocator: PageAllocator, num_rows: int) -> None:
+        self.allocator = allocator
+        self.rows: list[list[int]] = [[] for _ in range(num_rows)]
+        self.version = 0
+
+    def reserve(self, counts: Sequence[int]) -> None:
+        """Give row r at least counts[r] pages, all rows or none. Raises PagesExhaustedError and changes nothing."""
+        missing = [max(0, count - len(row)) for row, count in zip(self.rows, counts, strict=True)]
+        if not any(missing):
+            return
+        pages = self.allocator.allocate(sum(missing))
+        for row, count in zip(self.rows, missing, strict=True):
+            row.extend(pages.pop() for _ in range(count))
+        self.version += 1
+
+    def truncate(self, counts: Sequence[int]) -> None:
+        """Keep the first counts[r] pages of row r at most and release the rest."""
+        for row, count in zip(self.rows, counts, strict=True):
+            if len(row) > count:
+                self.allocator.release(row[count:])
+                del row[count:]
+                self.version += 1
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Row i becomes a copy of row indices[i]; pages are shared by count, none is copied."""
+        rows = [list(self.rows[i]) for i in indices]
+        for row in rows:
+            self.allocator.share(row)
+        for row in self.rows:
+            self.allocator.release(row)
+        self.rows = rows
+        self.version += 1
+
+    def to_tensor(self, width: int) -> Tensor:
+        """int32 (rows, width) on the CPU, -1 where a row has no page."""
+        table = torch.full((len(self.rows), width), -1, dtype=torch.int32)
+        for i, row in enumerate(self.rows):
+            table[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
+        return table
+
+
+@dataclass
+class LayerView:
+    """Everything that append and attention touch of one layer; tensors keep their addresses while the cache lives.
+
+    A row is one sequence. Its token t (0-based, its own count) is kept: t < sink_tokens exactly, in window slot t; the
+    next `coded_tokens(length)` as codes, the i-th of them in page `page_table[row, i // page_size]`; the newest
+    exactly, in window slot `sink_tokens + (t - sink_tokens) % window_slots`.
+
+    Attributes:
+        config: shape of the cache.
+        num_subspaces: M of this layer.
+        key_pages, value_pages: uint8 (max_pages, num_kv_heads, bytes): codes in the layout of `layout`.
+        key_centroids, value_centroids: float16 (num_kv_heads, M, 2**num_bits, head_dim / M).
+        is_coded: whether centroids are there; until then every token stays in the window.
+        window_keys, window_values: model dtype (batch, num_kv_heads, sink_tokens + window_slots, head_dim).
+        lengths: int32 (batch): tokens of each row, kept on the device; advanced by append.
+        starts: int32 (batch): position in the attention mask of each row's first token (its left padding).
+        page_table: int32 (batch, width): the row's pages in order; unused entries are -1.
+    """
+
+    config: PQConfig
+    num_subspaces: int
+    key_pages: Tensor
+    value_pages: Tensor
+    key_centroids: Tensor
+    value_centroids: Tensor
+    window_keys: Tensor
+    window_values: Tensor
+    lengths: Tensor
+    starts: Tensor
+    page_table: Tensor
+    is_coded: bool = True
+
+    @property
+    def window_slots(self) -> int:
+        """Ring slots of the window: `config.window_slots`, or more where a codebook has yet to be learnt."""
+        return self.window_keys.shape[2] - self.config.sink_tokens
+
+    def coded_tokens(self, length: int) -> int:
+        """How many of a row's first `length` tokens are codes; none before the layer has a codebook."""
+        return self.config.coded_tokens(length) if self.is_coded else 0

@@ -1,0 +1,190 @@
+// Decode attention straight from codes on tensor cores. One block serves one (row, KV head, split); each of its 16
+// warps takes tiles of 16 tokens. Both codebooks sit in shared memory as tables of 256-byte rows, one row a code, and a
+// looked-up codeword is used as a matrix fragment just as it lies:
+//   scores = Q K^T: the codeword's numbers are neighbours in the summed dimension;
+//   out    = P V:   its two numbers are told apart by putting a weight into the low or the high half of a zero pair.
+// Lanes that want the same unit of different tokens would hit one bank, so they ask in rotated order (the page layout
+// is rotated with them). The rotation is undone for free where the matrix has spare rows: row (head, class) of Q is
+// rotated like the tokens of that class, and only the lanes where the classes agree keep their score. kernels/NOTES.md
+// has the measurements behind each choice.
+#pragma once
+#include "attend_warp.cuh"
+
+// Shared addresses are built from codes by one byte permutation, so the tables' base must be a constant of the
+// look-up's address field. Dynamic shared memory begins at byte 0 or 1024 of the window, by architecture: start at 1024
+// always.
+template <class S>
+__device__ __forceinline__ uint4* tables_at(uint4* dynamic) {
+    const u32 begin = shared_address(dynamic);
+    if (begin > S::BASE) __trap();
+    return (uint4*)((char*)dynamic + (S::BASE - begin));
+}
+
+template <class S>
+struct Tables {
+    uint4* shared;
+    static constexpr u32 BARRIER = S::BASE + S::KEY_BYTES + S::TABLE_BYTES;
+
+#if PQ_BULK_COPY
+    __device__ __forceinline__ void request(const u8* keys, const u8* values) const {
+        if (threadIdx.x == 0) {
+            barrier_init(BARRIER);
+            barrier_init(BARRIER + 8);
+            barrier_expect(BARRIER, S::TABLE_BYTES * (1 + S::SECOND_COPY));
+            barrier_expect(BARRIER + 8, S::TABLE_BYTES);
+            copy_bulk(S::BASE, keys, S::TABLE_BYTES, BARRIER);
+            if (S::SECOND_COPY) copy_bulk(S::BASE + S::COPY_OFFSET, keys, S::TABLE_BYTES, BARRIER);
+            copy_bulk(S::BASE + S::KEY_BYTES, values, S::TABLE_BYTES, BARRIER + 8);
+        }
+        __syncthreads();
+    }
+    __device__ __forceinline__ void wait_keys() const { barrier_wait(BARRIER); }
+    __device__ __forceinline__ void wait_values() const { barrier_wait(BARRIER + 8); }
+#else
+    __device__ __forceinline__ void request(const u8* keys, const u8* values) const {
+        for (int i = threadIdx.x; i < S::TABLE_BYTES / 16; i += THREADS) {
+            const uint4 x = ((const uint4*)keys)[i];
+            shared[i] = x;
+            if (S::SECOND_COPY) shared[S::COPY_OFFSET / 16 + i] = x;
+            shared[S::KEY_BYTES / 16 + i] = ((const uint4*)values)[i];
+        }
+    }
+    __device__ __forceinline__ void wait_keys() const { __syncthreads(); }
+    __device__ __forceinline__ void wait_values() const {}
+#endif
+};
+
+// The tiles of one warp: every 16th of the block's share. Lane i knows the place of tile done + i, if there is one.
+// Made again every 32 tiles: what it takes would cost a dozen registers if it were kept.
+struct Tiles {
+    int first, count;
+    u32 places;  // place: number of a tile in the pool of pages
+
+    __device__ __forceinline__ Tiles(const AttendArgs& a, const Work& work, int done, bool from_end) {
+        const CacheArgs& cache = a.cache;
+        const int thread = thread_number(), lane = thread & 31, warp = thread >> 5;
+        const int num_tiles = Row(cache, load_fresh(cache.lengths + work.batch_row)).coded / TILE;
+        const int share = divide(num_tiles + a.splits - 1, a.splits_inverse);
+        const int end = min((work.split + 1) * share, num_tiles);
+        first = work.split * share + warp;
+        count = end > first ? (end - first + WARPS - 1) / WARPS : 0;
+        if (from_end) done += count;
+        const int tile = first + (done + lane) * WARPS, tiles_per_page = cache.page_size / TILE;
+        const int page_at = divide(max(tile, 0), cache.tiles_per_page_inverse);
+        int page = 0;
+        if (done + lane >= 0 && tile < end)
+            page = max(load_fresh(cache.page_table + (i64)work.batch_row * cache.table_width +
+                                  min(page_at, cache.table_width - 1)),
+                       0);
+        places = (u32)(page * cache.kv_heads + work.kv_head) * tiles_per_page + (tile - page_at * tiles_per_page);
+    }
+};
+
+template <class S, int HEADS>
+__device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
+    PQ_DYNAMIC_SHARED(dynamic);
+    static_assert(PQ_SHARED_BYTES >= S::SHARED_BYTES, "the launch gives too little shared memory");
+    const CacheArgs& cache = a.cache;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    Attention<S, HEADS> attention(a, lane);
+    Tables<S> tables;
+    tables.shared = tables_at<S>(dynamic);
+    const Work work(a);
+    let_next_start();
+    {
+        const i64* desc = cache.desc;
+        // The exact window needs no table: its tiles go round over the splits and fill the wait for the tables. The
+        // last warps take them, which have the fewest coded tiles.
+        const int num_slots = cache.sink_tokens + cache.window_slots;
+        const i64 window = (i64)work.block_row * num_slots * S::DIM;
+        const u16 *window_keys = (const u16*)desc[4] + window, *window_values = (const u16*)desc[5] + window;
+        int slot = (work.split + (WARPS - 1 - warp) * a.splits) * TILE;
+        tables.request((const u8*)desc[2] + (i64)work.kv_head * S::TABLE_BYTES,
+                       (const u8*)desc[3] + (i64)work.kv_head * S::TABLE_BYTES);
+        wait_for_earlier();
+        if (slot < num_slots) {
+            const int line = lane * 64;  // 128 bytes: a lane each for 16 slots of 128 numbers
+            if (line < min(TILE, num_slots - slot) * S::DIM) {
+                prefetch_line(window_keys + slot * S::DIM + line);
+                prefetch_line(window_values + slot * S::DIM + line);
+            }
+        }
+        attention.load_query(a.query + ((i64)work.block_row * a.group + work.first_head) * S::DIM, work.num_heads);
+        const Row row(cache, cache.lengths[work.batch_row]);
+        const int start = PQ_MASK ? a.starts[work.batch_row] : 0;
+        if (slot < row.used_slots()) {
+            const int ring_first = row.ring_first();
+            for (; slot < row.used_slots(); slot += WARPS * a.splits * TILE)
+                attention.window_tile(row, ring_first, work.batch_row, start, slot, num_slots - 1, window_keys,
+                                      window_values);
+        }
+    }
+
+    // Warps begin with different lanes so that they renew their places at different times: few wait at once.
+    int cursor = 2 * (thread_number() >> 5);
+    Tiles tiles(a, work, -cursor, false);
+    const u8* key_pages = (const u8*)cache.desc[0] + lane * S::WORDS * 4;
+    const u8* value_pages = (const u8*)cache.desc[1] + lane * S::WORDS * 4;
+    opaque(key_pages);
+    opaque(value_pages);
+    auto next_place = [&](int left) {
+        if (cursor == 32) tiles.places = Tiles(a, work, 1 - left, true).places, cursor = 0;
+        return __shfl_sync(~0u, tiles.places, cursor++);
+    };
+    // Asks for a later tile into L2, 128 bytes a lane: more bytes are under way than registers could take.
+    auto ask_ahead = [&]() {
+        if (!PQ_AHEAD || S::BITS != 8) return;  // shapes of 6 bits have no register left for it
+        constexpr int LINES = (S::TILE_BYTES + 127) / 128;
+        const u32 tile = __shfl_sync(~0u, tiles.places, min(cursor + PQ_AHEAD - 2, 31));
+        const u8* pages = lane < LINES ? key_pages : value_pages;
+        if (lane < 2 * LINES)
+            prefetch_line(pages - lane * S::WORDS * 4 + (i64)tile * S::TILE_BYTES + lane % LINES * 128);
+    };
+    auto bias_of = [&](int i) {
+        if (!PQ_MASK || lane >= TILE) return 0.f;
+        const int column = a.starts[work.batch_row] + cache.sink_tokens + tiles.first * TILE;
+        return mask_bias(a, work.batch_row, column + i * WARPS * TILE + lane);
+    };
+    typename Attention<S, HEADS>::Codes keys, values;
+    float bias = 0.f;
+    u32 at = 0;
+    if (tiles.count > 0) {
+        at = next_place(0);
+        keys.load(key_pages + (i64)at * S::TILE_BYTES);
+        values.load(value_pages + (i64)at * S::TILE_BYTES);
+        bias = bias_of(0);
+    }
+    tables.wait_keys();
+    if (tiles.count > 0) {
+        attention.score_tile(keys);
+        attention.apply_mask(bias);
+        at = next_place(0);
+        keys.load(key_pages + (i64)at * S::TILE_BYTES);
+        bias = bias_of(1);
+        attention.rescale();
+        tables.wait_values();
+        // Values of one tile and keys of the next form one basic block: look-ups and multiplications interleave, and
+        // codes are asked for as soon as their registers are free. Beyond the last tile they are those of page 0, and
+        // unused.
+        for (int left = tiles.count - 1; left > 0; left--) {
+            const u32 next = next_place(left);
+            ask_ahead();
+            attention.value_tile(values);
+            values.load(value_pages + (i64)at * S::TILE_BYTES);
+            attention.score_tile(keys);
+            keys.load(key_pages + (i64)next * S::TILE_BYTES);
+            at = next;
+            attention.apply_mask(bias);
+            bias = bias_of(tiles.count - left + 1);
+            attention.rescale();
+        }
+        attention.value_tile(values);
+    }
+    tables.wait_values();  // also where no tile came: the copy must not land in what finish() writes
+    attention.finish(tables_at<S>(dynamic));
+}
+
+#define PQ_ATTEND(...)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ AttendArgs args) { \
+        attend_tuned<Shape<__VA_ARGS__>, PQ_HEADS>(args);                                                      \
+    }

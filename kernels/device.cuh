@@ -1,0 +1,210 @@
+// The machine instructions the kernels are made of; knows nothing of codes or attention.
+// No CUDA header is included: a pip-installed CuPy brings none, and NVRTC then still compiles these files.
+#pragma once
+
+// Variants of one source, chosen when it is compiled.
+#ifndef PQ_BF16
+#define PQ_BF16 0  // the model's dtype: 0 fp16, 1 bf16
+#endif
+#ifndef PQ_MASK
+#define PQ_MASK 0  // attention mask: 0 none, 1 bool, 2 additive in the model's dtype
+#endif
+#ifndef PQ_SOFTCAP
+#define PQ_SOFTCAP 0  // 1: scores pass through softcap * tanh(score / softcap)
+#endif
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+#ifdef PQ_EMULATOR
+#include "emulator.h"
+#else
+
+#define PQ_DYNAMIC_SHARED(name) extern __shared__ uint4 name[]
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Picks 4 bytes out of the 8 of (b, a): how a code becomes a table address in one instruction.
+__device__ __forceinline__ u32 pick_bytes(u32 a, u32 b, u32 selector) {
+    u32 d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+    return d;
+}
+
+__device__ __forceinline__ u32 high_product(u32 a, u32 b) { return __umulhi(a, b); }
+__device__ __forceinline__ u32 shift_pair_right(u32 low, u32 high, int bits) {
+    return __funnelshift_r(low, high, bits);
+}
+
+// Not volatile: the compiler may move look-ups freely; the tables do not change between two barriers.
+__device__ __forceinline__ u32 load_shared(u32 address) {
+    u32 v;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ uint2 load_shared_pair(u32 address) {
+    uint2 v;
+    asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+    return v;
+}
+
+// Codes are read once: they must not push the codebooks of other blocks out of L1. Volatile keeps the loads early.
+__device__ __forceinline__ uint4 load_stream(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ u32 load_stream(const u32* p) {
+    u32 v;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
+// An ordinary load, told that its address is in global memory. Not __ldg: that may move above wait_for_earlier().
+template <class T>
+__device__ __forceinline__ u32 load_global(const T* p) {
+    __builtin_assume(__isGlobal(p));
+    return *p;
+}
+
+__device__ __forceinline__ u16 half_of(float x) {
+    u16 h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
+}
+
+__device__ __forceinline__ float float_of_half(u16 h) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+    return x;
+}
+
+__device__ __forceinline__ u16 bfloat_of(float x) {
+    u16 h;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
+}
+
+// Two floats as a pair of fp16 values, `low` in the low half.
+__device__ __forceinline__ u32 pack_halves(float low, float high) {
+    u32 d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+// Hides where a value comes from, so that the compiler keeps it in a register instead of recomputing it.
+__device__ __forceinline__ void opaque(u32& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void opaque(int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void opaque(const u8*& x) { asm volatile("" : "+l"(x)); }
+
+// Read anew each time: the compiler must not keep what is made of them in registers from one use to the next.
+__device__ __forceinline__ int thread_number() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+__device__ __forceinline__ int load_fresh(const int* p) {
+    int x;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(p));
+    return x;
+}
+
+// Loads stay on their side of this: with all of them in flight at once the registers would not do.
+__device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
+
+// c += a b with a (16, 16) and b (16, 8) fp16, c (16, 8) float; the standard fragments of mma.m16n8k16.
+__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Stored for, and read by, other blocks of the same launch: past L1, which is not coherent.
+__device__ __forceinline__ void store_shared_level(float4* p, float4 v) { __stcg(p, v); }
+__device__ __forceinline__ void store_shared_level(float2* p, float2 v) { __stcg(p, v); }
+__device__ __forceinline__ void store_shared_level(float* p, float v) { __stcg(p, v); }
+__device__ __forceinline__ float4 load_shared_level(const float4* p) { return __ldcg(p); }
+__device__ __forceinline__ float2 load_shared_level(const float2* p) { return __ldcg(p); }
+__device__ __forceinline__ float load_shared_level(const float* p) { return __ldcg(p); }
+
+// Adds one with release and acquire: what this block wrote before is seen by whoever reads the count after it. Lighter
+// than two __threadfence() around a relaxed one.
+__device__ __forceinline__ int take_ticket(int* p) {
+    int x;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// A kernel may start while the one before it in the stream still runs: let_next_start() allows it to the next one, and
+// nothing that earlier kernels write may be touched before wait_for_earlier().
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void wait_for_earlier() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+__device__ __forceinline__ void let_next_start() {}
+__device__ __forceinline__ void wait_for_earlier() {}
+#endif
+
+// Table copies into shared memory. From sm_90 the copy engine does them, one thread asking; before, all threads do.
+#if __CUDA_ARCH__ >= 900
+#define PQ_BULK_COPY 1
+__device__ __forceinline__ void barrier_init(u32 barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;" ::"r"(barrier)
+                 : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier) {
+    u32 done;
+    do {
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done)
+                     : "r"(barrier)
+                     : "memory");
+    } while (!done);
+}
+__device__ __forceinline__ void copy_bulk(u32 target, const void* source, u32 bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+        "l"(source), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+#else
+#define PQ_BULK_COPY 0
+#endif
+__device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+#endif  // PQ_EMULATOR
+
+// A model tensor's element: fp16, or bf16 where the model runs in it.
+#if PQ_BF16
+__device__ __forceinline__ float float_of(u16 x) { return __int_as_float((int)((u32)x << 16)); }
+__device__ __forceinline__ u16 element_of(float x) { return bfloat_of(x); }
+#else
+__device__ __forceinline__ float float_of(u16 x) { return float_of_half(x); }
+__device__ __forceinline__ u16 element_of(float x) { return half_of(x); }
+#endif
+
+// Two neighbouring elements as fp16. bf16 has fewer digits than fp16, so only its range is cut: at 65504.
+__device__ __forceinline__ u32 halves_of(u32 pair) {
+#if PQ_BF16
+    const float low = __int_as_float((int)(pair << 16)), high = __int_as_float((int)(pair & 0xffff0000u));
+    return pack_halves(fminf(fmaxf(low, -65504.f), 65504.f), fminf(fmaxf(high, -65504.f), 65504.f));
+#else
+    return pair;
+#endif
+}

@@ -1,0 +1,117 @@
+// Where things are: arguments, the window's slots, and the place of a code in its page. hf_pqcache/layout.py says the
+// same in Python; a test compares the two.
+#pragma once
+#include "device.cuh"
+
+// What a kernel needs to know of one layer's storage and of the call. Filled by hf_pqcache/cuda_engine.py.
+struct CacheArgs {
+    const i64* desc;        // addresses of one layer: key pages, value pages, key book, value book, window keys,
+                            // window values, tickets
+    int* lengths;           // (batch): tokens of each row
+    const int* page_table;  // (batch, table_width)
+    int batch, kv_heads, table_width, page_size, sink_tokens;
+    int recent_tokens;  // tokens that never leave the window; huge for a layer without centroids
+    int window_slots;   // slots of the ring, recent_tokens + page_size or more
+    u32 tiles_per_page_inverse;
+};
+
+struct AttendArgs {
+    CacheArgs cache;
+    const int* starts;  // (batch): mask column of the row's first token
+    const u16* query;   // (batch, kv_heads, group, head_dim)
+    u16* out;           // (batch, kv_heads, group, value_dim)
+    float* partial;     // (batch, kv_heads, splits, group, value_dim + 2), splits > 1
+    const void* mask;   // (batch or 1, columns) bool or element
+    const u16* sinks;   // (kv_heads * group) logits that join the denominator, or null
+    i64 mask_row_stride, mask_column_stride;
+    int mask_columns, group, splits;
+    u32 splits_inverse;
+    float scale_log2;       // score times this is the exponent of 2
+    float inverse_scale;    // 1 / scale_log2
+    float cap_in, cap_out;  // softcap: score becomes cap_out * tanh(cap_in * score)
+};
+
+struct AppendArgs {
+    CacheArgs cache;
+    const u16 *key, *value;  // (batch, kv_heads, head_dim)
+    int* flags;
+};
+
+struct EncodeArgs {
+    const u16* source;  // (batch, kv_heads, tokens, head_dim), last dim dense
+    u8* pages;          // (max_pages, kv_heads, bytes)
+    const u16* centroids;
+    const int* page_ids;     // (batch, pages_per_row)
+    const int* first_token;  // (batch)
+    i64 batch_stride, head_stride, token_stride;
+    int batch, kv_heads, tokens, pages_per_row, page_size, is_value;
+};
+
+// A tile is 16 tokens. Its codes lie together: 16 * M places of num_bits bits.
+constexpr int TILE = 16;
+
+// n / d by ceil(2^32 / d), which is 0 for d = 1. Right while n * d < 2^32; a division by instructions is a chain of
+// thirty.
+__device__ __forceinline__ int divide(int n, u32 inverse) { return inverse ? (int)high_product((u32)n, inverse) : n; }
+
+struct Row {
+    const CacheArgs& a;
+    int length, coded;
+
+    __device__ __forceinline__ Row(const CacheArgs& a_, int length_) : a(a_), length(length_) {
+        const int body = length - a.sink_tokens - a.recent_tokens;
+        coded = body > 0 ? divide(body / TILE, a.tiles_per_page_inverse) * a.page_size : 0;
+    }
+
+    __device__ __forceinline__ int slots() const { return a.sink_tokens + a.window_slots; }
+    __device__ __forceinline__ int used_slots() const { return min(slots(), length); }
+
+    // Ring slot of the oldest token that is not coded.
+    __device__ __forceinline__ int ring_first() const { return coded % a.window_slots; }
+
+    // The token a window slot holds now, or -1. A ring slot holds the token of its residue that is not coded.
+    __device__ __forceinline__ int token_in(int slot, int ring_first) const {
+        const int ahead = slot - a.sink_tokens - ring_first;
+        const int token =
+            slot < a.sink_tokens ? slot : a.sink_tokens + coded + ahead + (ahead < 0 ? a.window_slots : 0);
+        return slot < slots() && token < length ? token : -1;
+    }
+};
+
+enum Order { NATURAL, UNITS_64, UNITS_32 };
+
+// Tuned shapes read codes in units that are an index into one table row: one code, or two 4-bit codes as one byte.
+constexpr Order order_of(int num_subspaces, int num_bits) {
+    return (num_bits == 8 || num_bits == 6) ? (num_subspaces == 64   ? UNITS_64
+                                               : num_subspaces == 32 ? UNITS_32
+                                                                     : NATURAL)
+           : num_bits == 4                  ? (num_subspaces == 128  ? UNITS_64
+                                               : num_subspaces == 64 ? UNITS_32
+                                                                     : NATURAL)
+                                            : NATURAL;
+}
+
+template <int M, int BITS>
+struct Places {
+    static constexpr Order ORDER = order_of(M, BITS);
+    static constexpr int SPLIT = BITS == 4 && ORDER != NATURAL ? 2 : 1;
+    static constexpr int TILE_BYTES = TILE * M * BITS / 8;
+
+    __device__ __forceinline__ static int key(int token, int subspace) {
+        if (ORDER == NATURAL) return token * M + subspace;
+        const int unit = subspace / SPLIT, rest = subspace % SPLIT, n = token & 7, c = unit & 3;
+        if (ORDER == UNITS_64)
+            return (((token >> 3) * 32 + n * 4 + c) * 16 + (unit >> 5) * 8 + ((unit >> 2 & 7) ^ (n & 3))) * SPLIT +
+                   rest;
+        return ((n * 4 + c) * 16 + (token >> 3) * 8 + ((unit >> 2) ^ (n & 3))) * SPLIT + rest;
+    }
+
+    __device__ __forceinline__ static int value(int token, int subspace) {
+        if (ORDER == NATURAL) return token * M + subspace;
+        const int unit = subspace / SPLIT, rest = subspace % SPLIT, c = token >> 1 & 3, b = token & 1;
+        if (ORDER == UNITS_64)
+            return (((token >> 3) * 32 + (unit & 7) * 4 + c) * 16 + b * 8 + ((unit >> 3) ^ c)) * SPLIT + rest;
+        const int g = (unit >> 4) * 4 + (unit & 3);
+        return ((g * 4 + c) * 16 + (token >> 3) * 8 + b * 4 + ((unit >> 2 & 3) ^ c)) * SPLIT + rest;
+    }
+};

@@ -1,0 +1,143 @@
+// Partial softmax results and how they join: (sum of weights * values, reference exponent, sum of weights),
+// flash-decoding style. All exponents are of 2.
+#pragma once
+#include "page.cuh"
+
+constexpr float NOTHING = -1e30f;  // reference of a part that saw no token; finite, so that differences stay numbers
+constexpr float LOG2_E = 1.4426950408889634f;
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+// 1 / sum of weights, the learnt sink logit of GPT-OSS models included; 0 for a row without any token.
+__device__ __forceinline__ float normalizer(const AttendArgs& a, int head, float reference, float sum) {
+    if (!(sum > 0.f)) return 0.f;
+    if (a.sinks) sum += exp2_fast(float_of(a.sinks[head]) * LOG2_E - reference);
+    return 1.f / sum;
+}
+
+// What the mask adds to the raw score of a token (before the scale); an HF additive mask says "no" with a huge
+// negative.
+__device__ __forceinline__ float mask_bias(const AttendArgs& a, int row, int column) {
+#if PQ_MASK
+    if (column >= a.mask_columns || column < 0) return 0.f;
+    const i64 at = row * a.mask_row_stride + column * a.mask_column_stride;
+#if PQ_MASK == 1
+    return ((const u8*)a.mask)[at] ? 0.f : -infinity();
+#else
+    const float m = float_of(((const u16*)a.mask)[at]);
+    return m < -30000.f ? -infinity() : m * LOG2_E * a.inverse_scale;
+#endif
+#else
+    return 0.f;
+#endif
+}
+
+__device__ __forceinline__ float soft_cap(const AttendArgs& a, float score) {
+#if PQ_SOFTCAP
+    // tanh by its definition: the hardware's tanh.approx is good to 2^-11 only, too little for a score of 50.
+    return a.cap_out * (1.f - 2.f / (exp2_fast(2.f * LOG2_E * a.cap_in * score) + 1.f));
+#else
+    return score;
+#endif
+}
+
+// Where the parts of one (batch row, kv head) live in `partial`.
+template <int DIM>
+struct Parts {
+    float* sums;
+    float2* weights;  // (reference, sum of weights)
+
+    __device__ __forceinline__ Parts(const AttendArgs& a, int block_row) {
+        const i64 first = (i64)block_row * a.splits * a.group;
+        const i64 all = (i64)a.cache.batch * a.cache.kv_heads * a.splits * a.group;
+        sums = a.partial + first * DIM;
+        weights = (float2*)(a.partial + all * DIM) + first;
+    }
+};
+
+// True in every thread of the last of `count` blocks to arrive; the ticket is zero again afterwards.
+__device__ __forceinline__ bool arrive_last(int* ticket, int count, volatile int* flag) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const int last = take_ticket(ticket) == count - 1;
+        if (last) *ticket = 0;
+        *flag = last;
+    }
+    __syncthreads();
+    return *flag;
+}
+
+// The last block of a (row, kv head) joins the parts of heads first_head .. first_head + heads - 1 and writes the
+// output. DIM floats a part, of which every (DIM / OUT)-th is a number of the output. scratch: THREADS float4 and
+// THREADS float2.
+template <int DIM, int OUT, int THREADS>
+__device__ __forceinline__ void merge_splits(const AttendArgs& a, int block_row, int first_head, int heads,
+                                             float4* scratch) {
+    constexpr int FLIGHT = 8, COLUMNS = DIM / 4, STEP = DIM / OUT > 1 ? DIM / OUT : 1;
+    const Parts<DIM> parts(a, block_row);
+    float2* scratch_weights = (float2*)(scratch + THREADS);
+    const int columns = heads * COLUMNS;
+    int width = 32;
+    while (width < columns && width < THREADS) width *= 2;
+    const int teams = THREADS / width, team = threadIdx.x / width;
+    for (int base = 0; base < columns; base += width) {
+        const int column = base + threadIdx.x % width, head = first_head + column / COLUMNS;
+        float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
+        float reference = NOTHING, sum = 0.f;
+        if (column < columns) {
+            const float4* p = (const float4*)(parts.sums + (i64)head * DIM) + column % COLUMNS;
+            for (int s = team; s < a.splits; s += FLIGHT * teams) {
+                float4 x[FLIGHT];
+                float2 w[FLIGHT];
+                float top = reference;
+#pragma unroll
+                for (int j = 0; j < FLIGHT; j++) {
+                    const int split = s + j * teams;
+                    w[j] = make_float2(NOTHING, 0.f);
+                    x[j] = make_float4(0.f, 0.f, 0.f, 0.f);
+                    if (split < a.splits) {
+                        w[j] = load_shared_level(parts.weights + split * a.group + head);
+                        x[j] = load_shared_level(p + (i64)split * a.group * COLUMNS);
+                    }
+                }
+#pragma unroll
+                for (int j = 0; j < FLIGHT; j++) top = fmaxf(top, w[j].x);
+                const float shrink = exp2_fast(reference - top);
+                o = make_float4(o.x * shrink, o.y * shrink, o.z * shrink, o.w * shrink);
+                sum *= shrink;
+                reference = top;
+#pragma unroll
+                for (int j = 0; j < FLIGHT; j++) {
+                    const float f = exp2_fast(w[j].x - top);
+                    o.x += f * x[j].x, o.y += f * x[j].y, o.z += f * x[j].z, o.w += f * x[j].w;
+                    sum += f * w[j].y;
+                }
+            }
+        }
+        if (teams > 1) {
+            scratch[threadIdx.x] = o;
+            scratch_weights[threadIdx.x] = make_float2(reference, sum);
+            __syncthreads();
+        }
+        if (column < columns && team == 0) {
+            for (int j = 1; j < teams; j++) {
+                const float4 x = scratch[j * width + threadIdx.x];
+                const float2 w = scratch_weights[j * width + threadIdx.x];
+                const float top = fmaxf(reference, w.x), f0 = exp2_fast(reference - top), f = exp2_fast(w.x - top);
+                reference = top;
+                o.x = o.x * f0 + f * x.x, o.y = o.y * f0 + f * x.y, o.z = o.z * f0 + f * x.z, o.w = o.w * f0 + f * x.w;
+                sum = sum * f0 + f * w.y;
+            }
+            const int head_of_all = (block_row % a.cache.kv_heads) * a.group + head;
+            const float scale = normalizer(a, head_of_all, reference, sum);
+            const float value[4] = {o.x * scale, o.y * scale, o.z * scale, o.w * scale};
+            u16* out = a.out + ((i64)block_row * a.group + head) * OUT;
+#pragma unroll
+            for (int j = 0; j < 4; j += STEP) {
+                const int at = ((column % COLUMNS) * 4 + j) / STEP;
+                if (at < OUT) out[at] = element_of(value[j]);
+            }
+        }
+        if (teams > 1) __syncthreads();
+    }
+}

@@ -1,0 +1,222 @@
+// What the kernels use of a GPU, on a CPU: every CUDA thread is a fiber, warps and blocks meet at barriers, matrix
+// fragments and byte permutations are computed by their definition. Settles index arithmetic; says nothing of speed,
+// except that it counts bank conflicts of the table look-ups.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define PQ_BULK_COPY 0
+#define PQ_DYNAMIC_SHARED(name) uint4* name = emulator::shared()
+
+using std::max;
+using std::min;
+struct uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace emulator {
+constexpr u32 WINDOW = 1024;  // where dynamic shared memory begins in the shared window, as on sm_90
+constexpr size_t STACK = 256 << 10;
+
+struct Gate {  // a barrier that can be used again
+    int size = 0, arrived = 0;
+    long generation = 0;
+};
+struct Warp {
+    Gate gate;
+    u32 in[32][6], word[32];
+    std::vector<u32> look_ups[32];
+};
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    int index = 0;
+    bool done = false;
+    Gate* waits = nullptr;
+    long generation = 0;
+};
+extern Fiber* now;
+extern ucontext_t scheduler;
+extern std::vector<Warp> warps;
+extern Gate block_gate;
+extern std::vector<uint4> memory;
+struct Block {
+    int x, y, z;
+};
+extern Block block;
+inline uint4* shared() { return memory.data(); }
+inline Warp& warp() { return warps[now->index / 32]; }
+inline int lane() { return now->index % 32; }
+inline void meet(Gate& gate) {
+    if (++gate.arrived == gate.size) {
+        gate.arrived = 0, gate.generation++;
+        return;
+    }
+    now->waits = &gate, now->generation = gate.generation;
+    swapcontext(&now->context, &scheduler);
+}
+inline void meet_warp() { meet(warp().gate); }
+template <class T>
+T exchange(T mine, int from) {
+    static_assert(sizeof(T) == 4, "words only");
+    memcpy(&warp().word[lane()], &mine, 4);
+    meet_warp();
+    T r;
+    memcpy(&r, &warp().word[from & 31], 4);
+    meet_warp();
+    return r;
+}
+inline const char* at(u32 address) { return (const char*)memory.data() + address - WINDOW; }
+}  // namespace emulator
+
+struct ThreadIndex {
+    struct {
+        operator int() const { return emulator::now->index; }
+    } x;
+};
+static ThreadIndex threadIdx;
+#define blockIdx emulator::block
+
+inline void __syncthreads() { emulator::meet(emulator::block_gate); }
+inline void __syncwarp() { emulator::meet_warp(); }
+inline void __trap() { abort(); }
+inline int take_ticket(int* p) { return (*p)++; }
+inline int atomicOr(int* p, int v) {
+    const int old = *p;
+    *p |= v;
+    return old;
+}
+template <class T>
+T __shfl_xor_sync(u32, T v, int mask) {
+    return emulator::exchange(v, emulator::lane() ^ mask);
+}
+template <class T>
+T __shfl_sync(u32, T v, int from) {
+    return emulator::exchange(v, from);
+}
+inline int __any_sync(u32, int yes) {
+    emulator::warp().word[emulator::lane()] = yes != 0;
+    emulator::meet_warp();
+    int r = 0;
+    for (u32 w : emulator::warp().word) r |= (int)w;
+    emulator::meet_warp();
+    return r;
+}
+inline float __int_as_float(int i) {
+    float f;
+    memcpy(&f, &i, 4);
+    return f;
+}
+
+inline float exp2_fast(float x) { return exp2f(x); }
+inline u32 pick_bytes(u32 a, u32 b, u32 selector) {
+    const uint64_t bytes = (uint64_t)b << 32 | a;
+    u32 d = 0;
+    for (int i = 0; i < 4; i++) {
+        const int n = selector >> (4 * i) & 15;
+        u32 v = bytes >> (8 * (n & 7)) & 255;
+        if (n & 8) v = v & 128 ? 255 : 0;
+        d |= v << (8 * i);
+    }
+    return d;
+}
+inline u32 shift_pair_right(u32 low, u32 high, int bits) { return (u32)(((uint64_t)high << 32 | low) >> bits); }
+inline u32 load_shared(u32 address) {
+    emulator::warp().look_ups[emulator::lane()].push_back(address | 0u);
+    u32 v;
+    memcpy(&v, emulator::at(address), 4);
+    return v;
+}
+inline uint2 load_shared_pair(u32 address) {
+    emulator::warp().look_ups[emulator::lane()].push_back(address | 1u);  // a mark: 8 bytes
+    uint2 v;
+    memcpy(&v, emulator::at(address), 8);
+    return v;
+}
+template <class T>
+T load_stream(const T* p) {
+    return *p;
+}
+template <class T>
+u32 load_global(const T* p) {
+    return *p;
+}
+inline u32 high_product(u32 a, u32 b) { return (uint64_t)a * b >> 32; }
+inline u16 half_of(float x) {
+    const _Float16 h = (_Float16)x;
+    u16 r;
+    memcpy(&r, &h, 2);
+    return r;
+}
+inline float float_of_half(u16 x) {
+    _Float16 h;
+    memcpy(&h, &x, 2);
+    return (float)h;
+}
+inline u16 bfloat_of(float x) {
+    u32 u;
+    memcpy(&u, &x, 4);
+    return (u16)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+inline u32 pack_halves(float low, float high) { return half_of(low) | (u32)half_of(high) << 16; }
+template <class T>
+void opaque(T&) {}
+inline void keep_order() {}
+inline int thread_number() { return threadIdx.x; }
+inline int load_fresh(const int* p) { return *p; }
+inline u32 shared_address(const void* p) {
+    return (u32)((const char*)p - (const char*)emulator::memory.data()) + emulator::WINDOW;
+}
+inline void prefetch_line(const void*) {}
+inline void let_next_start() {}
+inline void wait_for_earlier() {}
+template <class T>
+void store_shared_level(T* p, T v) {
+    *p = v;
+}
+template <class T>
+T load_shared_level(const T* p) {
+    return *p;
+}
+
+inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    auto& in = emulator::warp().in;
+    const int lane = emulator::lane(), g = lane >> 2, q = lane & 3;
+    for (int i = 0; i < 4; i++) in[lane][i] = a[i];
+    in[lane][4] = b0, in[lane][5] = b1;
+    emulator::meet_warp();
+    auto number = [](u32 pair, int high) { return float_of_half((u16)(pair >> (16 * high))); };
+    for (int o = 0; o < 4; o++) {
+        const int row = g + (o >> 1) * 8, column = 2 * q + (o & 1);
+        float s = 0;
+        for (int k = 0; k < 16; k++)
+            s += number(in[(row & 7) * 4 + (k & 7) / 2][(row >> 3) + 2 * (k >> 3)], k & 1) *
+                 number(in[column * 4 + (k & 7) / 2][4 + (k >> 3)], k & 1);
+        c[o] += s;
+    }
+    emulator::meet_warp();
+}

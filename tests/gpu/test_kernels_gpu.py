@@ -1,0 +1,221 @@
+"""Every kernel on a GPU against float64: random lengths, pages, groups, masks; poisoned outputs and scratch."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from hf_pqcache import cuda_engine, jit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or jit.why_unavailable() is not None, reason="needs a GPU and CuPy"),
+]
+
+
+def _load_harness() -> ModuleType:
+    if "kernel_harness" in sys.modules:
+        return sys.modules["kernel_harness"]
+    path = Path(__file__).parents[1] / "emulator" / "harness.py"
+    spec = importlib.util.spec_from_file_location("kernel_harness", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kernel_harness"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+h = _load_harness()
+TUNED = sorted(jit.tuned_shapes())
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
+
+def poison() -> None:
+    """Leave NaN in torch's cached blocks, so that unwritten outputs and unset scratch show."""
+    blocks = [torch.full((n,), float("nan"), device="cuda") for n in (256, 4096, 1 << 16, 1 << 20, 1 << 22)]
+    del blocks
+
+
+def attend(case, q, name, mask=None, sinks=None, scale=0.1, softcap=0.0, max_tokens=4096):  # type: ignore[no-untyped-def]
+    poison()
+    view = case.view
+    return cuda_engine.attend(
+        q,
+        case.desc,
+        1,
+        view.lengths,
+        view.starts,
+        view.page_table,
+        mask,
+        sinks,
+        case.geometry,
+        scale,
+        softcap,
+        max_tokens,
+        name,
+    )
+
+
+def check(case, q, name, *args, **kwargs):  # type: ignore[no-untyped-def]
+    out = attend(case, q, name, *args, **kwargs)
+    mask, sinks, scale, softcap = (list(args) + [None, None, 0.1, 0.0][len(args) :])[:4]
+    error = h.relative_error(out, h.reference(case, q, mask, sinks, scale, softcap))
+    assert error < TOLERANCE[q.dtype], (name, case.geometry, error)
+    assert not case.tickets.any()
+
+
+@pytest.mark.parametrize("name", ["tuned", "generic"])
+@pytest.mark.parametrize("shape", TUNED, ids=str)
+def test_attention(shape: tuple[int, int, int], name: str) -> None:
+    rng = random.Random(0)
+    for group in (1, 2, 3, 4, 5, 7, 8, 12, 16):
+        page_size = rng.choice([16, 32, 48, 64, 128, 256, 512])
+        dtype = rng.choice([torch.float16, torch.bfloat16])
+        lengths = [rng.choice([0, 1, 3, 40, 200]), rng.randint(1, 3000), rng.randint(1, 6000)]
+        case = h.make_case(
+            *shape,
+            lengths,
+            kv_heads=2,
+            page_size=page_size,
+            recent=rng.choice([1, 24, 128]),
+            dtype=dtype,
+            device="cuda",
+        )
+        q = (torch.randn(3, 2 * group, 1, shape[0]) * rng.choice([0.5, 1.0, 3.0])).to(dtype).cuda()
+        for max_tokens in (64, 8192):
+            check(case, q, name, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("shape", [(80, 40, 5), (96, 24, 7), (256, 128, 4), (40, 40, 8), (128, 8, 8)], ids=str)
+def test_generic_attention_of_other_shapes(shape: tuple[int, int, int]) -> None:
+    case = h.make_case(*shape, [1000, 37, 2500], page_size=32, kv_heads=2, device="cuda")
+    check(case, torch.randn(3, 6, 1, shape[0]).half().cuda(), "generic")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tuned", "generic"])
+def test_masks_sinks_and_softcap(name: str, dtype: torch.dtype) -> None:
+    case = h.make_case(
+        128,
+        64,
+        8,
+        [1500, 0, 900],
+        kv_heads=2,
+        page_size=16,
+        dtype=dtype,
+        starts=[0, 7, 600],
+        extra_slots=9,
+        device="cuda",
+    )
+    q = torch.randn(3, 8, 1, 128).to(dtype).cuda()
+    boolean = torch.rand(3, 1, 1, 1400) > 0.3
+    boolean[2] = False
+    padding = torch.ones(3, 1, 1, 1600, dtype=torch.bool)
+    padding[2, ..., :600] = False
+    no = torch.tensor(torch.finfo(dtype).min)
+    additive = torch.where(torch.rand(1, 1, 1, 4000) > 0.3, torch.randn(1, 1, 1, 4000), no).to(dtype).cuda()[..., ::2]
+    sinks = torch.randn(8).to(dtype).cuda()
+    for mask in (None, boolean.cuda(), padding.cuda(), additive):
+        for extra, softcap in ((None, 0.0), (sinks, 0.0), (sinks, 5.0)):
+            check(case, q, name, mask, extra, 0.1, softcap)
+
+
+def test_consecutive_launches_and_graph_capture() -> None:
+    case = h.make_case(128, 64, 8, [5000], kv_heads=4, device="cuda")
+    q = torch.randn(1, 16, 1, 128).half().cuda()
+    want = h.reference(case, q, None, None, 0.1, 0.0)
+    for _ in range(50):
+        out = attend(case, q, "tuned", max_tokens=8192)
+    assert h.relative_error(out, want) < 1e-3
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [
+            cuda_engine.attend(
+                q,
+                case.desc,
+                1,
+                case.view.lengths,
+                case.view.starts,
+                case.view.page_table,
+                None,
+                None,
+                case.geometry,
+                0.1,
+                0.0,
+                8192,
+            )
+            for _ in range(3)
+        ]
+    for _ in range(5):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(h.relative_error(out, want) < 1e-3 for out in outs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*TUNED, (80, 40, 5), (128, 8, 8)], ids=str)
+def test_encode(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    for page_size in (16, 48, 512):
+        case = h.make_case(*shape, [3000], page_size=page_size, kv_heads=2, recent=1, device="cuda")
+        x = torch.randn(2, 1200, 2, shape[0]).to(dtype).cuda().transpose(1, 2)
+        ids = torch.tensor([[1, -1], [0, 2]], dtype=torch.int32, device="cuda")
+        first = torch.tensor([3, 100], dtype=torch.int32, device="cuda")
+        for which, pages, book in (
+            ("key", case.view.key_pages, case.kept[0]),
+            ("value", case.view.value_pages, case.kept[1]),
+        ):
+            cuda_engine.encode(x, pages, book, ids, first, which, case.geometry)
+            for row, j in ((0, 0), (1, 0), (1, 1)):
+                start = int(first[row]) + page_size * j
+                excess = h.excess_distance(case, which, int(ids[row, j]), x[row, :, start : start + page_size])
+                assert excess < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(128, 64, 8), (128, 32, 8), (128, 128, 4), (64, 32, 6), (80, 40, 5)], ids=str)
+def test_append_step_by_step(shape: tuple[int, int, int]) -> None:
+    sinks, page = 4, 48
+    case = h.make_case(*shape, [100, 0, 170], page_size=page, kv_heads=2, dtype=torch.bfloat16, device="cuda")
+    view = case.view
+    pool = view.key_pages.shape[0]
+    needed = [case.view.config.coded_tokens(n + 60) // page for n in (100, 0, 170)]
+    free = [p for p in range(pool) if p not in set(view.page_table.flatten().tolist())]
+    table = view.page_table.cpu()
+    for row, n in enumerate(needed):
+        for j in range(n):
+            if table[row, j] < 0 and free:
+                table[row, j] = free.pop()
+    view.page_table.copy_(table)
+    flags = torch.zeros(4, dtype=torch.int32, device="cuda")
+    history = [[h.exact(case, row, which) for row in range(3)] for which in ("key", "value")]
+    q = torch.randn(3, 4, 1, shape[0]).bfloat16().cuda()
+    name = "tuned" if shape in jit.tuned_shapes() else "generic"
+    for _ in range(60):
+        k, v = (torch.randn(3, 2, 1, shape[0]).bfloat16().cuda() for _ in range(2))
+        before = view.lengths.tolist()
+        cuda_engine.append(k, v, case.desc, 1, view.lengths, view.page_table, flags, case.geometry)
+        stuck = flags[0].item()
+        for row, length in enumerate(view.lengths.tolist()):
+            coded_before, coded = (view.config.coded_tokens(n) for n in (before[row], before[row] + 1))
+            has_page = coded == coded_before or table[row, coded_before // page] >= 0
+            assert length == before[row] + has_page
+            assert has_page or stuck
+            if not has_page:
+                continue
+            for side, (which, x) in enumerate((("key", k), ("value", v))):
+                history[side][row] = torch.cat([history[side][row], x[row].double().cpu()], dim=1)
+                now = h.exact(case, row, which)
+                recent_part = now[:, sinks + coded :]
+                assert torch.equal(recent_part, history[side][row][:, sinks + coded : length])
+                if coded > coded_before:
+                    left = history[side][row][:, sinks + coded_before : sinks + coded]
+                    page_id = int(table[row, coded_before // page])
+                    assert h.excess_distance(case, which, page_id, left) < 1e-6
+                    history[side][row] = now
+    check(case, q, name)

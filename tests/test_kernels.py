@@ -1,0 +1,239 @@
+"""The CUDA kernels without a GPU: they compile, do not spill, and index rightly on an emulated warp."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from hf_pqcache import cuda_engine, jit, layout
+from hf_pqcache.errors import NoKernelError
+
+
+def _load_harness() -> ModuleType:
+    if "kernel_harness" in sys.modules:
+        return sys.modules["kernel_harness"]
+    path = Path(__file__).parent / "emulator" / "harness.py"
+    spec = importlib.util.spec_from_file_location("kernel_harness", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kernel_harness"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+h = _load_harness()
+TUNED = sorted(jit.tuned_shapes())
+#: Rounding of P and of the output to the model's dtype: fp16 has 11 digits, bf16 has 8.
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is built with g++")
+
+
+# -- compiling -------------------------------------------------------------------------------------------------------
+def _nvrtc() -> Any:
+    """NVRTC's bindings over the library of the nvidia-cuda-nvrtc wheel, or None."""
+    import ctypes
+
+    for package in ("nvidia.cu13", "nvidia.cuda_nvrtc"):
+        try:
+            spec = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            continue
+        for root in spec.submodule_search_locations or [] if spec else []:
+            for library in sorted(Path(root).glob("lib/libnvrtc.so.*")):
+                return ctypes.CDLL(str(library))
+    return None
+
+
+def _compile_nvrtc(library: Any, spec: jit.KernelSpec, arch: int) -> str:
+    import ctypes
+
+    program = ctypes.c_void_p()
+    code = (jit.SOURCES / spec.source).read_bytes()
+    library.nvrtcCreateProgram(ctypes.byref(program), code, b"kernel.cu", 0, None, None)
+    options = [f"-arch=sm_{arch}", "-std=c++17", f"-I{jit.SOURCES}", *spec.options]
+    array = (ctypes.c_char_p * len(options))(*[x.encode() for x in options])
+    failed = library.nvrtcCompileProgram(program, len(options), array)
+    size = ctypes.c_size_t()
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    assert not failed, log.value.decode()
+    return ""
+
+
+def _compile(spec: jit.KernelSpec, arch: int, tmp_path: Path) -> str:
+    """Compile for sm_<arch>; the resource report of ptxas, or '' where only NVRTC is there."""
+    if shutil.which("nvcc"):
+        command = ["nvcc", f"-arch=sm_{arch}", "-std=c++17", "-cubin", "-Xptxas", "-v", *spec.options]
+        command += [f"-I{jit.SOURCES}", "-o", str(tmp_path / "kernel.cubin"), str(jit.SOURCES / spec.source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+    library = _nvrtc()
+    if library is None:
+        pytest.skip("neither nvcc nor an nvidia-cuda-nvrtc wheel is installed")
+    return _compile_nvrtc(library, spec, arch)
+
+
+def _geometry(shape: tuple[int, int, int]) -> cuda_engine.Geometry:
+    return cuda_engine.Geometry(*shape, 8, 1, 64, 4, 128, 192, 100)
+
+
+def _attend_spec(shape: tuple[int, int, int], name: str, group: int, arch: int, mask: int = 0) -> jit.KernelSpec:
+    shared = {80: 166912, 90: 232448}[arch]
+    device = cuda_engine._Device(divmod(arch, 10), 132, shared)
+    return cuda_engine.attend_plan(_geometry(shape), group, name, False, mask, False, 4096, device).spec
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("shape", TUNED, ids=str)
+def test_tuned_kernels_compile_without_spills(shape: tuple[int, int, int], group: int, arch: int, tmp_path: Path) -> None:
+    report = _compile(_attend_spec(shape, "tuned", group, arch), arch, tmp_path)
+    if report:
+        assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_other_kernels_compile(arch: int, tmp_path: Path) -> None:
+    for shape in ((128, 64, 8), (256, 32, 5), (40, 40, 7)):
+        _compile(_attend_spec(shape, "generic", 16, arch, mask=2), arch, tmp_path)
+        for source in ("append.cu", "encode.cu"):
+            _compile(cuda_engine.encode_plan(shape, True, source).spec, arch, tmp_path)
+
+
+# -- attention on the emulator ---------------------------------------------------------------------------------------
+@needs_compiler
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("shape", TUNED, ids=str)
+def test_tuned_attention_matches_float64(shape: tuple[int, int, int], group: int) -> None:
+    page_size = {1: 16, 4: 48, 8: 64}[group]
+    case = h.make_case(*shape, [300, 37], page_size=page_size)
+    q = torch.randn(2, group, 1, shape[0]).half()
+    out, wavefronts = h.attend_emulated(case, q, "tuned", splits=2)
+    assert h.relative_error(out, h.reference(case, q, None, None, 0.1, 0.0)) < TOLERANCE[q.dtype]
+    assert wavefronts == 1.0, "table look-ups hit the same bank"
+    assert not case.tickets.any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["tuned", "generic"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_masks_sinks_softcap_and_ragged_rows(name: str, dtype: torch.dtype) -> None:
+    case = h.make_case(128, 64, 8, [150, 0, 60], kv_heads=2, page_size=16, dtype=dtype, starts=[0, 7, 3], extra_slots=9)
+    group = 10
+    q = torch.randn(3, 2 * group, 1, 128).to(dtype)
+    boolean = torch.rand(3, 1, 1, 140) > 0.3
+    boolean[2] = False
+    no = torch.tensor(torch.finfo(dtype).min)
+    additive = torch.where(torch.rand(1, 1, 1, 400) > 0.3, torch.randn(1, 1, 1, 400), no).to(dtype)[..., ::2]
+    sinks = torch.randn(2 * group).to(dtype)
+    for mask, extra, softcap, splits in (
+        (None, None, 0.0, 3),
+        (boolean, None, 0.0, 2),
+        (additive, sinks, 0.0, 1),
+        (additive, sinks, 5.0, 3),
+    ):
+        out, _ = h.attend_emulated(case, q, name, splits, mask, extra, 0.1, softcap)
+        want = h.reference(case, q, mask, extra, 0.1, softcap)
+        assert h.relative_error(out, want) < TOLERANCE[dtype]
+        assert not out[1].any(), "an empty row gives zeros"
+        assert not case.tickets.any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(128, 64, 8), (64, 32, 6), (80, 40, 5), (96, 24, 7), (256, 128, 4)], ids=str)
+def test_generic_attention_matches_float64(shape: tuple[int, int, int]) -> None:
+    case = h.make_case(*shape, [130, 37, 3], page_size=32, kv_heads=2)
+    q = torch.randn(3, 6, 1, shape[0]).half()
+    out, _ = h.attend_emulated(case, q, "generic", splits=3)
+    assert h.relative_error(out, h.reference(case, q, None, None, 0.1, 0.0)) < TOLERANCE[q.dtype]
+
+
+@needs_compiler
+def test_one_key_copy_is_right_where_shared_memory_is_small() -> None:
+    case = h.make_case(128, 64, 8, [200], page_size=16)
+    q = torch.randn(1, 4, 1, 128).half()
+    out, _ = h.attend_emulated(case, q, "tuned", splits=1, copies=1)
+    assert h.relative_error(out, h.reference(case, q, None, None, 0.1, 0.0)) < TOLERANCE[q.dtype]
+
+
+# -- writing codes ---------------------------------------------------------------------------------------------------
+@needs_compiler
+@pytest.mark.parametrize("shape", [(128, 64, 8), (128, 32, 8), (128, 128, 4), (64, 32, 6), (80, 40, 5)], ids=str)
+def test_encode_writes_nearest_codes_in_page_layout(shape: tuple[int, int, int]) -> None:
+    case = h.make_case(*shape, [200, 200], page_size=48, kv_heads=2)
+    x = torch.randn(2, 150, 2, shape[0]).half().transpose(1, 2)
+    if shape[0] == 64:
+        x = torch.nn.functional.pad(x, (1, 0))[..., 1:]  # vectors that are not aligned
+    before = {which: [h.page_codes(case, which, p) for p in (0, 3)] for which in ("key", "value")}
+    ids = torch.tensor([[1, -1, 4], [2, 5, -1]], dtype=torch.int32)
+    first = torch.tensor([3, 0], dtype=torch.int32)
+    for which in ("key", "value"):
+        h.encode_emulated(case, x, which, ids, first)
+        for row, j in ((0, 0), (0, 2), (1, 0), (1, 1)):
+            start = int(first[row]) + 48 * j
+            got = h.excess_distance(case, which, int(ids[row, j]), x[row, :, start : start + 48])
+            assert got < 1e-6
+        for page, codes in zip((0, 3), before[which], strict=True):
+            assert torch.equal(h.page_codes(case, which, page), codes), "a page that was not named is untouched"
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(128, 64, 8), (64, 64, 6)], ids=str)
+def test_append_fills_window_flushes_pages_and_counts(shape: tuple[int, int, int]) -> None:
+    sinks, recent, page = 4, 24, 16
+    full = sinks + recent + 3 * page - 1  # one more token makes the third page
+    case = h.make_case(*shape, [full, 2, 40, full], page_size=page, kv_heads=2, dtype=torch.bfloat16)
+    view = case.view
+    view.page_table[0, 2] = int(view.key_pages.shape[0]) - 1
+    leaving = [h.exact(case, 0, which)[:, sinks + 2 * page : sinks + 3 * page] for which in ("key", "value")]
+    k, v = (torch.randn(4, 2, 1, shape[0]).bfloat16() for _ in range(2))
+    flags = torch.zeros(4, dtype=torch.int32)
+    stuck = view.window_keys[3].clone()
+    h.append_emulated(case, k, v, flags)
+    assert view.lengths.tolist() == [full + 1, 3, 41, full], "row 3 had no page"
+    assert flags.tolist() == [1, 0, 0, 0]
+    assert torch.equal(view.window_keys[3].nan_to_num(9), stuck.nan_to_num(9))
+    assert not case.tickets.any()
+    for row in (0, 1, 2):
+        length = int(view.lengths[row])
+        assert torch.equal(h.exact(case, row, "key")[:, length - 1], k[row, :, 0].double())
+        assert torch.equal(h.exact(case, row, "value")[:, length - 1], v[row, :, 0].double())
+    for which, want in zip(("key", "value"), leaving, strict=True):
+        assert h.excess_distance(case, which, int(view.page_table[0, 2]), want) < 1e-6
+
+
+# -- choosing --------------------------------------------------------------------------------------------------------
+def test_layout_orders_are_permutations() -> None:
+    for page_size in (16, 48, 512):
+        for m, bits in ((64, 8), (32, 8), (128, 4), (64, 4), (64, 6), (32, 6), (10, 5), (9, 7)):
+            for order in (layout.key_order, layout.value_order):
+                assert torch.equal(order(page_size, m, bits).sort().values, torch.arange(page_size * m))
+
+
+def test_a_cpu_cache_goes_to_torch_and_forcing_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (128, 128, 64, 8, 4, torch.float16, torch.device("cpu"))
+    monkeypatch.delenv("HF_PQCACHE_KERNEL", raising=False)
+    assert cuda_engine.select(*arguments) == ("torch", "the cache is on cpu")
+    monkeypatch.setenv("HF_PQCACHE_KERNEL", "tuned")
+    with pytest.raises(NoKernelError, match="PQC002"):
+        cuda_engine.select(*arguments)
+
+
+def test_splits_fill_the_device_and_stop_at_short_sequences() -> None:
+    assert cuda_engine.num_splits(8, 131072, 132) == 16
+    assert cuda_engine.num_splits(64, 32768, 132) == 2
+    assert cuda_engine.num_splits(8, 16, 132) == 1
+    assert cuda_engine.num_splits(1000, 131072, 132) <= 3
