@@ -1,72 +1,46 @@
-"""The `pqcache` command: parses, calls one function, prints; computes nothing itself."""
+"""The `pqcache` command: finds the commands in `commands/`, loads the one that is asked for, and nothing else."""
 
 from __future__ import annotations
 
-import json
+import importlib
+import pkgutil
 import sys
-from pathlib import Path
-from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
+
+from hf_pqcache import commands
+from hf_pqcache.errors import PQCacheError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Folder(click.Group):
+    """A group whose commands are the files of `commands/`; a file is imported when its command or its help is needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        names = (m.name for m in pkgutil.iter_modules(commands.__path__) if not m.name.startswith("_"))
+        return sorted(name.replace("_", "-") for name in names)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(f"{commands.__name__}.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        command.name = cmd_name
+        return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except PQCacheError as error:  # what its user can mend; anything else shows where it came from
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Folder, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hf-pqcache")
 def main() -> None:
     """Product-quantized KV cache for Hugging Face transformers.
 
     Try it:  pqcache demo
     """
-
-
-def _print_demo(result: dict[str, Any]) -> None:
-    console = Console()
-    conditions = result["conditions"]
-    table = Table(title=f"One sequence of {conditions['tokens']} tokens, {conditions['model'].rsplit('/', 1)[-1]}")
-    for heading in ("cache", "perplexity", "change", "recall", "KV bytes", "of fp16", "codebooks"):
-        table.add_column(heading, justify="left" if heading == "cache" else "right")
-    for row in result["rows"]:
-        table.add_row(
-            row["cache"],
-            f"{row['perplexity']:.3f}",
-            f"{row['perplexity_change']:+.2%}",
-            f"{row['recall']:.0%}",
-            f"{row['kv_bytes']:,}",
-            f"{row['kv_ratio']:.0%}",
-            f"{row['codebook_bytes']:,}",
-        )
-    console.print(table)
-    console.print(f"…{result['prompt_end']}", style="dim", markup=False)
-    for row in (result["rows"][0], result["rows"][1]):
-        console.print(f"{row['cache']}: {row['continuation']}", markup=False)
-
-
-@main.command()
-@click.option("--model", type=str, default=None, help="Folder or Hub id of a causal LM; the embedded tiny one if absent.")
-@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Your own text, UTF-8.")
-@click.option("--tokens", type=click.IntRange(min=256), default=1024, show_default=True, help="Length of a sequence.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the result here.")
-@click.option("--quiet", is_flag=True, help="No progress bars.")
-def demo(model: str | None, text: Path | None, tokens: int, json_file: Path | None, quiet: bool) -> None:
-    """Compare an exact and a compressed cache on a real small model, offline.
-
-    Example:  pqcache demo --json demo.json
-    """
-    from hf_pqcache.eval import demo as runner
-
-    options: dict[str, Any] = {"tokens": tokens, "progress": not quiet}
-    if model is not None:
-        options["model_path"] = model
-    try:
-        result = runner.run_demo(text=text.read_text() if text else None, **options)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    _print_demo(result)
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
-        click.echo(f"written to {json_file}")
 
 
 if __name__ == "__main__":
