@@ -116,7 +116,7 @@ class Codebook:
             return  # latent attention: what is cached follows from no two numbers; the cache checks its first tokens
         views = getattr(text, "per_layer_config", None)  # transformers' view of models whose layers differ
         for i, layer in sorted(self.layers.items()):
-            heads, head_dim = _kv_shape(text if views is None else views[i])
+            heads, head_dim = kv_shape(text if views is None else views[i])
             got_heads, got_dim = layer.keys.shape[0], layer.head_dims[0]
             if heads is not None and got_heads != heads:
                 raise ValueError(f"layer {i}: expected {heads} KV heads, got {got_heads} in the codebook; {way_out}")
@@ -235,7 +235,7 @@ def to_float16(centroids: Tensor, name: str) -> Tensor:
     return rounded.contiguous()
 
 
-def _kv_shape(config: Any) -> tuple[int | None, int | None]:
+def kv_shape(config: Any) -> tuple[int | None, int | None]:
     """(KV heads, head_dim) that a transformers config announces for a layer; None where it does not say."""
     query_heads = getattr(config, "num_attention_heads", None)
     heads = getattr(config, "num_key_value_heads", None) or query_heads
