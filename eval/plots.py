@@ -1,0 +1,230 @@
+"""Charts and heat maps as PNG files and as SVG for a page; knows series, no results and no HTML.
+
+One drawing serves both: in the colours of the light theme for a PNG, in placeholders for a page, which become CSS
+variables (`var(--series-1)`), so that the page's style sheet decides, light or dark. Text in a page stays text.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+from hf_pqcache.eval.summary import Chart, HeatMap, format_value, is_exact, tokens_text
+
+#: name of a CSS variable -> its colours, light and dark. Series colours keep a contrast of 3 with both backgrounds.
+THEME: dict[str, tuple[str, str]] = {
+    "ink": ("#1c2430", "#e6eaf0"),
+    "muted": ("#5d6876", "#9aa7b8"),
+    "grid": ("#e3e7ed", "#2b3442"),
+    "paper": ("#ffffff", "#161c26"),
+    "series-1": ("#2467d6", "#6ea8ff"),
+    "series-2": ("#c8551b", "#ff9b5e"),
+    "series-3": ("#0f8068", "#3fcfae"),
+    "series-4": ("#8447c2", "#c596fa"),
+    "series-5": ("#97700a", "#e6bf45"),
+    "series-6": ("#bd2c5a", "#ff7fa3"),
+    "series-7": ("#4a8420", "#96d556"),
+    "exact": ("#6b7788", "#94a3b8"),
+}
+NUM_SERIES = 7
+#: Steps of the heat map, from nothing to all found: one hue, light to strong (dark theme: dark to bright).
+HEAT = [
+    ("#f3f6fb", "#1d2633"),
+    ("#dfe9f7", "#20344f"),
+    ("#c6daf4", "#21416a"),
+    ("#a7c7ef", "#235086"),
+    ("#83b1e9", "#2760a4"),
+    ("#5f99e2", "#2f72c2"),
+    ("#3f81da", "#3f87dc"),
+    ("#2c69c3", "#5b9dec"),
+    ("#2153a3", "#7cb4f6"),
+    ("#173f82", "#a3ccfb"),
+    ("#0f2d61", "#cfe4fe"),
+]
+#: From this step on the number on a cell is written in the paper's colour.
+_HEAT_TURN = 6
+THEME |= {f"heat-{i}": colours for i, colours in enumerate(HEAT)}
+
+LIGHT = {name: colours[0] for name, colours in THEME.items()}
+#: A colour for each variable that nothing else in a drawing has.
+_PLACEHOLDERS = {name: f"#0a0b{i:02x}" for i, name in enumerate(THEME)}
+_MARKERS = "osD^vPX*"
+_MAX_CELLS_WITH_TEXT = 200
+_TITLE_INCHES = 0.5
+
+
+def save_png(item: Chart | HeatMap, path: str | Path) -> None:
+    """Write `item` as a PNG in the light theme, its title on it, 160 dots an inch."""
+    with mpl.rc_context(_style(LIGHT)):
+        figure, _ = _draw(item, LIGHT)
+        width, height = figure.get_size_inches()
+        whole = height + _TITLE_INCHES
+        figure.set_size_inches(width, whole)
+        layout: Any = figure.get_layout_engine()
+        layout.set(rect=(0, 0, 1, height / whole))
+        figure.text(0.02, 1 - 0.22 / whole, item.title, ha="left", weight="bold", size=11)
+        figure.text(0.02, 1 - 0.42 / whole, item.condition, ha="left", size=8, color=LIGHT["muted"])
+        figure.set_dpi(160)
+        FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": None})
+
+
+def svg(item: Chart | HeatMap) -> str:
+    """`item` as an <svg> element for a page: CSS variables for colours, a tool tip on every point, ids of its own."""
+    stream = io.StringIO()
+    with mpl.rc_context({**_style(_PLACEHOLDERS), "svg.fonttype": "none", "svg.hashsalt": item.name}):
+        figure, tips = _draw(item, _PLACEHOLDERS)
+        FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for name, placeholder in _PLACEHOLDERS.items():
+        text = text.replace(placeholder, f"var(--{name})")
+    for i, tip in enumerate(tips):
+        text = text.replace(f'<g id="tip-{i}">', f'<g id="tip-{i}" class="point"><title>{html.escape(tip)}</title>')
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{item.name}-", text)
+    return re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-label="{html.escape(item.title)}" xmlns:xlink="http://www.w3.org/1999/xlink">',
+        text,
+        count=1,
+    )
+
+
+def _style(colours: Mapping[str, str]) -> Any:
+    ink, muted, grid = colours["ink"], colours["muted"], colours["grid"]
+    return {
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.color": ink,
+        "axes.labelcolor": muted,
+        "axes.edgecolor": grid,
+        "axes.facecolor": "none",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.facecolor": colours["paper"],
+        "grid.color": grid,
+        "grid.linewidth": 0.8,
+        "xtick.color": grid,
+        "ytick.color": grid,
+        "xtick.labelcolor": muted,
+        "ytick.labelcolor": muted,
+        "legend.frameon": False,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 5.5,
+    }
+
+
+def _draw(item: Chart | HeatMap, colours: Mapping[str, str]) -> tuple[Figure, list[str]]:
+    """The figure, and a text for every part of it whose id is tip-<i>."""
+    return _draw_chart(item, colours) if isinstance(item, Chart) else _draw_heat_map(item, colours)
+
+
+def _draw_chart(chart: Chart, colours: Mapping[str, str]) -> tuple[Figure, list[str]]:
+    figure = Figure(figsize=(6.4, 3.9), layout="constrained")
+    axes = figure.add_subplot()
+    tips: list[str] = []
+    values = [point.y for points in chart.series.values() for point in points]
+    scale, unit = _binary_unit(max(values)) if chart.unit == "bytes" else (1.0, chart.unit)
+    compressed = 0
+    for name, points in chart.series.items():
+        if is_exact(points[0].row):
+            colour, marker = colours["exact"], "o"
+        else:
+            colour, marker = (
+                colours[f"series-{compressed % NUM_SERIES + 1}"],
+                _MARKERS[compressed // NUM_SERIES % len(_MARKERS)],
+            )
+            compressed += 1
+        xs, ys = [point.x for point in points], [point.y / scale for point in points]
+        axes.plot(xs, ys, color=colour, marker=marker, markeredgewidth=0, label=name)
+        for x, y, point in zip(xs, ys, points, strict=True):  # an unseen, larger mark: what the pointer meets
+            axes.plot([x], [y], marker="o", markersize=14, color=colour, alpha=0, gid=f"tip-{len(tips)}")
+            where = f"{tokens_text(int(x))} tokens" if chart.is_over_tokens else f"{x:.2f} bits"
+            tips.append(f"{name}: {format_value(point.y, chart.unit)} at {where}")
+    if chart.baseline is not None:
+        axes.axhline(chart.baseline, color=colours["muted"], linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+        axes.annotate(
+            f"exact cache {chart.baseline:.4g}",
+            (1, chart.baseline),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -4),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            color=colours["muted"],
+            size=8,
+        )
+    elif min(values) > 0 and max(values) / min(values) > 20:
+        axes.set_yscale("log", base=2)
+    else:
+        axes.set_ylim(bottom=0, top=1.08 * max(values) / scale or 1)
+    if chart.is_over_tokens:
+        lengths = sorted({point.x for points in chart.series.values() for point in points})
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(_thinned(lengths)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens_text(round(x))))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(chart.x_label)
+    axes.set_title(f"{chart.y_label}, {unit}" if unit else chart.y_label, loc="left", size=9, color=colours["muted"])
+    axes.grid(axis="x", visible=False)
+    axes.margins(x=0.06, y=0.12)
+    columns = 3 if max(map(len, chart.series)) < 18 else 2
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=columns, labelcolor=colours["ink"])
+    return figure, tips
+
+
+def _draw_heat_map(chart: HeatMap, colours: Mapping[str, str]) -> tuple[Figure, list[str]]:
+    figure = Figure(figsize=(6.4, 1.3 + 0.32 * max(4, len(chart.depths))), layout="constrained")
+    axes = figure.add_subplot()
+    tips: list[str] = []
+    is_small = len(chart.depths) * len(chart.lengths) <= _MAX_CELLS_WITH_TEXT
+    for i, (depth, line) in enumerate(zip(chart.depths, chart.values, strict=True)):
+        for j, (tokens, value) in enumerate(zip(chart.lengths, line, strict=True)):
+            if value is None or not math.isfinite(value):
+                continue
+            step = round(min(1.0, max(0.0, value)) * (len(HEAT) - 1))
+            cell = mpl.patches.Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, facecolor=colours[f"heat-{step}"], linewidth=0)
+            cell.set_gid(f"tip-{len(tips)}")
+            axes.add_patch(cell)
+            tips.append(f"{value:.0%} found at depth {depth:.0%} of {tokens_text(tokens)} tokens")
+            if is_small:
+                ink = colours["paper" if step >= _HEAT_TURN else "ink"]
+                axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", size=8, color=ink)
+    axes.set_xlim(-0.5, len(chart.lengths) - 0.5)
+    axes.set_ylim(len(chart.depths) - 0.5, -0.5)
+    axes.set_xticks(range(len(chart.lengths)), [tokens_text(tokens) for tokens in chart.lengths])
+    axes.set_yticks(range(len(chart.depths)), [f"{depth:.0%}" for depth in chart.depths])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("tokens in the prompt")
+    axes.set_title("depth of the pass key; cells: % found", loc="left", size=9, color=colours["muted"])
+    return figure, tips
+
+
+def _binary_unit(most: float) -> tuple[float, str]:
+    """The unit in which `most` bytes are a number of one to four digits: (its bytes, its name)."""
+    power = min(4, max(0, int(math.log2(max(most, 1)) // 10)))
+    return 1024.0**power, ("bytes", "KiB", "MiB", "GiB", "TiB")[power]
+
+
+def _thinned(lengths: Iterable[float], most: int = 9) -> list[float]:
+    """Every second, third, ... length, so that at most `most` are left, the last one among them."""
+    ordered = list(lengths)
+    step = -(-len(ordered) // most)
+    return ordered[::-1][::step][::-1]

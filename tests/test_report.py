@@ -1,0 +1,282 @@
+"""The report shows every figure of its rows, asks for nothing from outside, and works in a browser, light and dark."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from hf_pqcache.cli import main
+from hf_pqcache.eval import plots, summary
+from hf_pqcache.eval.report import conditions, read_rows, render, write_report
+from hf_pqcache.eval.results import Results, Row
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PQ = [{"num_subspaces": m, "num_bits": n, "page_size": 64} for m, n in ((32, 8), (32, 6), (16, 8))]
+CACHES: list[tuple[str, dict[str, Any], float]] = [
+    ("dynamic", {}, 16.0),
+    ("quanto", {"nbits": 4, "q_group_size": 64}, 4.5),
+    *(("pq", config, bits) for config, bits in zip(PQ, (4.3, 3.3, 2.3), strict=True)),
+]
+PROVENANCE = {"versions": {"torch": "2.13.0"}, "device": "cpu", "time": "2026-01-02T03:04:05+00:00", "commit": "0123abc"}
+
+
+def rows(model: str = "small") -> list[Row]:
+    """One of everything that is drawn, for five caches; figures follow from the bits."""
+    found = []
+    for cache, config, bits in CACHES:
+        common: dict[str, Any] = {
+            "model": model,
+            "cache": cache,
+            "cache_config": config,
+            "true_bits": bits,
+            "provenance": PROVENANCE,
+        }
+        loss = 0.0 if cache == "dynamic" else 0.5 / bits
+        mode = "exact" if cache == "dynamic" else "stream"
+        found.append(Row("wikitext-2-raw-v1", "perplexity", 20 + loss, settings={"window": 1024, "mode": mode}, **common))
+        for tokens in (1024, 2048, 4096):
+            settings = {"tokens": tokens, "batch": 1}
+            found.append(Row("speed", "tpot", tokens / 100 * bits, "ms", settings=settings, **common))
+            found.append(Row("memory", "kv_bytes", tokens * bits * 256, "bytes", settings=settings, **common))
+            for depth in (0.0, 0.5, 1.0):
+                recall = {"tokens": tokens, "depth": depth}
+                found.append(Row("recall", "recall", min(1.0, bits / 4), settings=recall, **common))
+        found.append(Row("longbench/qasper", "f1", 30 + bits, **common))
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    results = Results(folder / "rows.jsonl")
+    for row in rows():
+        results.add(row)
+    files = write_report([folder / "rows.jsonl"], folder / "out")
+    assert all(file.is_file() for file in files)
+    return files[0]
+
+
+def test_names_tell_caches_apart_and_no_more() -> None:
+    names = set(summary.labels(rows()).values())
+    assert names == {"dynamic", "quanto n=4", "pq M=32 n=8", "pq M=32 n=6", "pq M=16 n=8"}
+    pages = [Row("t", "m", 1.0, cache="pq", cache_config={**PQ[0], "page_size": size}) for size in (16, 64)]
+    assert set(summary.labels(pages).values()) == {"pq M=32 n=8 page=16", "pq M=32 n=8 page=64"}
+    books = [Row("t", "m", 1.0, cache="pq", cache_config=PQ[0], codebook=book * 32) for book in ("ab", "cd")]
+    assert set(summary.labels(books).values()) == {"pq M=32 n=8 #ababab", "pq M=32 n=8 #cdcdcd"}
+    paged = Row("t", "m", 1.0, cache="paged-kv", cache_config={"page_size": 64, "num_bits": 8})
+    assert summary.labels([paged]) == {paged.key: "paged-kv"}
+
+
+def test_summary_has_each_figure_once() -> None:
+    table = summary.summary_table(rows(), "small")
+    lines = [dict(zip(table.columns, line, strict=True)) for line in table.rows]
+    assert [line["cache"] for line in lines] == ["dynamic", "quanto n=4", "pq M=32 n=8", "pq M=32 n=6", "pq M=16 n=8"]
+    exact, two_bits = lines[0], lines[-1]
+    assert (exact["true bits"], exact["perplexity, wikitext-2-raw-v1"], exact["change"]) == (16.0, 20.0, None)
+    assert two_bits["perplexity, wikitext-2-raw-v1"] == 20 + 0.5 / 2.3
+    assert two_bits["change"] == pytest.approx(100 * 0.5 / 2.3 / 20)
+    assert two_bits["recall"] == pytest.approx(2.3 / 4)
+    assert two_bits["time per output token at 4K"] == pytest.approx(40.96 * 2.3)
+    assert two_bits["KV cache at 4K"] == pytest.approx(4096 * 2.3 * 256)
+    assert two_bits["longbench, mean score"] == pytest.approx(32.3)
+
+
+def test_different_conditions_are_never_mixed() -> None:
+    mixed = [*rows(), Row("wikitext-2-raw-v1", "perplexity", 25.0, model="small", settings={"window": 256, "mode": "exact"})]
+    table = summary.summary_table(mixed, "small")
+    exact = dict(zip(table.columns, table.rows[0], strict=True))
+    assert exact["perplexity, wikitext-2-raw-v1 (window 1024)"] == 20.0
+    assert exact["perplexity, wikitext-2-raw-v1 (window 256)"] == 25.0
+    chart = summary.perplexity_charts(mixed)
+    assert [(c.condition, c.baseline) for c in chart] == [("window 1024", 20.0)]  # nothing to compare in the other one
+    distort = Row(
+        "wikitext-2-raw-v1",
+        "perplexity",
+        23.0,
+        model="small",
+        cache="pq",
+        cache_config=PQ[0],
+        true_bits=4.0,
+        settings={"window": 1024, "mode": "distort"},
+    )
+    assert set(summary.perplexity_charts([*rows(), distort])[0].series) == {"quanto", "pq", "pq, distort"}
+
+
+def test_series_run_along_the_axis_and_keep_their_rows() -> None:
+    chart = next(c for c in summary.length_charts(rows()[::-1]) if c.name.startswith("tpot"))
+    points = chart.series["pq M=16 n=8"]
+    assert [point.x for point in points] == [1024, 2048, 4096]
+    assert all(point.y == point.row.value for point in points)
+    heat = next(m for m in summary.recall_maps(rows()) if m.title.startswith("pq M=16"))
+    assert (heat.depths, heat.lengths) == ([0.0, 0.5, 1.0], [1024, 2048, 4096])
+    assert heat.values == [[2.3 / 4] * 3] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (None, "", "–"),
+        (math.nan, "ms", "–"),
+        (12.3456, "ms", "12.35 ms"),
+        (2.0, "", "2.000"),
+        (0.35, "percent", "+0.35 %"),
+        (0.825, "share", "82.5 %"),
+        (1536, "bytes", "1.50 KiB"),
+        (3 * 2**30, "bytes", "3.00 GiB"),
+        (0, "bytes", "0 B"),
+        (123456.7, "", "123,457"),
+        ("f1", "", "f1"),
+    ],
+)
+def test_numbers_read_well(value: Any, unit: str, text: str) -> None:
+    assert summary.format_value(value, unit) == text
+
+
+def test_a_later_file_wins(tmp_path: Path) -> None:
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        Results(tmp_path / name).add(Row("t", "f1", value))
+    assert [row.value for row in read_rows([tmp_path / "a", tmp_path / "b"])] == [2.0]
+    with pytest.raises(FileNotFoundError, match="no results file"):
+        read_rows([tmp_path / "c"])
+
+
+def test_drawings_take_all_colours_from_the_page() -> None:
+    for item in (*summary.perplexity_charts(rows()), *summary.length_charts(rows()), *summary.recall_maps(rows())):
+        text = plots.svg(item)
+        used = set(re.findall(r"var\(--([a-z0-9-]+)\)", text))
+        assert used <= set(plots.THEME)
+        assert not re.findall(r"#[0-9a-f]{6}\b", text.replace("#000000", "")), "a colour that the theme does not decide"
+        assert text.count("<title>") == text.count('id="' + item.name + "-tip-")
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+                self.targets.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+
+def test_page_asks_for_nothing_from_outside(page: Path) -> None:
+    links = _Links()
+    text = page.read_text()
+    links.feed(text)
+    assert all(target.startswith("#") or target == "data:," for target in links.targets)
+    assert "@import" not in text
+    assert len(links.ids) == len(set(links.ids))
+    assert {target[1:] for target in links.targets if target.startswith("#")} <= set(links.ids)
+
+
+def test_what_rows_say_is_never_markup() -> None:
+    evil = "<script>alert(1)</script>\"'&"
+    row = Row(evil, "perplexity", 1.0, model=evil, cache="pq", settings={"tokens": 4, "note": evil}, true_bits=4.0)
+    speed = Row("speed", "tpot", 1.0, evil, model=evil, cache=evil, settings={"tokens": 4})
+    assert "<script>alert" not in render([row, speed], evil)
+
+
+def test_page_lists_its_conditions() -> None:
+    told = dict(conditions(rows()))
+    assert told["torch"] == "2.13.0"
+    assert told["measured"] == "2026-01-02T03:04:05+00:00"
+    assert "wikitext-2-raw-v1: 1" in told["task version"]
+
+
+def test_a_row_of_any_kind_alone_makes_a_page() -> None:
+    kinds = {(row.metric, row.cache == "dynamic"): row for row in rows()}
+    for row in [*kinds.values(), Row("wikitext-2-raw-v1", "perplexity", math.nan, cache="pq", true_bits=4.0)]:
+        assert "</html>" in render([row], "one row")
+
+
+def test_command(tmp_path: Path) -> None:
+    runner = CliRunner()
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    failed = runner.invoke(main, ["report", str(empty), "-o", str(tmp_path / "out")])
+    assert failed.exit_code == 1
+    assert "hold no row yet" in failed.output
+    Results(tmp_path / "rows.jsonl").add(rows()[0])
+    done = runner.invoke(
+        main, ["report", str(tmp_path / "rows.jsonl"), "-o", str(tmp_path / "out"), "--json", str(tmp_path / "files.json")]
+    )
+    assert done.exit_code == 0, done.output
+    assert Path(json.loads((tmp_path / "files.json").read_text())["page"]).is_file()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {BROWSERS} is on the PATH")
+    with playwright.sync_playwright() as api:
+        running = api.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_works_in_a_browser(page: Path, browser: Any, scheme: str) -> None:
+    tab = browser.new_page(color_scheme=scheme, viewport={"width": 1240, "height": 900})
+    problems: list[str] = []
+    tab.on("console", lambda message: problems.append(message.text))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("request", lambda request: request.url.startswith("file:") or problems.append(f"asked for {request.url}"))
+    tab.goto(page.as_uri())
+
+    drawings = tab.locator("figure svg")
+    assert drawings.count() == len(list(page.parent.glob("*.png"))) == 1 + 2 + 5
+    for i in range(drawings.count()):
+        box = drawings.nth(i).bounding_box()
+        assert box["width"] > 300
+        assert box["height"] > 100
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    # What is drawn stands out from what it is drawn on, in both themes.
+    colours = tab.evaluate(
+        "['--ink', '--paper', '--series-1'].map(v => getComputedStyle(document.documentElement).getPropertyValue(v).trim())"
+    )
+    ink, paper, series = (_luminance(colour) for colour in colours)
+    assert (ink < paper) == (scheme == "light")
+    assert _contrast(ink, paper) > 7
+    assert _contrast(series, paper) > 3
+
+    heading = tab.locator("#summary-1 thead button", has_text="true bits")
+    column = "[...document.querySelectorAll('#summary-1 tbody tr')].map(r => Number(r.cells[1].dataset.value))"
+    heading.click()
+    assert tab.evaluate(column) == sorted(bits for _, _, bits in CACHES)
+    heading.click()
+    assert tab.evaluate(column) == sorted((bits for _, _, bits in CACHES), reverse=True)
+    assert problems == []
+    tab.close()
+
+
+def test_theme_is_legible() -> None:
+    for name, colours in plots.THEME.items():
+        if name.startswith("series") or name in ("exact", "muted", "ink"):
+            for colour, paper in zip(colours, plots.THEME["paper"], strict=True):
+                assert _contrast(_luminance(colour), _luminance(paper)) >= 3, name
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb (WCAG 2.2)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(a: float, b: float) -> float:
+    return (max(a, b) + 0.05) / (min(a, b) + 0.05)
