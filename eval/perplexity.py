@@ -101,9 +101,9 @@ def perplexity(
             raise ValueError(f"mode={mode!r} needs a codebook; make one with hf_pqcache.calibrate")
         codebook.check_model(model.config)
         config = (config or codebook.config).replace(num_bits=codebook.num_bits, num_subspaces=codebook.num_subspaces)
-    ids = text if isinstance(text, Tensor) else _token_ids(tokenizer, text)
-    spans = list(_spans(ids.numel(), window, stride))[:max_windows]
-    if not spans:
+    ids = text if isinstance(text, Tensor) else token_ids(tokenizer, text)
+    parts = list(spans(ids.numel(), window, stride))[:max_windows]
+    if not parts:
         raise ValueError(f"the text has {ids.numel()} tokens; perplexity needs at least two")
 
     device = next(model.parameters()).device
@@ -112,7 +112,7 @@ def perplexity(
     total, count = 0.0, 0
     try:
         with simulated_attention(model, codebook, config, mode):
-            for begin, end, first in tqdm(spans, desc=f"perplexity, {mode}", unit="window", disable=not progress, leave=False):
+            for begin, end, first in tqdm(parts, desc=f"perplexity, {mode}", unit="window", disable=not progress, leave=False):
                 row = ids[begin:end].to(device)
                 total += _negative_log_likelihood(model, row, first - begin)
                 count += end - first
@@ -121,7 +121,7 @@ def perplexity(
     return PerplexityResult(
         value=math.exp(min(total / count, 700.0)),
         tokens=count,
-        windows=len(spans),
+        windows=len(parts),
         window=window,
         stride=stride,
         mode=mode,
@@ -273,12 +273,12 @@ def stream_attention(
     return out
 
 
-def _token_ids(tokenizer: Any, text: str) -> Tensor:
+def token_ids(tokenizer: Any, text: str) -> Tensor:
     """text -> token ids int64 (N), without special tokens."""
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def _spans(num_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+def spans(num_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """(begin, end, first scored token) of every window; a window's first token has no context and is never scored."""
     scored = 0
     for begin in range(0, num_tokens, stride):

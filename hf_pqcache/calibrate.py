@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
@@ -31,7 +35,40 @@ def compressible_layers(config: Any) -> list[int]:
     return [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
 
 
-def calibrate(
+@dataclass(frozen=True)
+class Samples:
+    """Keys and values of calibration text, ready for k-means.
+
+    Attributes:
+        keys, values: float16 (H, N, d) on the CPU by layer; N is the same in all of them.
+        metadata: where they come from: model, tokens, window, seed, hash of the text, versions. JSON values only.
+    """
+
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+    metadata: dict[str, Any]
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file."""
+        tensors = {f"{kind}.{i}": x for kind, side in (("keys", self.keys), ("values", self.values)) for i, x in side.items()}
+        save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata={"samples": json.dumps(self.metadata)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Samples:
+        """Inverse of `save`. Raises ValueError if the file holds no samples."""
+        keys: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get("samples")
+            if metadata is None:
+                raise ValueError(f"{path} holds no sampled keys and values; sample them again")
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                kind, _, index = name.partition(".")
+                (keys if kind == "keys" else values)[int(index)] = file.get_tensor(name)
+        return cls(keys, values, json.loads(metadata))
+
+
+def sample(
     model: Any,
     tokenizer: Any,
     texts: str | Iterable[str],
@@ -40,33 +77,12 @@ def calibrate(
     num_tokens: int = 65536,
     window: int | None = None,
     seed: int = 0,
-    objective: Objective = "tail",
-    iterations: int = ITERATIONS,
     progress: bool = True,
-) -> Codebook:
-    """Learn a codebook for `model` from text that its evaluation never sees.
-
-    The text is cut into windows; a seeded choice of them goes through the model, each with fresh context, and the keys
-    (after their rotary embedding) and values of every full-attention layer are kept in float16 in host memory:
-    num_tokens * 2 bytes * all key and value numbers of a token. The first `sink_tokens` of a window are left out: a
-    cache keeps them exact, and their keys and values are like no others. Then one k-means runs for every layer, KV
-    head, keys or values, and subspace (`kmeans`), on the model's device.
-
-    Args:
-        model: a transformers causal language model, in any dtype, on any device.
-        tokenizer: its tokenizer.
-        texts: one text or several documents, which are joined by the tokenizer's end-of-text token.
-        config: shape of the codes (num_subspaces, num_bits) and sink_tokens. None means PQConfig().
-        num_tokens: how many tokens to sample; fewer if the text is shorter.
-        window: tokens of one window; the model's training length is best. None means 2048.
-        seed: of the choice of windows and of k-means.
-        objective: "tail" or "plain", see `kmeans`.
-        iterations: Lloyd steps.
-        progress: show progress bars.
+) -> Samples:
+    """First half of `calibrate`, with the same arguments: what the model's layers put into a cache.
 
     Raises:
-        ValueError: the text has fewer tokens than centroids, the model has no full-attention layer, num_subspaces does
-            not divide its head_dim, or keys or values are not finite in float16.
+        ValueError: the text has fewer tokens than centroids, or the model has no full-attention layer.
     """
     config = config or PQConfig()
     layers = compressible_layers(model.config)
@@ -81,40 +97,125 @@ def calibrate(
             f"{4 * config.num_centroids} or more to be of use: give more text or use fewer bits a code"
         )
     keys, values = _sample(model, ids, layers, config.sink_tokens, window, num_tokens, seed, progress)
-    sampled = next(iter(keys.values())).shape[1]
+    metadata = {
+        "model": _model_name(model),
+        "tokens": next(iter(keys.values())).shape[1],
+        "window": window,
+        "skipped_tokens_per_window": config.sink_tokens,
+        "seed": seed,
+        "text_sha256": hashlib.sha256("\0".join(documents).encode()).hexdigest(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return Samples(keys, values, metadata)
 
-    device = next(model.parameters()).device
+
+def learn(
+    samples: Samples,
+    config: PQConfig | None = None,
+    *,
+    merge: bool = False,
+    seed: int = 0,
+    objective: Objective = "tail",
+    iterations: int = ITERATIONS,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> Codebook:
+    """Second half of `calibrate`: k-means over samples.
+
+    Args:
+        merge: learn one set of centroids for all layers and heads, from an equal share of samples of each (as MILLION
+            does, Wang et al. 2025); for comparison, it costs more than twice the loss.
+        device: where k-means runs.
+
+    Raises:
+        ValueError: num_subspaces does not divide head_dim, samples are not finite, or layers that were to be merged
+            differ in head_dim.
+    """
+    config = config or PQConfig()
     books: dict[int, LayerCodebook] = {}
-    problems = sum(x.shape[0] * config.subspaces(keys[i].shape[2]) for i in keys for x in (keys[i], values[i]))
-    with tqdm(total=problems, desc="k-means", unit="subspace", disable=not progress, leave=False) as bar:
-        for i in sorted(keys):
-            books[i] = learn_layer(
-                keys.pop(i).to(device),
-                values.pop(i).to(device),
-                config,
-                seed=seed * 65_537 + i,
-                objective=objective,
-                iterations=iterations,
-                progress=bar.update,
-                name=f"layer {i}",
-            ).to("cpu")
+    options: dict[str, Any] = {"objective": objective, "iterations": iterations}
+    problems = {0: _merged(samples, seed)} if merge else {i: (samples.keys[i], samples.values[i]) for i in sorted(samples.keys)}
+    total = sum(x.shape[0] * config.subspaces(keys.shape[2]) for keys, values in problems.values() for x in (keys, values))
+    with tqdm(total=total, desc="k-means", unit="subspace", disable=not progress, leave=False) as bar:
+        for i, (keys, values) in problems.items():
+            name = "all layers" if merge else f"layer {i}"
+            sides = (keys.to(device), values.to(device))
+            layer = learn_layer(*sides, config, seed=seed * 65_537 + i, progress=bar.update, name=name, **options)
+            books[i] = layer.to("cpu")
+    if merge:
+        one = books[0]
+        books = {
+            i: LayerCodebook(one.keys.repeat(k.shape[0], 1, 1, 1), one.values.repeat(k.shape[0], 1, 1, 1))
+            for i, k in samples.keys.items()
+        }
     return Codebook(
         layers=books,
         num_bits=config.num_bits,
         num_subspaces=config.num_subspaces,
-        metadata={
-            "model": _model_name(model),
-            "tokens": sampled,
-            "window": window,
-            "skipped_tokens_per_window": config.sink_tokens,
-            "seed": seed,
-            "objective": objective,
-            "iterations": iterations,
-            "text_sha256": hashlib.sha256("\0".join(documents).encode()).hexdigest(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        metadata={**samples.metadata, "objective": objective, "iterations": iterations, "merged": merge},
     )
+
+
+def _merged(samples: Samples, seed: int) -> tuple[Tensor, Tensor]:
+    """An equal share of every layer's and head's samples as one head: keys (1, N, d) and values (1, N, dv)."""
+    shapes = {(k.shape[2], samples.values[i].shape[2]) for i, k in samples.keys.items()}
+    if len(shapes) > 1:
+        raise ValueError(f"layers of different head_dim {sorted(shapes)} cannot share one codebook; leave them apart")
+    num_heads = sum(k.shape[0] for k in samples.keys.values())
+    num_tokens = next(iter(samples.keys.values())).shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = [], []
+    for i in sorted(samples.keys):
+        chosen = torch.randperm(num_tokens, generator=generator)[: -(-num_tokens // num_heads)]
+        keys.append(samples.keys[i][:, chosen].flatten(0, 1))
+        values.append(samples.values[i][:, chosen].flatten(0, 1))
+    return torch.cat(keys)[None], torch.cat(values)[None]
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    texts: str | Iterable[str],
+    config: PQConfig | None = None,
+    *,
+    num_tokens: int = 65536,
+    window: int | None = None,
+    seed: int = 0,
+    objective: Objective = "tail",
+    iterations: int = ITERATIONS,
+    merge: bool = False,
+    progress: bool = True,
+) -> Codebook:
+    """Learn a codebook for `model` from text that its evaluation never sees.
+
+    The text is cut into windows; a seeded choice of them goes through the model, each with fresh context, and the keys
+    (after their rotary embedding) and values of every full-attention layer are kept in float16 in host memory:
+    num_tokens * 2 bytes * all key and value numbers of a token. The first `sink_tokens` of a window are left out: a
+    cache keeps them exact, and their keys and values are like no others. Then one k-means runs for every layer, KV
+    head, keys or values, and subspace (`kmeans`), on the model's device. `sample` and `learn` are its two halves.
+
+    Args:
+        model: a transformers causal language model, in any dtype, on any device.
+        tokenizer: its tokenizer.
+        texts: one text or several documents, which are joined by the tokenizer's end-of-text token.
+        config: shape of the codes (num_subspaces, num_bits) and sink_tokens. None means PQConfig().
+        num_tokens: how many tokens to sample; fewer if the text is shorter.
+        window: tokens of one window; the model's training length is best. None means 2048.
+        seed: of the choice of windows and of k-means.
+        objective: "tail" or "plain", see `kmeans`.
+        iterations: Lloyd steps.
+        merge: one set of centroids for all layers and heads, see `learn`.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: the text has fewer tokens than centroids, the model has no full-attention layer, num_subspaces does
+            not divide its head_dim, or keys or values are not finite in float16.
+    """
+    samples = sample(model, tokenizer, texts, config, num_tokens=num_tokens, window=window, seed=seed, progress=progress)
+    device = next(model.parameters()).device
+    options: dict[str, Any] = {"objective": objective, "iterations": iterations, "merge": merge}
+    return learn(samples, config, seed=seed, device=device, progress=progress, **options)
 
 
 def learn_layer(

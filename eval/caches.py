@@ -1,0 +1,191 @@
+"""Every cache that the toolkit compares, made and weighed by the same code; knows no task and no result row."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, QuantizedCache, StaticCache
+
+from hf_pqcache.cache import PagedPQCache
+from hf_pqcache.calibrate import compressible_layers
+from hf_pqcache.codebook import Codebook
+from hf_pqcache.config import PQConfig
+
+CACHES = ("dynamic", "static", "quanto", "hqq", "fp8", "pq", "paged-kv")
+#: Bits a value that each family offers, its default first; families that are not here offer no choice.
+BITS = {"quanto": (4, 2), "hqq": (4, 8, 3, 2, 1), "pq": (4, 3, 2)}
+#: PQ at so many bits a value: (head_dim / num_subspaces, bits of a code).
+PQ_BITS = {4: (2, 8), 3: (2, 6), 2: (4, 8)}
+_PIP = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq")}
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """A kind of cache and its settings; `make` builds fresh ones.
+
+    Attributes:
+        name: one of CACHES.
+        settings: the cache's own settings, JSON values: arguments of transformers' QuantizedCache or of PQConfig.
+        codebook: for pq; None learns one from the first tokens of every sequence.
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    codebook: Codebook | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in CACHES:
+            raise ValueError(f"cache {self.name!r} is unknown; use one of {CACHES}")
+
+    @classmethod
+    def parse(cls, text: str, head_dim: int, config: PQConfig | None = None) -> CacheSpec:
+        """ "hqq", "quanto:2", "pq:3": a name and, after a colon, bits a value.
+
+        Args:
+            head_dim: of the model; decides the number of subspaces of pq at so many bits.
+            config: what else shapes a pq or paged-kv cache; without bits it decides everything.
+
+        Raises ValueError naming the choices.
+        """
+        name, _, wanted = text.partition(":")
+        if name not in CACHES:
+            raise ValueError(f"cache {name!r} is unknown; use one of {CACHES}")
+        if wanted and (name not in BITS or not wanted.isdigit() or int(wanted) not in BITS[name]):
+            choices = f"use one of {BITS[name]}" if name in BITS else f"{name} has no choice of bits"
+            raise ValueError(f"cache {text!r}: {choices}")
+        if name == "pq":
+            settings = (config or PQConfig()).to_dict()
+            if wanted or config is None:
+                width, num_bits = PQ_BITS[int(wanted or 4)]
+                settings |= {"num_subspaces": head_dim // width, "num_bits": num_bits}
+            return cls(name, settings)
+        if name == "paged-kv":
+            config = config or PQConfig()
+            return cls(name, {"page_size": config.page_size, "max_pages": config.max_pages})
+        return cls(name, {"nbits": int(wanted or BITS[name][0])} if name in BITS else {})
+
+    @property
+    def label(self) -> str:
+        """For tables: "hqq 3 bits", "pq M=64 n=8"."""
+        if self.name == "pq":
+            return f"pq M={self.settings.get('num_subspaces')} n={self.settings['num_bits']}"
+        return f"{self.name} {self.settings['nbits']} bits" if "nbits" in self.settings else self.name
+
+    @property
+    def config(self) -> PQConfig:
+        """Shape of a pq cache."""
+        return PQConfig.from_dict(self.settings)
+
+    def make(self, model: Any, max_tokens: int) -> Any:
+        """A fresh cache for sequences of up to `max_tokens` tokens, all rows of a batch together.
+
+        A static cache is as long as `max_tokens`; a paged one gets a pool that holds them, if its own is smaller.
+
+        Raises:
+            ImportError: the cache's library is not installed, or too old; the message has the line to type.
+        """
+        config = model.config
+        if self.name == "dynamic":
+            return DynamicCache(config=config)
+        if self.name == "static":
+            return StaticCache(config=config, max_cache_len=max_tokens)
+        if self.name in ("quanto", "hqq", "fp8"):
+            self._check_library()
+            return QuantizedCache(self.name, config, **self.settings)
+        if self.name == "pq":
+            needed = -(-max_tokens // self.config.page_size) + 1
+            return PagedPQCache(config, self.codebook, self.config.replace(max_pages=max(self.config.max_pages, needed)))
+        paged = getattr(importlib.import_module("hf_pqcache"), "PagedKVCache", None)
+        if paged is None:
+            raise ImportError("this version of hf_pqcache has no PagedKVCache; use another cache")
+        needed = -(-max_tokens // self.settings["page_size"]) + 1
+        return paged(config, **{**self.settings, "max_pages": max(self.settings["max_pages"], needed)})
+
+    def _check_library(self) -> None:
+        if self.name == "fp8":
+            from transformers import cache_utils
+
+            if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+                raise ImportError("this transformers has no fp8 cache; type: pip install 'transformers>=5.23'")
+            return
+        module, package = _PIP[self.name]
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(f"the {self.name} cache needs {package}; type: pip install {package}") from error
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """What a cache occupies.
+
+    Attributes:
+        tokens: bytes that belong to its tokens: keys, values, codes, scales, windows, page tables.
+        shared: bytes of codebooks, which all sequences share.
+        bits: `tokens`, in bits for each key or value number that was put in; None for a model whose shape is unknown.
+    """
+
+    tokens: int
+    shared: int
+    bits: float | None
+
+
+def weigh(cache: Any, model: Any, num_tokens: int) -> CacheBytes:
+    """Weigh a cache that holds `num_tokens` tokens, over all rows, in the layers that keep every token.
+
+    A PagedPQCache reports the pages in use, not its free pool; of any other cache every storage is counted that its
+    layers reach, whole, a storage shared by several tensors once.
+    """
+    layers = compressible_layers(model.config)
+    if hasattr(cache, "stats"):
+        found = cache.stats()["bytes"]
+        shared = found.get("codebooks", 0)
+        total = sum(found.values()) - shared
+    else:
+        total, shared = storage_bytes([cache.layers[i] for i in layers]), 0
+    numbers = kv_numbers_per_token(model) * num_tokens
+    return CacheBytes(total, shared, 8 * total / numbers if numbers else None)
+
+
+def kv_numbers_per_token(model: Any) -> int:
+    """Key and value numbers of one token, over the layers that keep every token; 0 if the config does not say."""
+    text: Any = model.config.get_text_config(decoder=True)
+    heads: Any = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
+    return 2 * len(compressible_layers(model.config)) * int(heads) * head_dim(model)
+
+
+def head_dim(model: Any) -> int:
+    """Numbers in a key of one head."""
+    text: Any = model.config.get_text_config(decoder=True)
+    return getattr(text, "head_dim", None) or int(text.hidden_size // text.num_attention_heads)
+
+
+def storage_bytes(root: Any) -> int:
+    """Bytes of all distinct tensor storages that are reachable from `root` through attributes, lists and dicts."""
+    sizes: dict[tuple[torch.device, int], int] = {}
+    for tensor in _tensors(root, set()):
+        storage = tensor.untyped_storage()
+        sizes[tensor.device, storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Plain tensors reachable from `value`; wrapper subclasses (quanto's) are opened by their own flatten protocol."""
+    if id(value) in seen or isinstance(value, str | bytes | int | float | type(None) | type):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            for name in value.__tensor_flatten__()[0]:
+                yield from _tensors(getattr(value, name), seen)
+        elif value.numel():
+            yield value
+        return
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    for child in (*children, *getattr(value, "__dict__", {}).values()):
+        yield from _tensors(child, seen)

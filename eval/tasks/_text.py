@@ -1,0 +1,131 @@
+"""TextTask: the perplexity of one text, read from plain files as published or from the Hub. Knows no particular text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_pqcache.eval.accuracy_study import bits_per_value, read_text
+from hf_pqcache.eval.deployed import CHUNK, cache_perplexity
+from hf_pqcache.eval.perplexity import perplexity, token_ids
+from hf_pqcache.eval.results import Row
+from hf_pqcache.eval.session import Session
+
+SPLITS = ("train", "validation", "test")
+#: "cache" runs the real cache; the others are those of `perplexity`, which simulates it.
+MODES = ("exact", "distort", "stream", "cache")
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """Perplexity of a text.
+
+    Attributes:
+        name: also the name of the data set's configuration on the Hub.
+        version: raised whenever a change here could change a figure.
+        files: split -> name of the plain file as published. folders: names its folder goes by.
+        path, config, revision, column: where `datasets` finds the rows.
+        rows: lines of a plain file (line ends kept) -> the data set's rows, the same as the Hub's.
+        join: rows -> the text, in the way that published figures are made.
+    """
+
+    name: str
+    version: str
+    files: dict[str, str]
+    folders: tuple[str, ...]
+    path: str
+    config: str | None
+    column: str
+    rows: Callable[[list[str]], list[str]]
+    join: Callable[[list[str]], str]
+    revision: str | None = None
+
+    def text(self, split: str = "test", data_dir: str | Path | None = None) -> str:
+        """The text of a split.
+
+        Args:
+            data_dir: folder with the plain file or the Hub's parquet files; None asks the Hub through `datasets`.
+
+        Raises:
+            FileNotFoundError: data_dir holds no such file; the message has the names that were looked for.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r} is unknown; use one of {SPLITS}")
+        if data_dir is None:
+            from datasets import load_dataset
+
+            data: Any = load_dataset(self.path, self.config, split=split, revision=self.revision)
+            return self.join(list(data[self.column]))
+        folders = [Path(data_dir, name) for name in (*self.folders, "")]
+        for folder in folders:
+            for path in (folder / self.files[split], folder / f"{self.files[split]}.xz"):
+                if path.is_file():
+                    return self.join(self.rows(read_text(path).splitlines(keepends=True)))
+            if parts := sorted(folder.glob(f"{split}-*.parquet")):
+                from pyarrow import parquet
+
+                tables = (parquet.read_table(part, columns=[self.column]) for part in parts)
+                return self.join([row for table in tables for row in table[self.column].to_pylist()])
+        raise FileNotFoundError(
+            f"{data_dir} holds no {self.files[split]} (nor {split}-*.parquet), looked for in it and in {list(self.folders)}"
+        )
+
+    def run(self, session: Session, *, split: str = "test", data_dir: str | Path | None = None, **options: Any) -> Row:
+        """Perplexity of a split; `options` are those of `run_perplexity`."""
+        return run_perplexity(session, self.name, self.version, self.text(split, data_dir), split=split, **options)
+
+
+def run_perplexity(
+    session: Session,
+    name: str,
+    version: str,
+    text: str,
+    *,
+    window: int = 2048,
+    stride: int | None = None,
+    mode: str | None = None,
+    chunk: int = CHUNK,
+    limit: int | None = None,
+    **settings: Any,
+) -> Row:
+    """One row: the perplexity of `text` under the session's cache.
+
+    Args:
+        mode: exact (dynamic caches only), distort, stream (pq with a codebook only) or cache. None means exact for a
+            dynamic cache, stream for pq with a codebook, and cache for every other.
+        chunk: tokens of a step in mode cache.
+        limit: windows to measure; None measures the whole text.
+        settings: more of the row's settings.
+
+    Raises ValueError for a mode that the cache cannot serve.
+    """
+    spec, book = session.cache, session.cache.codebook
+    simulated = spec.name == "pq" and book is not None
+    mode = mode or ("stream" if simulated else "exact" if spec.name == "dynamic" else "cache")
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is unknown; use one of {MODES}")
+    if (mode == "exact" and spec.name != "dynamic") or (mode in ("stream", "distort") and not simulated):
+        raise ValueError(f"mode={mode!r} says nothing about {spec.label}: use cache, or exact without compression")
+    settings |= {"window": window, "stride": stride or window, "mode": mode, "limit": limit}
+    settings |= {"chunk": chunk} if mode == "cache" else {}
+    settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    row = session.row(name, version, "perplexity", **settings)
+
+    def run() -> list[float]:
+        model, ids = session.model, token_ids(session.tokenizer, text)
+        common: dict[str, Any] = {"window": window, "stride": stride, "max_windows": limit, "progress": session.progress}
+        if mode == "cache":
+            return [cache_perplexity(model, ids, lambda n: spec.make(model, n), chunk=chunk, **common)]
+        config = spec.config if simulated else None
+        return [perplexity(model, None, ids, mode=mode, codebook=book, config=config, **common).value]  # type: ignore[arg-type]
+
+    bits = None
+    if simulated and book is not None:
+        element_bits = torch.finfo(session.model.dtype).bits
+        bits = bits_per_value(spec.config.replace(num_bits=book.num_bits), book, window, element_bits)["total"]
+    return session.measure([row], run, true_bits=bits)[0]

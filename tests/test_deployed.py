@@ -1,0 +1,107 @@
+"""Perplexity of a running cache: equals the exact one, and the stream simulation, token by token."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_pqcache.calibrate import calibrate
+from hf_pqcache.config import PQConfig
+from hf_pqcache.demo import MODEL, TEXT
+from hf_pqcache.eval.caches import CacheSpec, head_dim, storage_bytes, weigh
+from hf_pqcache.eval.deployed import cache_perplexity
+from hf_pqcache.eval.models import load_model, public_name
+from hf_pqcache.eval.perplexity import perplexity, token_ids
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Any, Any, torch.Tensor]:
+    model, tokenizer = load_model(MODEL, dtype="float32", device="cpu")
+    return model, tokenizer, token_ids(tokenizer, TEXT.read_text()[:4000])
+
+
+def test_a_folder_is_called_by_its_name() -> None:
+    assert public_name(MODEL) == Path(MODEL).name
+    assert public_name("meta-llama/Llama-2-7b-hf") == "meta-llama/Llama-2-7b-hf"
+
+
+@pytest.mark.parametrize("name", ["dynamic", "static"])
+@pytest.mark.parametrize(("chunk", "stride"), [(1, 60), (16, 100), (33, 50)])
+def test_an_exact_cache_gives_the_exact_perplexity(tiny: Any, name: str, chunk: int, stride: int) -> None:
+    model, _, ids = tiny
+    common: dict[str, Any] = {"window": 120, "stride": stride, "max_windows": 2, "progress": False}
+    expected = perplexity(model, None, ids, **common).value
+    spec = CacheSpec(name)
+    assert cache_perplexity(model, ids, lambda n: spec.make(model, n), chunk=chunk, **common) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_stream_is_what_the_deployed_cache_does_token_by_token(tiny: Any) -> None:
+    model, tokenizer, ids = tiny
+    config = PQConfig(num_subspaces=16, num_bits=4, page_size=16, extended_residual=32)
+    book = calibrate(model, tokenizer, TEXT.read_text()[4000:12000], config, num_tokens=1000, window=500, progress=False)
+    common: dict[str, Any] = {"window": 200, "max_windows": 2, "progress": False}
+    exact = perplexity(model, None, ids, **common).value
+    stream = perplexity(model, None, ids, mode="stream", codebook=book, config=config, **common).value
+    spec = CacheSpec("pq", config.to_dict(), book)
+    deployed = cache_perplexity(model, ids, lambda n: spec.make(model, n), chunk=1, prefill=8, **common)
+    assert deployed == pytest.approx(stream, rel=1e-5)
+    assert abs(stream / exact - 1) > 1e-3  # otherwise the line above could not fail
+
+
+@pytest.mark.parametrize("text", ["quanto:4", "quanto:2", "hqq:4", "hqq:3", "hqq:2", "fp8"])
+def test_peers_run_weigh_and_cost_more_with_fewer_bits(tiny: Any, text: str) -> None:
+    model, _, ids = tiny
+    spec = CacheSpec.parse(text, head_dim(model))
+    try:
+        cache = spec.make(model, 200)
+    except ImportError as error:
+        pytest.skip(str(error))
+    with torch.inference_mode():
+        model(ids[None, :200], past_key_values=cache)
+    assert 2 < weigh(cache, model, 200).bits < 8.6  # type: ignore[operator]
+    common: dict[str, Any] = {"window": 200, "max_windows": 1, "progress": False}
+    exact = perplexity(model, None, ids, **common).value
+    value = cache_perplexity(model, ids, lambda n: spec.make(model, n), chunk=16, **common)
+    assert value != pytest.approx(exact, rel=1e-6)
+    assert value == pytest.approx(exact, rel=0.02 if text in ("quanto:4", "hqq:4", "fp8") else 1.0)
+
+
+def test_a_missing_library_is_named_with_the_line_to_type(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hqq", None)
+    with pytest.raises(ImportError, match="pip install hqq"):
+        CacheSpec.parse("hqq", 64).make(tiny[0], 10)
+
+
+def test_weighing_a_dynamic_cache_counts_its_tensors(tiny: Any) -> None:
+    model, _, ids = tiny
+    cache = CacheSpec("dynamic").make(model, 100)
+    with torch.inference_mode():
+        model(ids[None, :100], past_key_values=cache)
+    found = weigh(cache, model, 100)
+    assert found.tokens == sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    assert found.bits == 32
+
+
+def test_a_storage_shared_by_tensors_counts_once() -> None:
+    x = torch.zeros(100, dtype=torch.uint8)
+    assert storage_bytes([x, {"half": x[:50]}, torch.zeros(8, dtype=torch.uint8)]) == 108
+
+
+def test_cache_names_are_read_and_bad_ones_named() -> None:
+    assert CacheSpec.parse("pq:3", 128).settings["num_subspaces"] == 64
+    assert CacheSpec.parse("pq:3", 128).settings["num_bits"] == 6
+    own = PQConfig(num_subspaces=32, num_bits=5)
+    assert CacheSpec.parse("pq", 128, own).config == own
+    assert CacheSpec.parse("hqq", 64).settings == {"nbits": 4}
+    with pytest.raises(ValueError, match="use one of"):
+        CacheSpec.parse("zip", 64)
+    with pytest.raises(ValueError, match=r"use one of \(4, 2\)"):
+        CacheSpec.parse("quanto:3", 64)
+    with pytest.raises(ValueError, match="no choice of bits"):
+        CacheSpec.parse("fp8:8", 64)
