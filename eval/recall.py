@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,41 @@ def passkey_prompt(tokenizer: Any, filler: torch.Tensor, tokens: int, depth: flo
 
 
 @torch.inference_mode()
+def recall_at(
+    model: Any,
+    tokenizer: Any,
+    filler: torch.Tensor,
+    make_cache: Callable[[], Any],
+    *,
+    tokens: int,
+    depths: Sequence[float],
+    seed: int = 0,
+    progress: bool = False,
+) -> list[bool]:
+    """For one pass key at each of `depths`, each with its own prompt: does greedy generation give it back?
+
+    Args:
+        filler: int64 (N), ordinary text to hide it in.
+        make_cache: makes a fresh cache for every prompt.
+        tokens: length of a prompt.
+    """
+    found = []
+    for i, depth in enumerate(tqdm(depths, desc=f"recall at {tokens}", leave=False, disable=not progress)):
+        ids, key = passkey_prompt(tokenizer, filler, tokens, depth, seed + i)
+        ids = ids.to(model.device)
+        digits = len(tokenizer(" " + key, add_special_tokens=False)["input_ids"])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=make_cache(),
+            max_new_tokens=digits + 1,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or 0,
+        )
+        found.append(tokenizer.decode(out[0, ids.shape[1] :]).strip().startswith(key))
+    return found
+
+
 def recall(
     model: Any,
     tokenizer: Any,
@@ -51,25 +86,8 @@ def recall(
     seed: int = 0,
     progress: bool = True,
 ) -> float:
-    """Share of `count` pass keys that greedy generation gives back, at depths spread evenly over the prompt.
-
-    Args:
-        make_cache: makes a fresh cache for every prompt.
-        tokens: length of a prompt.
-    """
+    """Share of `count` pass keys that greedy generation gives back, at depths spread evenly over the prompt."""
     filler = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
-    found = 0
-    for i in tqdm(range(count), desc=f"recall at {tokens}", leave=False, disable=not progress):
-        ids, key = passkey_prompt(tokenizer, filler, tokens, (i + 0.5) / count, seed + i)
-        ids = ids.to(model.device)
-        digits = len(tokenizer(" " + key, add_special_tokens=False)["input_ids"])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=make_cache(),
-            max_new_tokens=digits + 1,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or 0,
-        )
-        found += tokenizer.decode(out[0, ids.shape[1] :]).strip().startswith(key)
-    return found / count
+    depths = [(i + 0.5) / count for i in range(count)]
+    found = recall_at(model, tokenizer, filler, make_cache, tokens=tokens, depths=depths, seed=seed, progress=progress)
+    return sum(found) / count

@@ -157,7 +157,7 @@ def provenance(device: Any = None, **notes: Any) -> dict[str, Any]:
     """
     return {
         **_environment(),
-        "device": _device_name(device),
+        "device": device_name(device),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         **notes,
     }
@@ -187,7 +187,8 @@ def _commit() -> str | None:
         return None
 
 
-def _device_name(device: Any) -> str:
+def device_name(device: Any) -> str:
+    """The GPU's name, or the kind of device and machine."""
     if "torch" in sys.modules and getattr(device, "type", None) == "cuda":
         import torch
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hf_pqcache.eval.caches import CacheSpec
-from hf_pqcache.eval.results import Results, Row, provenance
+from hf_pqcache.eval.results import Results, Row, device_name, provenance
 
 
 @dataclass
@@ -42,12 +42,20 @@ class Session:
     def device(self) -> torch.device:
         return next(iter(self.model.parameters())).device
 
+    @property
+    def device_name(self) -> str:
+        """What the figures of speed depend on."""
+        return device_name(self.device)
+
     def with_cache(self, cache: CacheSpec) -> Session:
         return replace(self, cache=cache)
 
     def row(self, task: str, version: str, metric: str, unit: str = "", **settings: Any) -> Row:
-        """A row still without a value. The model's dtype is one of its settings."""
+        """A row still without a value. The model's dtype and the calibration text are settings too."""
         book = self.cache.codebook
+        if book is not None:
+            learnt = {"calibrated_on": book.metadata.get("source"), "merged": book.metadata.get("merged") or None}
+            settings |= {name: value for name, value in learnt.items() if value is not None}
         return Row(
             task=task,
             metric=metric,
@@ -62,8 +70,16 @@ class Session:
             seed=self.seed,
         )
 
-    def measure(self, rows: Sequence[Row], run: Callable[[], Sequence[float]], true_bits: float | None = None) -> list[Row]:
-        """Fill in and keep the values of `rows`, which one run yields in their order, unless all are there already."""
+    def measure(
+        self,
+        rows: Sequence[Row],
+        run: Callable[[], Sequence[float]],
+        true_bits: float | Callable[[], float | None] | None = None,
+    ) -> list[Row]:
+        """Fill in and keep the values of `rows`, which one run yields in their order, unless all are there already.
+
+        true_bits: of the rows; a function is asked after the run.
+        """
         if not self.force and all(row.key in self.results for row in rows):
             return [self.results[row.key] for row in rows]
         begin = time.perf_counter()
@@ -71,9 +87,9 @@ class Session:
         if len(values) != len(rows):
             raise ValueError(f"{rows[0].task} yields {len(values)} figures, {len(rows)} were announced")
         origin = provenance(self.device, seconds=round(time.perf_counter() - begin, 3), **self.notes)
+        bits = true_bits() if callable(true_bits) else true_bits
         done = [
-            replace(row, value=float(value), true_bits=true_bits, provenance=origin)
-            for row, value in zip(rows, values, strict=True)
+            replace(row, value=float(value), true_bits=bits, provenance=origin) for row, value in zip(rows, values, strict=True)
         ]
         for row in done:
             self.results.add(row)

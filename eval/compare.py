@@ -1,0 +1,124 @@
+"""One model under every cache: perplexity, recall, bytes and speed by the same code, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from hf_pqcache.eval import tasks
+from hf_pqcache.eval.caches import CacheSpec
+from hf_pqcache.eval.deployed import CHUNK
+from hf_pqcache.eval.results import Row
+from hf_pqcache.eval.session import Session
+from hf_pqcache.eval.setup import Calibration, with_codebook
+from hf_pqcache.eval.tasks._text import run_perplexity
+
+DEFAULT_CACHES = ("dynamic", "fp8", "quanto:4", "quanto:2", "hqq:4", "hqq:3", "hqq:2", "pq:4", "pq:3", "pq:2")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One cache's line of the table; None where the cache could not be measured, `note` says why."""
+
+    cache: str
+    perplexity: float | None = None
+    change: float | None = None
+    recall: float | None = None
+    bits: float | None = None
+    kv_bytes: int | None = None
+    codebook_bytes: int | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    note: str = ""
+
+
+def compare(
+    session: Session,
+    specs: Sequence[CacheSpec],
+    learning: Calibration,
+    text: str,
+    text_name: str,
+    *,
+    tokens: int = 2048,
+    windows: int | None = 4,
+    chunk: int = CHUNK,
+    recall_count: int = 20,
+    new_tokens: int = 32,
+) -> tuple[list[Line], list[Row]]:
+    """Measure every cache -> (lines of the table, rows). A cache whose library is missing gets a line that says so.
+
+    Perplexity is that of the running cache (mode cache), for ours too: no simulation takes part.
+
+    Args:
+        text: to evaluate on: windows of `tokens` tokens, and filler for the pass keys.
+        tokens: window of the perplexity, length of the recall prompts and of the sequence that is weighed and timed.
+        windows: of the perplexity; None measures the whole text.
+        chunk: tokens of a step of the perplexity. recall_count: pass keys, spread evenly over the depths.
+    """
+    lines: list[Line] = []
+    rows: list[Row] = []
+    exact: float | None = None
+    with tqdm(specs, desc="caches", unit="cache", disable=not session.progress, leave=False) as bar:
+        for spec in bar:
+            bar.set_postfix_str(spec.label)
+            try:
+                one = session.with_cache(with_codebook(session, spec, learning))
+                one.cache.make(one.model, tokens)
+                found = _measure(one, text, text_name, tokens, windows, chunk, recall_count, new_tokens)
+            except ImportError as error:
+                lines.append(Line(spec.label, note=str(error)))
+                continue
+            rows += found
+            value = {row.metric: row.value for row in found if row.task != "recall"}
+            grid = [row.value for row in found if row.task == "recall"]
+            exact = value["perplexity"] if spec.name == "dynamic" else exact
+            lines.append(
+                Line(
+                    cache=one.cache.label,
+                    perplexity=value["perplexity"],
+                    change=None if exact is None else value["perplexity"] / exact - 1,
+                    recall=sum(grid) / len(grid) if grid else None,
+                    bits=next(row.true_bits for row in found if row.metric == "kv_bytes"),
+                    kv_bytes=int(value["kv_bytes"]),
+                    codebook_bytes=int(value["codebook_bytes"]),
+                    ttft_ms=value["ttft"],
+                    tpot_ms=value["tpot"],
+                )
+            )
+    return lines, rows
+
+
+def _measure(
+    session: Session,
+    text: str,
+    text_name: str,
+    tokens: int,
+    windows: int | None,
+    chunk: int,
+    recall_count: int,
+    new_tokens: int,
+) -> list[Row]:
+    options: dict[str, Any] = {"window": tokens, "limit": windows, "chunk": chunk, "mode": "cache"}
+    rows = [run_perplexity(session, text_name, "1", text, **options)]
+    if recall_count:
+        depths = [(i + 0.5) / recall_count for i in range(recall_count)]
+        rows += tasks.get("recall").run(session, text, lengths=(tokens,), depths=depths, count=1)
+    rows += tasks.get("memory").run(session, lengths=(tokens,))
+    return rows + tasks.get("speed").run(session, lengths=(tokens,), new_tokens=new_tokens)
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The table for a README."""
+
+    def cell(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    rows = ["| cache | perplexity | change | recall | bits | KV bytes | TTFT ms | ms/token |", "|---" + "|--:" * 7 + "|"]
+    for x in lines:
+        figures = (x.perplexity, x.change, x.recall, x.bits, x.kv_bytes, x.ttft_ms, x.tpot_ms)
+        forms = (".3f", "+.2%", ".0%", ".2f", ",", ".0f", ".1f")
+        rows.append(" | ".join([f"| {x.cache}", *map(cell, figures, forms)]) + " |")
+    return "\n".join(rows) + "\n"

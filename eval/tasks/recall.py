@@ -1,0 +1,54 @@
+"""Task recall: pass keys over depth and length, the sharpest test of a compressed cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tqdm.auto import tqdm
+
+from hf_pqcache.eval.perplexity import token_ids
+from hf_pqcache.eval.recall import recall_at
+from hf_pqcache.eval.results import Row
+from hf_pqcache.eval.session import Session
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class RecallTask:
+    name: str = "recall"
+    version: str = "1"
+
+    def run(
+        self, session: Session, text: str, *, lengths: Sequence[int], depths: Sequence[float] = DEPTHS, count: int = 4
+    ) -> list[Row]:
+        """One row for every length and depth: the share of `count` pass keys that greedy decoding gives back.
+
+        Args:
+            text: what they are hidden in, of at least the greatest length.
+        """
+        filler = token_ids(session.tokenizer, text)
+        done: list[Row] = []
+        cells = [(tokens, depth) for tokens in lengths for depth in depths]
+        for tokens, depth in tqdm(cells, desc="recall", unit="cell", disable=not session.progress, leave=False):
+            row = session.row(self.name, self.version, "recall", tokens=tokens, depth=depth, count=count)
+
+            def run(tokens: int = tokens, depth: float = depth) -> list[float]:
+                make = session.cache.make
+                found = recall_at(
+                    session.model,
+                    session.tokenizer,
+                    filler,
+                    lambda: make(session.model, tokens + 32),
+                    tokens=tokens,
+                    depths=[depth] * count,
+                    seed=session.seed,
+                )
+                return [sum(found) / count]
+
+            done += session.measure([row], run)
+        return done
+
+
+task = RecallTask()

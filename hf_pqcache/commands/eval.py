@@ -1,0 +1,127 @@
+"""`pqcache eval`: one measurement of one cache, by task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hf_pqcache.commands import _options
+
+
+@click.group()
+def command() -> None:
+    """Measure a model under one cache: wikitext, ptb, speed, memory, recall, breakdown.
+
+    Example:  pqcache eval memory --model tiny --cache pq --lengths 512,1K,2K
+    """
+
+
+def _task(function: Callable[..., Any]) -> click.Command:
+    """A subcommand: options of a session, and one function (task registry, session, **options) -> rows."""
+
+    def call(json_file: Path | None, **options: Any) -> None:
+        from hf_pqcache.eval import tasks
+
+        with _options.friendly_errors():
+            data_dir = options["data_dir"]
+            session, config, _ = _options.session_of(options)
+            rows = function(tasks.get, session, config=config, data_dir=data_dir, **options)
+        _options.finish(rows, json_file, f"{session.model_name}, {session.cache.label}, {session.device_name}")
+
+    call.__doc__ = function.__doc__
+    call.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
+    name = function.__name__.strip("_")
+    return command.command(name, context_settings=_options.CONTEXT)(_options.session_options(call))
+
+
+def _windows(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--chunk", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens a step, mode cache."),
+        click.option("--mode", type=click.Choice(["exact", "distort", "stream", "cache"]), help="The cache's own if absent."),
+        click.option("--limit", type=click.IntRange(min=1), help="Windows to measure; all if absent."),
+        click.option("--stride", type=click.IntRange(min=1), help="The next window starts so many tokens later."),
+        click.option("--window", type=click.IntRange(min=2), help="Tokens of a window; the model config's if absent."),
+        click.option("--split", type=click.Choice(["test", "validation", "train"]), default="test", show_default=True),
+    ):
+        function = option(function)
+    return function
+
+
+@_task
+@_windows
+@click.option(
+    "--dataset",
+    type=click.Choice(["wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1"]),
+    default="wikitext-2-raw-v1",
+    show_default=True,
+)
+def wikitext(get: Any, session: Any, *, config: Any, dataset: str, window: int | None, **options: Any) -> Any:
+    """Perplexity of WikiText.
+
+    Example:  pqcache eval wikitext --model small.yaml --cache pq:3 --data-dir data --limit 12
+    """
+    return [get(dataset).run(session, window=window or config.window_tokens, **options)]
+
+
+@_task
+@_windows
+def ptb(get: Any, session: Any, *, config: Any, window: int | None, **options: Any) -> Any:
+    """Perplexity of the Penn Treebank (Mikolov's form).
+
+    Example:  pqcache eval ptb --model tiny --cache pq --data-dir data
+    """
+    return [get("ptb_text_only").run(session, window=window or config.window_tokens, **options)]
+
+
+@_task
+@_options.lengths_option("1K,2K,4K,8K,16K,32K,64K,128K")
+@click.option("--new-tokens", type=click.IntRange(min=2), default=64, show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
+def speed(get: Any, session: Any, *, config: Any, data_dir: Any, **options: Any) -> Any:
+    """Time to the first token, time per token, tokens per second.
+
+    Example:  pqcache eval speed --model tiny --cache dynamic --lengths 512,1K
+    """
+    return get("speed").run(session, **options)
+
+
+@_task
+@_options.lengths_option("1K,2K,4K,8K,16K,32K,64K,128K")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+def memory(get: Any, session: Any, *, config: Any, data_dir: Any, **options: Any) -> Any:
+    """Bytes of the cache, and the allocator's peak on CUDA.
+
+    Example:  pqcache eval memory --model tiny --cache pq --lengths 512,1K,2K
+    """
+    return get("memory").run(session, **options)
+
+
+@_task
+@_options.lengths_option("1K,2K")
+@click.option("--depths", default="0,0.25,0.5,0.75,1", show_default=True, help="Where keys hide: 0 first, 1 last.")
+@click.option("--count", type=click.IntRange(min=1), default=4, show_default=True, help="Pass keys for every cell.")
+@click.option("--text", default="demo", show_default=True, help="Filler: a file, demo, or task/split.")
+def recall(get: Any, session: Any, *, config: Any, data_dir: Any, depths: str, text: str, **options: Any) -> Any:
+    """Pass keys over depth and length.
+
+    Example:  pqcache eval recall --model tiny --cache pq:2 --lengths 512,1K
+    """
+    from hf_pqcache.eval.setup import text_of
+
+    return get("recall").run(session, text_of(text, data_dir)[0], depths=[float(x) for x in depths.split(",")], **options)
+
+
+@_task
+@click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=16, show_default=True)
+def breakdown(get: Any, session: Any, *, config: Any, data_dir: Any, **options: Any) -> Any:
+    """Where the time of a decode step goes.
+
+    Example:  pqcache eval breakdown --model tiny --cache pq --tokens 1024
+    """
+    return get("breakdown").run(session, **options)

@@ -1,0 +1,84 @@
+"""`pqcache run`: MILLION's four stages in one command, with its flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hf_pqcache.commands import _options
+
+
+class _SeveralWords(click.Command):
+    """Lets -p take several words, as argparse's nargs="+" does."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        is_list = False
+        for word in args:
+            if word in ("-p", "--phases", "--stages"):
+                is_list = True
+                continue
+            is_list = is_list and not word.startswith("-")
+            spread += ["-p", word] if is_list else [word]
+        return super().parse_args(ctx, spread)
+
+
+@click.command(cls=_SeveralWords, context_settings=_options.CONTEXT)
+@_options.model_options
+@click.option("--dataset", default="wikitext-2-raw-v1", show_default=True, help="Task whose text is evaluated.")
+@click.option("-p", "stages", multiple=True, help="Stages: baseline sampling training evaluation; all if absent.")
+@click.option("-m", "--merge", is_flag=True, help="One codebook for all layers and heads, as MILLION has it; less accurate.")
+@click.option("--half", is_flag=True, help="Run the model in float16.")
+@click.option("--paged", is_flag=True, help="Taken for MILLION's sake: the cache is always paged.")
+@click.option("--breakdown", is_flag=True, help="Also measure the stages of a decode step.")
+@click.option("--window", type=click.IntRange(min=2), help="Tokens of a perplexity window; the model config's if absent.")
+@click.option("--stride", type=click.IntRange(min=1), help="The next window starts so many tokens later.")
+@click.option("--limit", type=click.IntRange(min=1), help="Windows to measure; all if absent.")
+@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), help="Folder for samples, codebook, results.")
+def command(
+    stages: tuple[str, ...],
+    dataset: str,
+    merge: bool,
+    half: bool,
+    paged: bool,
+    breakdown: bool,
+    window: int | None,
+    stride: int | None,
+    limit: int | None,
+    output: Path | None,
+    json_file: Path | None,
+    **options: Any,
+) -> None:
+    """Baseline, sampling, training and evaluation of a codebook for one model.
+
+    Example:  pqcache run -f llama-2-7b --dataset wikitext-2-raw-v1 -M 64 --nbits 8 -m --half --paged
+    --page_size 64 --extended_residual 128 --max_pages 2000 --breakdown -p baseline sampling training evaluation
+    """
+    from hf_pqcache.eval.caches import head_dim
+    from hf_pqcache.eval.pipeline import STAGES, Pipeline
+
+    if half:
+        options["dtype"] = "float16"
+    name = f"{Path(options['model']).stem}-{dataset}-M{options['num_subspaces'] or 'half'}-n{options['num_bits'] or 8}"
+    folder = output or Path("runs") / (name + ("-merged" if merge else ""))
+    options["results"] = options["results"] or folder / "results.jsonl"
+    options["calibration"] = options["calibration"] or dataset
+    with _options.friendly_errors():
+        session, config, learning = _options.session_of(options, merge=merge)
+        shape = config.pq_config
+        pipeline = Pipeline(
+            session,
+            shape.replace(num_subspaces=shape.subspaces(head_dim(session.model))),
+            learning,
+            dataset,
+            folder,
+            window=window or config.window_tokens,
+            stride=stride,
+            limit=limit,
+            with_breakdown=breakdown,
+        )
+        rows = pipeline.run(stages or STAGES)
+    _options.finish(rows, json_file, f"{session.model_name} on {dataset}")
+    click.echo(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
