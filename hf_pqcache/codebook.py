@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_pqcache import hub
-from hf_pqcache.config import PQConfig
+from hf_pqcache.config import MAX_BITS, PQConfig
 
 FORMAT, SCHEMA_VERSION = "hf-pqcache-codebook", 1
 TENSOR_FILE, CONFIG_FILE = "codebook.safetensors", "codebook.json"
@@ -61,14 +61,18 @@ class Codebook:
         num_bits: bits of one code; every subspace has 2**num_bits centroids.
         num_subspaces: M of every layer; None means half of each layer's key head_dim, as in PQConfig.
         metadata: how it was made: model, tokens, seed, objective, fingerprint of the text, versions. JSON values only.
+            Loaded from the Hub, also "repository": repository@commit.
+        settings: other settings of PQConfig that its maker recommends, such as page_size.
 
-    Raises ValueError when tensors, num_bits and num_subspaces do not fit each other or a centroid is not finite.
+    Raises ValueError when tensors, num_bits and num_subspaces do not fit each other, a centroid is not finite or a
+    setting is none of PQConfig's.
     """
 
     layers: Mapping[int, LayerCodebook]
     num_bits: int
     num_subspaces: int | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -81,7 +85,7 @@ class Codebook:
     @property
     def config(self) -> PQConfig:
         """A cache shape that this codebook fits, with defaults for everything that it leaves open."""
-        return PQConfig(num_subspaces=self.num_subspaces, num_bits=self.num_bits)
+        return _config(self.num_subspaces, self.num_bits, self.settings)
 
     @property
     def nbytes(self) -> int:
@@ -141,6 +145,7 @@ class Codebook:
             "layers": sorted(self.layers),
             "fingerprint": self.fingerprint,
             "metadata": self.metadata,
+            "settings": self.settings,
         }
         text = json.dumps(description, indent=2, allow_nan=False) + "\n"  # first: fails before anything is written
         save_file(tensors, path / TENSOR_FILE, metadata={"format": "pt"})
@@ -156,26 +161,33 @@ class Codebook:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        max_bytes: int = hub.GIBIBYTE,
     ) -> Codebook:
         """Load from a folder, or from a repository of the Hugging Face Hub.
 
+        Args:
+            revision: commit, branch or tag of the repository. The commit that it stood for is kept in `metadata`.
+            max_bytes: of the tensor file on the Hub; a larger one is not downloaded. See `most_bytes`.
+
         Raises:
             FileNotFoundError: no such folder, or one of the two files is missing.
-            ValueError: a file is broken or does not say what it must; the message says which and why.
+            ValueError: a file is broken, too large or does not say what it must; the message says which and why.
+            What huggingface_hub raises: no such repository or revision, no access, no connection.
         """
         name = os.fspath(folder_or_repo_id)
-        folder = Path(name)
+        folder, source = Path(name), {}
         if not folder.is_dir():
             if isinstance(folder_or_repo_id, os.PathLike) or name.count("/") != 1 or name.startswith((".", "/", "~")):
                 raise FileNotFoundError(f"there is no folder {name!r}, and it is no Hub repository id like 'user/name'")
-            folder = hub.download(
+            snapshot = hub.download(
                 name,
-                (TENSOR_FILE, CONFIG_FILE),
+                {CONFIG_FILE: _MAX_CONFIG_BYTES, TENSOR_FILE: max_bytes},
                 revision=revision,
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
             )
+            folder, source = snapshot.folder, {"repository": f"{name}@{snapshot.commit}"}
         for required in (CONFIG_FILE, TENSOR_FILE):
             if not (folder / required).is_file():
                 raise FileNotFoundError(f"{name!r} holds no {required}; a codebook is {CONFIG_FILE} and {TENSOR_FILE}")
@@ -185,7 +197,8 @@ class Codebook:
             layers=layers,
             num_bits=description["num_bits"],
             num_subspaces=description["num_subspaces"],
-            metadata=description["metadata"],
+            metadata={**description["metadata"], **source},
+            settings=description["settings"],
         )
         if codebook.fingerprint != description["fingerprint"]:
             raise ValueError(
@@ -223,6 +236,30 @@ class Codebook:
                 commit_message=commit_message,
                 create_pr=create_pr,
             )
+
+
+def most_bytes(config: Any) -> int:
+    """The most bytes that the tensor file of a codebook for a model of this transformers config may have.
+
+    As many centroids as codes have values, keys and values of up to twice the announced head_dim, and the file's header.
+    """
+    text = config.get_text_config(decoder=True)
+    views = getattr(text, "per_layer_config", None)
+    shapes = [kv_shape(text if views is None else views[i]) for i in range(text.num_hidden_layers)]
+    if any(heads is None or head_dim is None for heads, head_dim in shapes):
+        return hub.GIBIBYTE
+    numbers = sum((heads or 0) * (head_dim or 0) for heads, head_dim in shapes)
+    return 2 * 2 * 2 * (1 << MAX_BITS) * numbers + _MAX_CONFIG_BYTES
+
+
+def _config(num_subspaces: int | None, num_bits: int, settings: dict[str, Any]) -> PQConfig:
+    """Raises ValueError, also for values of a wrong type and for what the codebook itself decides."""
+    if own := sorted({"num_subspaces", "num_bits"} & set(settings)):
+        raise ValueError(f"settings must not repeat {own}: the codebook's own decide")
+    try:
+        return PQConfig.from_dict({**settings, "num_subspaces": num_subspaces, "num_bits": num_bits})
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def to_float16(centroids: Tensor, name: str) -> Tensor:
@@ -285,9 +322,12 @@ def _read_description(path: Path) -> dict[str, Any]:
         )
     if missing := sorted({"num_bits", "num_subspaces", "layers", "fingerprint", "metadata"} - set(data)):
         raise ValueError(f"{path} lacks {missing}")
+    data.setdefault("settings", {})  # optional: a codebook needs none
+    if not isinstance(data["settings"], dict):
+        raise ValueError(f"{path}: settings must be an object, got {type(data['settings']).__name__}")
     try:
-        PQConfig(num_bits=data["num_bits"], num_subspaces=data["num_subspaces"])
-    except (TypeError, ValueError) as error:
+        _config(data["num_subspaces"], data["num_bits"], data["settings"])
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     layers = data["layers"]
     if not isinstance(layers, list) or not 0 < len(layers) <= _MAX_LAYERS:

@@ -3,35 +3,87 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+#: Seconds between two tries of a call that failed in a way that may pass: no connection, too many requests, server error.
+RETRY_WAITS_S = (0.5, 1.0, 2.0)
+#: What a repository may weigh per file that the caller knows nothing more exact about.
+GIBIBYTE = 1 << 30
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Files of one commit of a repository, in a folder of the local cache."""
+
+    folder: Path
+    commit: str
 
 
 def download(
     repo_id: str,
-    filenames: Sequence[str],
+    max_bytes: Mapping[str, int],
     *,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
-) -> Path:
-    """Fetch the named files of a model repository and nothing else -> the local folder they lie in.
+) -> Snapshot:
+    """Fetch the named files of a model repository and nothing else, all of one commit.
 
-    Raises what huggingface_hub raises: RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, ...
+    Their sizes are asked for first: nothing is downloaded if one is larger than expected. A download is tried again when
+    the failure may pass, and reaches the cache only when it is whole. Without a connection the cache is used as it is.
+
+    Args:
+        max_bytes: name of each file -> the most bytes it may have.
+        revision: branch, tag or commit; None is the newest commit of the main branch.
+
+    Raises:
+        ValueError: a file is larger than it may be.
+        FileNotFoundError: the repository lacks a file, or there is no connection and the cache lacks it.
+        What huggingface_hub raises: RepositoryNotFoundError (also for a private one without a token),
+        RevisionNotFoundError, HfHubHTTPError.
     """
-    folder = snapshot_download(
-        repo_id,
-        revision=revision,
-        token=token,
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-        local_files_only=local_files_only,
-        allow_patterns=list(filenames),
-    )
-    return Path(str(folder))
+    commit = None
+    if not local_files_only:
+        try:
+            commit = _checked_commit(repo_id, max_bytes, revision, token)
+        except OfflineModeIsEnabled:
+            local_files_only = True
+        except HTTPError as error:
+            if isinstance(error, HfHubHTTPError):
+                raise  # the Hub has answered; only without an answer the cache will do
+            local_files_only = True
+
+    def fetch(name: str) -> Path:
+        path = hf_hub_download(
+            repo_id,
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            local_files_only=local_files_only,
+            endpoint=_endpoint(),
+        )
+        return Path(path)
+
+    folders = set()
+    for name, limit in max_bytes.items():
+        path = _retried(lambda name=name: fetch(name))  # type: ignore[misc]
+        if path.stat().st_size > limit:
+            raise ValueError(f"{repo_id}: {name} has {path.stat().st_size:,} bytes, expected at most {limit:,}")
+        folders.add(path.parents[len(Path(name).parts) - 1])
+    folder = folders.pop()
+    if folders or commit not in (None, folder.name):
+        raise ValueError(f"{repo_id} changed while it was read; try again, or pin a commit: revision={folder.name!r}")
+    return Snapshot(folder, folder.name)
 
 
 def upload(
@@ -44,46 +96,135 @@ def upload(
     commit_message: str = "Upload PQ codebook",
     create_pr: bool = False,
 ) -> str:
-    """Make the model repository if need be and commit all files of `folder` to it -> the commit's address."""
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
-    info = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=str(folder),
-        repo_type="model",
-        revision=revision,
-        commit_message=commit_message,
-        create_pr=create_pr,
+    """Make the model repository (and the branch `revision`) if need be, commit all files of `folder` -> its address."""
+    api = HfApi(endpoint=_endpoint(), token=token)
+    _retried(lambda: api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True))
+    if revision is not None and not create_pr:
+        _retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    info = _retried(
+        lambda: api.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(folder),
+            repo_type="model",
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
     )
     return str(getattr(info, "commit_url", info))
 
 
-def model_card(repo_id: str, facts: dict[str, Any]) -> str:
-    """README.md of a codebook repository: how to load it, and `facts` as a table."""
+def model_card(
+    repo_id: str,
+    facts: Mapping[str, Any],
+    *,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    body: str = "",
+    has_recipe: bool = False,
+) -> str:
+    """README.md of a codebook repository: metadata for the Hub, how to load it, `facts` as a table, then `body`.
+
+    Args:
+        facts: how the codebook was made; "model" among them is the base model.
+        license: identifier of the Hub's list; None leaves it open.
+        datasets: Hub ids of the texts that it was calibrated on.
+        evaluations: arguments of huggingface_hub's EvalResult, which become the card's model-index.
+        body: more Markdown: results, plots, conditions.
+        has_recipe: the repository holds custom_generate/generate.py.
+    """
     base = facts.get("model")
     # Only a Hub id makes sense in a card's front matter; a local folder does not, and would tell of somebody's disk.
     is_hub_id = isinstance(base, str) and base.count("/") == 1 and not base.startswith((".", "/", "~"))
-    front = ["---", "library_name: hf-pqcache", "tags: [kv-cache, product-quantization]"]
-    front += [f"base_model: {base}"] if is_hub_id else []
-    rows = [f"| {name} | {value} |" for name, value in facts.items() if name != "model" or is_hub_id]
+    results = [EvalResult(**values) for values in evaluations]
+    data = ModelCardData(
+        base_model=base if is_hub_id else None,
+        library_name="hf-pqcache",
+        license=license,
+        datasets=list(datasets) or None,
+        tags=["kv-cache", "product-quantization", *(["custom_generate"] if has_recipe else [])],
+        model_name=repo_id.rsplit("/", 1)[-1] if results else None,
+        eval_results=results or None,
+    )
+    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items() if name != "model" or is_hub_id]
+    recipe = [
+        "",
+        "Or, with the package installed, without a line of it:",
+        "",
+        "```python",
+        f'model.generate(**inputs, custom_generate="{repo_id}", trust_remote_code=True)',
+        "```",
+    ]
     return "\n".join(
         [
-            *front,
+            "---",
+            data.to_yaml(),
             "---",
             "",
-            "# Product-quantization codebook for a KV cache",
+            f"# Product-quantization codebook for the KV cache{f' of {base}' if is_hub_id else ''}",
+            "",
+            "`pip install hf-pqcache`, then:",
             "",
             "```python",
-            "from hf_pqcache import Codebook, PagedPQCache",
+            "from hf_pqcache import PagedPQCache",
             "",
-            f'codebook = Codebook.from_pretrained("{repo_id}")',
-            "cache = PagedPQCache(model.config, codebook)",
+            f'cache = PagedPQCache.from_pretrained("{repo_id}", model)  # revision="..." pins a commit',
             "model.generate(**inputs, past_key_values=cache)",
             "```",
+            *(recipe if has_recipe else []),
             "",
             "| | |",
             "|---|---|",
             *rows,
             "",
+            *([body, ""] if body else []),
         ]
     )
+
+
+def _checked_commit(repo_id: str, max_bytes: Mapping[str, int], revision: str | None, token: str | bool | None) -> str:
+    """The commit that `revision` stands for, after the names and sizes of its files have been checked."""
+    api = HfApi(endpoint=_endpoint(), token=token)
+    info = _retried(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
+    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    for name, limit in max_bytes.items():
+        if name not in sizes:
+            raise FileNotFoundError(f"{repo_id!r} holds no {name}; it is no codebook repository, or of another version")
+        size = sizes[name]
+        if size is None or size > limit:
+            told = "an unknown number of" if size is None else f"{size:,}"
+            raise ValueError(f"{repo_id}: {name} has {told} bytes, expected at most {limit:,}; nothing was downloaded")
+    return str(info.sha)
+
+
+def _retried(call: Callable[[], T]) -> T:
+    """What `call` returns, tried again after a while when it fails in a way that may pass."""
+    for wait_s in RETRY_WAITS_S:
+        try:
+            return call()
+        except (HTTPError, OSError) as error:
+            if not _may_pass(error):
+                raise
+        time.sleep(wait_s)
+    return call()
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether it is, or comes from, a broken connection, too many requests or an error of the server."""
+    while error is not None:
+        if isinstance(error, HTTPError):
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            return status is None or status == 429 or status >= 500
+        error = error.__cause__
+    return False
+
+
+def _endpoint() -> str | None:
+    """HF_ENDPOINT as it is now; huggingface_hub itself reads it at import only."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _cell(value: Any) -> str:
+    """A value inside a Markdown table."""
+    return " ".join(str(value).replace("|", "\\|").split())

@@ -212,9 +212,9 @@ def test_hub_gets_and_gives_exactly_the_two_files(folder: Path, monkeypatch: pyt
         seen["files"] = {p.name: p.read_text() for p in Path(path).iterdir() if p.suffix != ".safetensors"}
         return "address"
 
-    def download(repo_id: str, filenames: tuple[str, ...], **kw: Any) -> Path:
-        seen["wanted"] = (repo_id, set(filenames), kw["revision"])
-        return folder
+    def download(repo_id: str, max_bytes: dict[str, int], **kw: Any) -> hub.Snapshot:
+        seen["wanted"] = (repo_id, set(max_bytes), kw["revision"])
+        return hub.Snapshot(folder, "0123abc")
 
     monkeypatch.setattr(hub, "upload", upload)
     monkeypatch.setattr(hub, "download", download)
