@@ -38,6 +38,10 @@ _SHORT = {
 _TOLD = {"num_subspaces", "num_bits", "nbits"}
 #: Never told: they change no figure, or only how much room is reserved.
 _UNTOLD = {"max_pages", "learn_tokens", "backend"}
+#: Settings that say how a perplexity was computed, not of what.
+_HOW = {"mode", "chunk"}
+#: Settings that keep measurements apart and that nobody wants to read.
+_UNREAD = {"text_sha256"}
 
 
 @dataclass(frozen=True)
@@ -141,18 +145,18 @@ def models(rows: Iterable[Row]) -> list[str]:
 def perplexity_charts(rows: Sequence[Row]) -> list[Chart]:
     """Perplexity against true bits a value, one chart for each model, task and window."""
     charts: list[Chart] = []
-    for (model, task, condition), members in _grouped(rows, {"perplexity"}, without={"mode"}).items():
+    for (model, task, _), members in _grouped(rows, {"perplexity"}, without=_HOW).items():
         exact = [row.value for row in members if is_exact(row)]
         series: dict[str, list[Point]] = defaultdict(list)
         for row in members:
             if not is_exact(row) and row.true_bits is not None and math.isfinite(row.value):
-                series[row.cache + _mode(row)].append(Point(row.true_bits, row.value, row))
+                series[row.cache + _mode(row, members)].append(Point(row.true_bits, row.value, row))
         if series:
             charts.append(
                 Chart(
                     name=_slug("perplexity", model, task, len(charts)),
                     title=f"{task}, {model}",
-                    condition=condition,
+                    condition=_condition(members[0], _HOW | _UNREAD),
                     x_label="true bits a value, side tables included",
                     y_label="perplexity",
                     unit="",
@@ -169,7 +173,7 @@ def length_charts(rows: Sequence[Row], metrics: Iterable[str] = LENGTH_METRICS) 
     charts: list[Chart] = []
     for metric in metrics:
         heading, default_unit, _ = LENGTH_METRICS[metric]
-        for (model, _task, condition), members in _grouped(rows, {metric}, without=set(LENGTH_KEYS)).items():
+        for (model, _task, _), members in _grouped(rows, {metric}, without=set(LENGTH_KEYS)).items():
             series: dict[str, list[Point]] = defaultdict(list)
             for row in members:
                 if (tokens := length(row)) is not None and math.isfinite(row.value):
@@ -179,7 +183,7 @@ def length_charts(rows: Sequence[Row], metrics: Iterable[str] = LENGTH_METRICS) 
                     Chart(
                         name=_slug(metric, model, "", len(charts)),
                         title=f"{heading[0].upper()}{heading[1:]}, {model}",
-                        condition=condition,
+                        condition=_condition(members[0], {*LENGTH_KEYS, *_UNREAD}),
                         x_label="tokens in the cache",
                         y_label=heading,
                         unit=members[0].unit or default_unit,
@@ -194,7 +198,7 @@ def recall_maps(rows: Sequence[Row]) -> list[HeatMap]:
     """Recall over depth and length, one map for each model and cache that was measured at several of them."""
     names = labels(rows)
     maps: list[HeatMap] = []
-    for (model, _task, condition), members in _grouped(rows, {"recall"}, without={*LENGTH_KEYS, "depth"}).items():
+    for (model, _task, _), members in _grouped(rows, {"recall"}, without={*LENGTH_KEYS, "depth"}).items():
         caches: dict[str, list[Row]] = defaultdict(list)
         for row in members:
             if isinstance(row.settings.get("depth"), int | float) and length(row) is not None:
@@ -207,7 +211,7 @@ def recall_maps(rows: Sequence[Row]) -> list[HeatMap]:
                 HeatMap(
                     name=_slug("recall", model, cache, len(maps)),
                     title=f"{cache}, {model}",
-                    condition=condition,
+                    condition=_condition(members[0], {*LENGTH_KEYS, "depth", *_UNREAD}),
                     depths=depths,
                     lengths=lengths,
                     values=[[cells.get((depth, tokens)) for tokens in lengths] for depth in depths],
@@ -254,11 +258,11 @@ class _Column:
 def _summary_cells(row: Row, rows: Sequence[Row]) -> list[tuple[_Column, float]]:
     """What a row adds to the summary of all `rows` of its model; several values of one column are averaged."""
     if row.metric == "perplexity":
-        condition = _condition(row, {"mode"})
+        condition = _condition(row, _HOW)
         same = [r for r in rows if r.metric == row.metric and r.task == row.task]
-        about = row.task + (f" ({condition})" if len({_condition(r, {"mode"}) for r in same}) > 1 else "") + _mode(row)
+        about = row.task + (f" ({condition})" if len({_condition(r, _HOW) for r in same}) > 1 else "") + _mode(row, same)
         cells = [(_Column(f"perplexity, {about}", rank=1), row.value)]
-        exact = [r.value for r in same if is_exact(r) and _condition(r, {"mode"}) == condition]
+        exact = [r.value for r in same if is_exact(r) and _condition(r, _HOW) == condition]
         if exact and not is_exact(row):
             cells.append((_Column("change", "percent", about, rank=1), 100 * (row.value / exact[0] - 1)))
         return cells
@@ -361,9 +365,21 @@ def _condition(row: Row, without: set[str]) -> str:
     return settings_text({key: value for key, value in sorted(row.settings.items()) if key not in without})
 
 
-def _mode(row: Row) -> str:
-    """What to add to a name: nothing for a cache as it is used, ", distort" for MILLION's way (no exact window)."""
-    return f", {row.settings['mode']}" if row.settings.get("mode") not in (None, "exact", "stream") else ""
+def _mode(row: Row, rows: Iterable[Row]) -> str:
+    """What tells the row's perplexity from others of the same cache among `rows`; "" for a cache as it is used.
+
+    "distort" is MILLION's way (no exact window). A run of the real cache is told apart only where the same cache was
+    simulated too.
+    """
+    mode = row.settings.get("mode")
+    if mode == "distort":
+        return ", distort"
+    others = {
+        r.settings.get("mode")
+        for r in rows
+        if (r.cache, r.cache_config, r.codebook) == (row.cache, row.cache_config, row.codebook)
+    }
+    return ", as deployed" if mode == "cache" and others & {"stream", "exact"} else ""
 
 
 def _slug(*parts: Any) -> str:
