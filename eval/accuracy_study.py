@@ -12,6 +12,7 @@ import argparse
 import json
 import lzma
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,25 +45,37 @@ SETTINGS = (Setting("4 bits", 2, 8, 0.35), Setting("3 bits", 2, 6, 1.0), Setting
 def bits_per_value(config: PQConfig, codebook: Codebook, num_tokens: int, element_bits: int = 16) -> dict[str, float]:
     """True bits for each key or value number of one sequence of `num_tokens` tokens, by where they lie.
 
-    codes: of the coded tokens. window: exact tokens (their slots are allocated in full). table: one 32-bit page number
-    for every page, shared by all layers. codebook: float16 centroids, which all sequences share; charged to one here.
-    total: codes + window + table; with_codebook: that and the codebook.
+    codes, window, table, total: see `cache_bits`. codebook: float16 centroids, which all sequences share; charged to one
+    here. with_codebook: total and the codebook.
     """
-    values = sum(layer.keys.shape[0] * sum(layer.head_dims) for layer in codebook.layers.values()) * num_tokens
+    shapes = [(layer.keys.shape[0], *layer.head_dims) for layer in codebook.layers.values()]
+    fitted = config.replace(num_subspaces=codebook.num_subspaces, num_bits=codebook.num_bits)
+    parts = cache_bits(fitted, shapes, num_tokens, element_bits)
+    parts["codebook"] = 8 * codebook.nbytes / (num_tokens * sum(heads * (dk + dv) for heads, dk, dv in shapes))
+    parts["with_codebook"] = parts["total"] + parts["codebook"]
+    return parts
+
+
+def cache_bits(
+    config: PQConfig, shapes: Sequence[tuple[int, int, int]], num_tokens: int, element_bits: int = 16
+) -> dict[str, float]:
+    """True bits for each key or value number, known before anything is calibrated.
+
+    codes: of the coded tokens. window: exact tokens (their slots are allocated in full). table: one 32-bit page number
+    for every page, shared by all layers. total: their sum.
+
+    Args:
+        shapes: (KV heads, numbers in a key, numbers in a value) of every compressed layer.
+    """
+    values = sum(heads * (dk + dv) for heads, dk, dv in shapes) * num_tokens
     coded = config.coded_tokens(num_tokens)
-    code_bits = sum(
-        layer.keys.shape[0] * (layer.keys.shape[1] + layer.values.shape[1]) * config.num_bits * coded
-        for layer in codebook.layers.values()
-    )
-    slots = config.sink_tokens + config.window_slots
+    code_bits = sum(heads * 2 * config.subspaces(dk) * config.num_bits * coded for heads, dk, _ in shapes)
     parts = {
         "codes": code_bits / values,
-        "window": element_bits * slots / num_tokens,
+        "window": element_bits * (config.sink_tokens + config.window_slots) / num_tokens,
         "table": 32 * (coded // config.page_size) / values,
     }
     parts["total"] = sum(parts.values())
-    parts["codebook"] = 8 * codebook.nbytes / values
-    parts["with_codebook"] = parts["total"] + parts["codebook"]
     return parts
 
 
