@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_pqcache import cuda_engine, jit, layout
 from hf_pqcache.config import PQConfig
 from hf_pqcache.pool import LayerView
+from hf_pqcache.state import descriptor_row
 
 ROTATED_BYTES = 600 * 2**20  # ten times the L2 cache of an H200
 BACKENDS = {
@@ -136,23 +137,14 @@ class Layers:
                 value_centroids=centroids[1],
                 window_keys=torch.randn(window, device="cuda").to(dtype),
                 window_values=torch.randn(window, device="cuda").to(dtype),
-                lengths=torch.full((case.batch,), case.tokens, dtype=torch.int32, device="cuda"),
+                counts=torch.tensor([[case.tokens, coded]] * case.batch, dtype=torch.int32, device="cuda"),
                 starts=torch.zeros(case.batch, dtype=torch.int32, device="cuda"),
                 page_table=order[i].contiguous(),
             )
             for i in range(self.sets)
         ]
-        self.books = cuda_engine.prepare_layer(self.views[0])
-        self.desc = torch.tensor(
-            [
-                [
-                    *(x.data_ptr() for x in (*codes, *self.books[:2], view.window_keys, view.window_values, self.books[2])),
-                    0,
-                ]
-                for view in self.views
-            ],
-            device="cuda",
-        )
+        self.books = cuda_engine.prepare_layer(self.views[0]).tensors
+        self.desc = torch.tensor([descriptor_row(view, self.books) for view in self.views], device="cuda")
         self.geometry = cuda_engine.Geometry.of(self.views[0])
         heads = case.kv_heads * case.group
         self.query = torch.randn(case.batch, heads, 1, case.head_dim, device="cuda").to(dtype)
@@ -161,7 +153,7 @@ class Layers:
     def attend(self, i: int, name: str) -> Tensor:
         view = self.views[i]
         return cuda_engine.attend(
-            self.query, self.desc, i, view.lengths, view.starts, view.page_table, None, None,
+            self.query, self.desc, i, view.counts, view.starts, view.page_table, None, None,
             self.geometry, self.case.head_dim**-0.5, 0.0, self.case.tokens, name,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 import hf_pqcache.ops  # noqa: F401 - registers the ops
-from hf_pqcache import attention, torch_engine
+from hf_pqcache import attention, cuda_engine, torch_engine
 from hf_pqcache.calibrate import learn_layer
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
@@ -33,6 +33,7 @@ class PQLayer(CacheLayerMixin):
         self._all_pending = pending
         self._implementation = implementation
         self._pending: tuple[Tensor, Tensor] | None = None
+        self._is_traceable = False
         super().__init__()
 
     # Encoder-decoder models and a few others look at the tensors of a layer.
@@ -78,6 +79,8 @@ class PQLayer(CacheLayerMixin):
         self.storage.open(self.index, keys, values)
         self.dtype, self.device = keys.dtype, keys.device
         self.batch_size = keys.shape[0]
+        # Plain torch reads lengths on the host, which a CUDA graph cannot: there a compiled model breaks its graph here.
+        self._is_traceable = keys.device.type == "cpu" or self.storage.views[self.index].kernels is not None
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -85,13 +88,13 @@ class PQLayer(CacheLayerMixin):
 
         Several tokens at once attend in full precision: they wait until attention has seen them, then are stored.
         """
-        if torch.compiler.is_compiling() and key_states.shape[2] == 1:
+        if torch.compiler.is_compiling() and key_states.shape[2] == 1 and self._is_traceable:
             return self._update_traced(key_states, value_states)
         return self._update_eager(key_states, value_states)
 
     def _update_traced(self, keys: Tensor, values: Tensor) -> tuple[KVHandle, KVHandle]:
         state = self.storage.state(self.index)
-        torch.ops.hf_pqcache.append(keys, values, state.lengths, state.desc, self.index)
+        torch.ops.hf_pqcache.append(keys, values, state.counts, state.desc, self.index)
         self.storage.is_stale = True
         return KVHandle(self, 0, keys), KVHandle(self, 1, values)
 
@@ -108,7 +111,7 @@ class PQLayer(CacheLayerMixin):
             storage.learn_if_due(self.index, keys, values)
             storage.reserve(self.index, total)
             state = storage.state(self.index)
-            torch.ops.hf_pqcache.append(keys, values, state.lengths, state.desc, self.index)
+            torch.ops.hf_pqcache.append(keys, values, state.counts, state.desc, self.index)
             storage.advance(self.index, 1)
         else:
             self._pending = (keys, values)
@@ -141,7 +144,7 @@ class PQLayer(CacheLayerMixin):
     def dense_traced(self, which: int, new: Tensor) -> Tensor:
         state = self.storage.state(self.index)
         total = self.get_max_length()
-        return torch.ops.hf_pqcache.dense(new, state.lengths, state.desc, self.index, which, total)
+        return torch.ops.hf_pqcache.dense(new, state.counts, state.desc, self.index, which, total)
 
     def attend(
         self, query: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float, value_dim: int
@@ -150,7 +153,7 @@ class PQLayer(CacheLayerMixin):
         if self._pending is not None:  # a first prompt of a single token
             self.commit(mask)
         state = self.storage.state(self.index)
-        return torch.ops.hf_pqcache.attend(query, state.lengths, state.desc, mask, sinks, self.index, scale, softcap, value_dim)
+        return torch.ops.hf_pqcache.attend(query, state.counts, state.desc, mask, sinks, self.index, scale, softcap, value_dim)
 
     # -- what transformers asks ----------------------------------------------------------------------------------
     def get_seq_length(self) -> Any:
@@ -158,7 +161,7 @@ class PQLayer(CacheLayerMixin):
             return 0
         if torch.compiler.is_compiling():
             state = self.storage.state(self.index)
-            return state.lengths[self.index, 0] + state.starts[0]
+            return state.counts[self.index, 0, 0] + state.starts[0]
         pending = self._pending[0].shape[2] if self._pending is not None else 0
         return self.storage.tokens(self.index) + pending
 
@@ -174,6 +177,22 @@ class PQLayer(CacheLayerMixin):
         return self.storage.max_tokens if self.is_compileable else -1
 
 
+def _kernels_serve(text_config: PreTrainedConfig, settings: PQConfig) -> bool:
+    """Whether decode attention of this model would run on CUDA kernels here, as far as its config tells."""
+    if not torch.cuda.is_available():
+        return False
+    heads = text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    group = heads // (getattr(text_config, "num_key_value_heads", None) or heads)
+    dtype = getattr(text_config, "dtype", None) or torch.float16
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        shape = head_dim, head_dim, settings.subspaces(head_dim), settings.num_bits
+    except ValueError:  # this head_dim cannot be cut so; the layers will say it
+        return False
+    return cuda_engine.select(*shape, group, dtype, device).name != "torch"
+
+
 class PagedPQCache(Cache):
     """A KV cache that keeps old tokens as product-quantization codes and attends to them as they are.
 
@@ -182,8 +201,8 @@ class PagedPQCache(Cache):
         codebook: centroids, from `calibrate` or `Codebook.from_pretrained`. None learns them from the first tokens
             that the cache sees, and stays exact until there are enough.
         pq_config: shape of the cache; None means PQConfig(). A codebook decides num_subspaces and num_bits.
-        compile: whether `generate` may compile the decode step. None means yes where the model's attention allows it
-            and a CUDA device is there.
+        compile: whether `generate` may compile the decode step. None means yes where a CUDA device is there and kernels
+            serve the model's shape; models whose attention cannot be reached in compiled code never are.
         **overrides: single settings of PQConfig, e.g. `max_pages=4000`.
 
     Raises:
@@ -210,8 +229,9 @@ class PagedPQCache(Cache):
         chosen = [
             i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and (codebook is None or i in codebook.layers)
         ]
-        # The kernels that a compiled step needs are not wired up yet: only an explicit wish compiles.
-        can_compile = bool(compile) and codebook is not None and attention.goes_through_interface(text_config)
+        if compile is None:
+            compile = _kernels_serve(text_config, settings)
+        can_compile = compile and attention.goes_through_interface(text_config)
         self.storage = Storage(settings, codebook, len(layers), learn_layer)
         self._pending: list[PQLayer] = []
         self._compressed = chosen
@@ -291,13 +311,17 @@ class PagedPQCache(Cache):
             if layer.is_initialized:
                 new.layers[i].dtype, new.layers[i].device = layer.dtype, layer.device
                 new.layers[i].batch_size, new.layers[i].is_initialized = layer.batch_size, True
+                new.layers[i]._is_traceable = layer._is_traceable
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a PagedPQCache cannot be pickled: save its codebook with codebook.save_pretrained() instead")
 
     def stats(self) -> dict[str, Any]:
-        """Tokens, pages, true bytes by kind, the bytes an fp16 cache takes, and which engine ran how often."""
+        """Tokens, pages, true bytes by kind, the bytes an fp16 cache takes, which engine attends and why, and how often.
+
+        `calls` counts launches from the host; replays of a captured CUDA graph do not pass there.
+        """
         self._settle()
         storage = self.storage
         used = storage.allocator.num_used
@@ -305,17 +329,21 @@ class PagedPQCache(Cache):
         for layer, view in storage.views.items():
             coded_pages = (view.key_pages, view.value_pages) if view.is_coded else ()
             codes += used * sum(pages[0].numel() for pages in coded_pages)
-            codebooks += sum(c.numel() * c.element_size() for c in (view.key_centroids, view.value_centroids))
+            # With kernels, a side's book holds its look-up table and its centroids.
+            books = (view.key_centroids, view.value_centroids) if view.kernels is None else view.kernels.tensors
+            codebooks += sum(book.nbytes for book in books)
             sides = (view.window_keys, view.window_values)
             windows += sum(w.numel() * w.element_size() for w in sides)
             numbers += sum(storage.row_lengths(layer)) * sum(w.shape[1] * w.shape[3] for w in sides)
         tables = sum(
             t.numel() * t.element_size()
             for state in storage.states.values()
-            for t in (state.lengths, state.starts, state.page_table, state.desc, state.flags)
+            for t in (state.counts, state.starts, state.page_table, state.desc, state.flags)
         )
         calls: dict[str, int] = {}
+        engines: dict[int, dict[str, str]] = {}
         for state in storage.states.values():
+            engines |= {layer: choice._asdict() for (layer, _), choice in state.choices.items()}
             for (operation, engine), count in state.calls.items():
                 calls[f"{operation}/{engine}"] = calls.get(f"{operation}/{engine}", 0) + count
         return {
@@ -327,5 +355,6 @@ class PagedPQCache(Cache):
             "bytes_fp16": 2 * numbers,
             "compressed_layers": list(self._compressed),
             "exact_layers": [i for i in range(len(self.layers)) if i not in self._compressed],
+            "engines": engines,
             "calls": calls,
         }

@@ -24,13 +24,12 @@ EngineName = Literal["tuned", "generic", "torch"]
 MAX_GROUP, MAX_HEAD_DIM, MIN_CAPABILITY = 16, 256, (8, 0)
 
 # The structs of kernels/page.cuh, as a 64-bit compiler lays them out.
-_CACHE = "3Q7iI"
+_CACHE = "3Q6iI4x"
 ATTEND_ARGS = Struct(f"<{_CACHE}6Q2q3iI4f")
 APPEND_ARGS = Struct(f"<{_CACHE}3Q")
 ENCODE_ARGS = Struct("<5Q3q6i")
 
 _LOG2_E = 1.4426950408889634
-_NEVER = 1 << 30  # recent tokens of a layer without centroids: nothing ever leaves its window
 
 
 def _inverse(divisor: int) -> int:
@@ -49,7 +48,7 @@ class Choice(NamedTuple):
 class Geometry:
     """The sizes of one layer's storage that a launch needs; equal for all layers of most caches.
 
-    window_slots counts the ring only, without sinks. recent_tokens is 2**30 for a layer that has no centroids yet.
+    window_slots counts the ring only, without sinks.
     """
 
     head_dim: int
@@ -59,7 +58,6 @@ class Geometry:
     batch: int
     page_size: int
     sink_tokens: int
-    recent_tokens: int
     window_slots: int
     table_width: int
 
@@ -75,7 +73,6 @@ class Geometry:
             batch=batch,
             page_size=config.page_size,
             sink_tokens=config.sink_tokens,
-            recent_tokens=config.extended_residual if view.is_coded else _NEVER,
             window_slots=slots - config.sink_tokens,
             table_width=view.page_table.shape[1],
         )
@@ -83,6 +80,11 @@ class Geometry:
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.head_dim, self.num_subspaces, self.num_bits
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that a row can hold."""
+        return self.sink_tokens + self.window_slots + self.table_width * self.page_size
 
     @cached_property
     def tail(self) -> tuple[int, ...]:
@@ -93,7 +95,6 @@ class Geometry:
             self.table_width,
             self.page_size,
             self.sink_tokens,
-            self.recent_tokens,
             self.window_slots,
             _inverse(self.page_size // layout.TILE_TOKENS),
         )
@@ -224,15 +225,31 @@ def make_book(centroids: Tensor) -> Tensor:
     return torch.cat([_table(centroids, *jit.table_shape(source)).view(torch.uint8).flatten(), plain])
 
 
-def prepare_layer(view: LayerView) -> tuple[Tensor, Tensor, Tensor]:
-    """Key book, value book and tickets of a layer, to be kept alive; their addresses are columns 2, 3 and 6 of desc.
+class Prepared(NamedTuple):
+    """What kernels need of one layer beside its storage; to be kept alive while the descriptor has its addresses.
 
-    The tickets (int32, zero) let the blocks of a launch find out which of them is last; they are zero again after it.
-    Call it again, and write columns 2 and 3 again, when the centroids change.
+    tensors: key book, value book (uint8, empty for a layer without centroids) and tickets (int32, zero): with them the
+    blocks of a launch find out which of them is last; they are zero again after it. Columns 2, 3 and 6 of desc.
     """
-    batch, kv_heads = view.window_keys.shape[:2]
-    tickets = torch.zeros(batch + 2 * batch * kv_heads, dtype=torch.int32, device=view.window_keys.device)
-    return make_book(view.key_centroids), make_book(view.value_centroids), tickets
+
+    geometry: Geometry
+    tensors: tuple[Tensor, Tensor, Tensor]
+
+
+def centroids_of(book: Tensor, shape: torch.Size) -> Tensor:
+    """The centroids at the end of a book as float16 of `shape` (H, M, C, d/M); no copy."""
+    return book[book.numel() - 2 * shape.numel() :].view(torch.float16).view(shape)
+
+
+def prepare_layer(view: LayerView) -> Prepared:
+    """Prepare a layer for the kernels; again when its tensors are replaced or its centroids change."""
+    window = view.window_keys
+    batch, kv_heads = window.shape[:2]
+    tickets = torch.zeros(batch + 2 * batch * kv_heads, dtype=torch.int32, device=window.device)
+    if not view.is_coded:
+        none = torch.empty(0, dtype=torch.uint8, device=window.device)
+        return Prepared(Geometry.of(view), (none, none, tickets))
+    return Prepared(Geometry.of(view), (make_book(view.key_centroids), make_book(view.value_centroids), tickets))
 
 
 # -- launching -------------------------------------------------------------------------------------------------------
@@ -300,7 +317,7 @@ def attend_values(
     partial: Tensor | None,
     desc: Tensor,
     layer: int,
-    lengths: Tensor,
+    counts: Tensor,
     starts: Tensor,
     page_table: Tensor,
     mask: Tensor | None,
@@ -320,7 +337,7 @@ def attend_values(
     scale_log2 = scale * _LOG2_E
     return (
         desc.data_ptr() + layer * desc.stride(0) * 8,
-        lengths.data_ptr(),
+        counts.data_ptr(),
         page_table.data_ptr(),
         *geometry.tail,
         starts.data_ptr(),
@@ -356,7 +373,7 @@ def attend(
     q: Tensor,
     desc: Tensor,
     layer: int,
-    lengths: Tensor,
+    counts: Tensor,
     starts: Tensor,
     page_table: Tensor,
     mask: Tensor | None,
@@ -372,12 +389,12 @@ def attend(
     Args:
         q: (B, Hq, 1, d) float16 or bfloat16.
         desc: int64 (num_layers, 8), addresses; column 6 is the layer's tickets.
-        lengths: int32 (B) of the layer, read on the device. starts: int32 (B). page_table: int32 (B, width).
+        counts: int32 (B, 2) of the layer, read on the device. starts: int32 (B). page_table: int32 (B, width).
         mask: None or (B or 1, 1, 1, n) of any strides, bool (True attends) or additive in q's dtype; column
             starts[r] + t is token t of row r, columns beyond n attend.
         sinks: None or (Hq) in q's dtype, logits that join the softmax and attend to nothing.
         scale: positive factor of the scores. softcap: 0, or the cap c of c * tanh(score / c).
-        max_tokens: upper bound of lengths that the host knows; fixes the launch, longer rows stay correct.
+        max_tokens: upper bound of row lengths that the host knows; fixes the launch, longer rows stay correct.
         name: "tuned" or "generic", as `select` says.
 
     Returns:
@@ -414,7 +431,7 @@ def attend(
             partial,
             desc,
             layer,
-            lengths,
+            counts,
             starts,
             page_table,
             mask,
@@ -457,7 +474,7 @@ def append_values(
     v: Tensor,
     desc: Tensor,
     layer: int,
-    lengths: Tensor,
+    counts: Tensor,
     page_table: Tensor,
     flags: Tensor,
     geometry: Geometry,
@@ -465,7 +482,7 @@ def append_values(
     """The values of APPEND_ARGS."""
     return (
         desc.data_ptr() + layer * desc.stride(0) * 8,
-        lengths.data_ptr(),
+        counts.data_ptr(),
         page_table.data_ptr(),
         *geometry.tail,
         k.data_ptr(),
@@ -483,12 +500,12 @@ def append(
     v: Tensor,
     desc: Tensor,
     layer: int,
-    lengths: Tensor,
+    counts: Tensor,
     page_table: Tensor,
     flags: Tensor,
     geometry: Geometry,
 ) -> None:
-    """Store one token's k and v (B, H, 1, d) of every row and advance lengths (B) by one: one launch.
+    """Store one token's k and v (B, H, 1, d) of every row and advance counts (B, 2): one launch.
 
     When the window has become a page too long, that page is encoded into page_table[row, coded / page_size]. If there
     is no such page (-1, or the table is too narrow) the row stays as it was, length included, and flags[0] |= 1.
@@ -502,7 +519,7 @@ def append(
     jit.load(plan.spec, index, APPEND_ARGS).launch(
         append_grid(geometry),
         torch._C._cuda_getCurrentRawStream(index),
-        *append_values(k, v, desc, layer, lengths, page_table, flags, geometry),
+        *append_values(k, v, desc, layer, counts, page_table, flags, geometry),
     )
 
 
@@ -577,3 +594,11 @@ def encode(
         torch._C._cuda_getCurrentRawStream(index),
         *encode_values(x, pages, book, page_ids, first_token, order_kind, geometry),
     )
+
+
+def encode_pages(view: LayerView, which: Literal["key", "value"], x: Tensor, pages: Tensor) -> None:
+    """Write x (H, n * page_size, d) as codes into the n pages of a prepared layer numbered in `pages` (n) int32."""
+    prepared: Prepared = view.kernels
+    store, book = (view.key_pages, prepared.tensors[0]) if which == "key" else (view.value_pages, prepared.tensors[1])
+    first = torch.zeros(1, dtype=torch.int32, device=x.device)
+    encode(x[None], store, book, pages[None], first, which, prepared.geometry)

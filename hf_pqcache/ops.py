@@ -1,4 +1,4 @@
-"""The custom ops that compiled and eager models call: check, choose an engine, launch; knows no transformers.
+"""The custom ops that compiled and eager models call: find the storage, hand it to an engine; knows no transformers.
 
 Registered with `torch.library.Library` rather than `custom_op`, whose wrapper costs 25-55 us a call on the host. The
 storage behind an op is addressed by its descriptor tensor, never passed: a graph with hundreds of pool tensors as
@@ -10,31 +10,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_pqcache import torch_engine
-from hf_pqcache.state import state_of
+from hf_pqcache import engine, torch_engine
+from hf_pqcache.state import DeviceState, state_of
 
 _LIBRARY = torch.library.Library("hf_pqcache", "DEF")
-_LIBRARY.define("append(Tensor key, Tensor value, Tensor(a!) lengths, Tensor desc, int layer) -> ()")
+_LIBRARY.define("append(Tensor key, Tensor value, Tensor(a!) counts, Tensor desc, int layer) -> ()")
 _LIBRARY.define(
-    "attend(Tensor query, Tensor lengths, Tensor desc, Tensor? mask, Tensor? sinks, int layer, float scale, "
+    "attend(Tensor query, Tensor counts, Tensor desc, Tensor? mask, Tensor? sinks, int layer, float scale, "
     "float softcap, int value_dim) -> Tensor"
 )
-_LIBRARY.define("dense(Tensor like, Tensor lengths, Tensor desc, int layer, int which, int total) -> Tensor")
+_LIBRARY.define("dense(Tensor like, Tensor counts, Tensor desc, int layer, int which, int total) -> Tensor")
 
 
-def _append(key: Tensor, value: Tensor, lengths: Tensor, desc: Tensor, layer: int) -> None:
-    """Store one decode step's key and value (B, H, T, d) and advance the layer's lengths. Pages must be reserved."""
+def _layer_counts(state: DeviceState, counts: Tensor, layer: int) -> Tensor:
+    """The layer's part of `counts`: the view that storage keeps, unless a compiler passed a copy of the whole."""
+    return state.views[layer].counts if counts.data_ptr() == state.counts.data_ptr() else counts[layer]
+
+
+def _append(key: Tensor, value: Tensor, counts: Tensor, desc: Tensor, layer: int) -> None:
+    """Store one decode step's key and value (B, H, T, d) and advance the layer's counts. Pages must be reserved."""
     state = state_of(desc)
-    state.calls["append", "torch"] += 1
-    view, row_lengths = state.views[layer], lengths[layer].tolist()
-    for row, length in enumerate(row_lengths):
-        torch_engine.append_row(view, row, key[row], value[row], length)
-    lengths[layer] += key.shape[2]
+    engine.append(state, layer, _layer_counts(state, counts, layer), key, value)
 
 
 def _attend(
     query: Tensor,
-    lengths: Tensor,
+    counts: Tensor,
     desc: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
@@ -45,18 +46,15 @@ def _attend(
 ) -> Tensor:
     """Attention of query (B, Hq, 1, d) over everything the layer holds -> (B, 1, Hq, value_dim)."""
     state = state_of(desc)
-    state.calls["attend", "torch"] += 1
-    return torch_engine.attend(
-        state.views[layer], query, mask, sinks, scale, softcap, lengths[layer].tolist(), state.starts.tolist()
-    )
+    return engine.attend(state, layer, _layer_counts(state, counts, layer), query, mask, sinks, scale, softcap)
 
 
-def _dense(like: Tensor, lengths: Tensor, desc: Tensor, layer: int, which: int, total: int) -> Tensor:
+def _dense(like: Tensor, counts: Tensor, desc: Tensor, layer: int, which: int, total: int) -> Tensor:
     """Keys (which=0) or values (1) decoded: (B, H, total, d), zeros where there is no token."""
     state = state_of(desc)
     state.calls["dense", "torch"] += 1
     side: torch_engine.Which = "value" if which else "key"
-    return torch_engine.dense(state.views[layer], side, lengths[layer].tolist(), state.starts.tolist(), total)
+    return torch_engine.dense(state.views[layer], side, counts[layer, :, 0].tolist(), state.starts.tolist(), total)
 
 
 for _name, _function in (("append", _append), ("attend", _attend), ("dense", _dense)):
@@ -65,15 +63,15 @@ for _name, _function in (("append", _append), ("attend", _attend), ("dense", _de
 
 
 @torch.library.register_fake("hf_pqcache::append")
-def _(key: Tensor, value: Tensor, lengths: Tensor, desc: Tensor, layer: int) -> None:
+def _(key: Tensor, value: Tensor, counts: Tensor, desc: Tensor, layer: int) -> None:
     return None
 
 
 @torch.library.register_fake("hf_pqcache::attend")
-def _(query, lengths, desc, mask, sinks, layer, scale, softcap, value_dim):  # type: ignore[no-untyped-def]
+def _(query, counts, desc, mask, sinks, layer, scale, softcap, value_dim):  # type: ignore[no-untyped-def]
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value_dim)
 
 
 @torch.library.register_fake("hf_pqcache::dense")
-def _(like, lengths, desc, layer, which, total):  # type: ignore[no-untyped-def]
+def _(like, counts, desc, layer, which, total):  # type: ignore[no-untyped-def]
     return like.new_empty(like.shape[0], like.shape[1], total, like.shape[3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,9 +127,11 @@ class LayerView:
         key_centroids, value_centroids: float16 (num_kv_heads, M, 2**num_bits, head_dim / M).
         is_coded: whether centroids are there; until then every token stays in the window.
         window_keys, window_values: model dtype (batch, num_kv_heads, sink_tokens + window_slots, head_dim).
-        lengths: int32 (batch): tokens of each row, kept on the device; advanced by append.
+        counts: int32 (batch, 2): tokens of each row, and how many of them are codes, kept on the device; advanced by
+            append.
         starts: int32 (batch): position in the attention mask of each row's first token (its left padding).
         page_table: int32 (batch, width): the row's pages in order; unused entries are -1.
+        kernels: what the CUDA engine prepared for this layer (`cuda_engine.Prepared`), None where plain torch serves it.
     """
 
     config: PQConfig
@@ -139,10 +142,20 @@ class LayerView:
     value_centroids: Tensor
     window_keys: Tensor
     window_values: Tensor
-    lengths: Tensor
+    counts: Tensor
     starts: Tensor
     page_table: Tensor
     is_coded: bool = True
+    kernels: Any = None
+
+    @property
+    def lengths(self) -> Tensor:
+        """int32 (batch): tokens of each row."""
+        return self.counts[:, 0]
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Write the counts of rows that hold `lengths` tokens."""
+        self.counts.copy_(torch.tensor([[n, self.coded_tokens(n)] for n in lengths], dtype=torch.int32))
 
     @property
     def window_slots(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pqcache import torch_engine
+from hf_pqcache import engine, torch_engine
 from hf_pqcache.codebook import Codebook, LayerCodebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.errors import CacheOutOfMemoryError, PagesExhaustedError, WindowOverflowError
@@ -99,10 +99,10 @@ class Storage:
         """Read the lengths that compiled steps have advanced on the device."""
         self.is_stale, self._unread_steps = False, 0
         for state in self.states.values():
-            lengths, flags = state.lengths.tolist(), int(state.flags[0])
+            counts, flags = state.counts.tolist(), int(state.flags[0])
             for layer in state.views:
                 row = max(range(self.batch), key=lambda r: self.num_tokens[layer] - self.starts[r])
-                self.num_tokens[layer] = max(self.num_tokens[layer], lengths[layer][row] + self.starts[row])
+                self.num_tokens[layer] = max(self.num_tokens[layer], counts[layer][row][0] + self.starts[row])
                 self._note_high(layer)
             if flags & FLAG_PAGES_EXHAUSTED:
                 state.flags.zero_()
@@ -132,7 +132,9 @@ class Storage:
         self.config.subspaces(values.shape[3])
         slots = self.config.sink_tokens + self.window_slots
         with _out_of_memory_as_pqc004("the exact window"):
-            state = self._device_state(keys.device)
+            window_keys = keys.new_zeros(batch, num_heads, slots, key_dim)
+            window_values = values.new_zeros(batch, num_heads, slots, values.shape[3])
+            state = self._device_state(window_keys, window_values)
             view = LayerView(
                 config=self.config,
                 num_subspaces=num_subspaces,
@@ -140,23 +142,26 @@ class Storage:
                 value_pages=keys.new_empty(0, dtype=torch.uint8),
                 key_centroids=keys.new_empty(num_heads, 0, dtype=torch.float16),
                 value_centroids=keys.new_empty(num_heads, 0, dtype=torch.float16),
-                window_keys=keys.new_zeros(batch, num_heads, slots, key_dim),
-                window_values=values.new_zeros(batch, num_heads, slots, values.shape[3]),
-                lengths=state.lengths[layer],
+                window_keys=window_keys,
+                window_values=window_values,
+                counts=state.counts[layer],
                 starts=state.starts,
                 page_table=state.page_table,
                 is_coded=False,
             )
         if self.codebook is not None:
             self._give_centroids(view, self.codebook.layers[layer], layer)
-        state.add_view(layer, view)
+        engine.publish(state, layer, view)
         self.views[layer] = view
         self.num_tokens[layer] = 0
         self._high[layer] = [0] * batch
 
-    def _device_state(self, device: torch.device) -> DeviceState:
+    def _device_state(self, window_keys: Tensor, window_values: Tensor) -> DeviceState:
+        """The state of the device where the windows of a layer lie; the first layer there stands for the shape of all."""
+        device = window_keys.device
         if device not in self.states:
-            state = DeviceState(self.num_layers, self.batch, self.config.max_pages, device)
+            shape = (self.config, window_keys.shape[1:], window_values.shape[3], window_keys.dtype)
+            state = DeviceState(self.num_layers, self.batch, self.config.max_pages, device, shape)
             state.set_starts(self.starts)
             state.sync_table(self.table)
             self.states[device] = state
@@ -214,6 +219,9 @@ class Storage:
         if layer not in self.views:
             return
         tokens = self.tokens(layer)
+        for other, view in self.views.items():  # what compiled steps have gathered may be enough to learn from
+            if self.tokens(other) == tokens:
+                self.learn_if_due(other, view.window_keys[:, :, :0], view.window_values[:, :, :0])
         try:
             self.reserve(layer, tokens + self.config.page_size)
         except PagesExhaustedError:
@@ -259,10 +267,10 @@ class Storage:
         book = self.learner(sides[0], sides[1], self.config)
         self._give_centroids(view, book, layer)
         self.learned[layer] = book
-        self.state(layer).add_view(layer, view)
+        engine.publish(self.state(layer), layer, view)
         self.reserve(layer, first)
         for row, length in enumerate(lengths):
-            torch_engine.encode_window(view, row, length)
+            engine.encode_window(view, row, length)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Store keys, values (B, H, T, d), the newest positions of `layer`, left padding skipped."""
@@ -270,7 +278,7 @@ class Storage:
         self.reserve(layer, first + count)
         for row, length in enumerate(self.row_lengths(layer)):
             skip = min(max(0, self.starts[row] - first), count)
-            torch_engine.append_row(view, row, keys[row, :, skip:], values[row, :, skip:], length)
+            engine.append_row(view, row, keys[row, :, skip:], values[row, :, skip:], length)
         self.set_tokens(layer, first + count)
         self._padding_known = max(self._padding_known, first + count)
 
@@ -278,7 +286,7 @@ class Storage:
         """Record that `layer` holds `tokens` positions, on the host and on its device."""
         self.num_tokens[layer] = tokens
         self._note_high(layer)
-        self.views[layer].lengths.copy_(torch.tensor(self.row_lengths(layer), dtype=torch.int32))
+        self.views[layer].set_lengths(self.row_lengths(layer))
 
     def advance(self, layer: int, count: int) -> None:
         """Record `count` positions that an op has stored and counted on the device itself."""
@@ -344,11 +352,11 @@ class Storage:
                 view.window_keys.copy_(keys)
                 view.window_values.copy_(values)
             else:
-                state = self._device_state(keys.device)
+                state = self._device_state(keys, values)
                 view.window_keys, view.window_values = keys, values
-                view.lengths, view.starts, view.page_table = state.lengths[layer], state.starts, state.page_table
-                state.add_view(layer, view)
-            view.lengths.copy_(torch.tensor(self.row_lengths(layer), dtype=torch.int32))
+                view.counts, view.starts, view.page_table = state.counts[layer], state.starts, state.page_table
+                engine.publish(state, layer, view)
+            view.set_lengths(self.row_lengths(layer))
         self._publish()
 
     def _publish(self) -> None:
@@ -373,21 +381,21 @@ class Storage:
         new.starts, new._padding_known = list(self.starts), self._padding_known
         new.learned = dict(self.learned)
         for layer, view in self.views.items():
-            state = new._device_state(view.window_keys.device)
+            state = new._device_state(view.window_keys, view.window_values)
             twin = dataclasses.replace(
                 view,
                 key_pages=torch.empty_like(view.key_pages),
                 value_pages=torch.empty_like(view.value_pages),
                 window_keys=view.window_keys.clone(),
                 window_values=view.window_values.clone(),
-                lengths=state.lengths[layer],
+                counts=state.counts[layer],
                 starts=state.starts,
                 page_table=state.page_table,
             )
             if copies and view.is_coded:
                 old, here = torch.tensor([list(copies), list(copies.values())], device=view.key_pages.device)
                 twin.key_pages[here], twin.value_pages[here] = view.key_pages[old], view.value_pages[old]
-            state.add_view(layer, twin)
+            engine.publish(state, layer, twin)
             new.views[layer] = twin
             new.set_tokens(layer, self.tokens(layer))
             new._high[layer] = list(self._high[layer])

@@ -1,4 +1,4 @@
-"""The plain-torch engine: append, decode and attend over one layer's pages and window; slow, and right anywhere.
+"""The plain-torch engine: encode, decode and attend over one layer's pages and window; slow, and right anywhere.
 
 Rows are handled one after the other because each has its own length. Lengths are passed as host integers where the
 caller knows them, so that nothing is read from the device.
@@ -59,40 +59,6 @@ def window_slots(view: LayerView, first: int, last: int) -> Tensor:
     sinks = view.config.sink_tokens
     tokens = torch.arange(first, last, device=view.window_keys.device)
     return torch.where(tokens < sinks, tokens, sinks + (tokens - sinks) % view.window_slots)
-
-
-def append_row(view: LayerView, row: int, keys: Tensor, values: Tensor, length: int) -> None:
-    """Store the new tokens keys, values (H, T, d) of a row that holds `length`; pages must be in the page table.
-
-    Tokens that leave the window are encoded first, from the window or straight from the new tokens, since their
-    slots are about to be reused. Does not change `view.lengths`.
-    """
-    config, new_length = view.config, length + keys.shape[1]
-    old_coded, coded = view.coded_tokens(length), view.coded_tokens(new_length)
-    first, last = config.sink_tokens + old_coded, config.sink_tokens + coded
-    kept = max(length, config.sink_tokens, new_length - view.window_slots)
-    sides: tuple[tuple[Which, Tensor, Tensor], ...] = (
-        ("key", keys, view.window_keys),
-        ("value", values, view.window_values),
-    )
-    for which, x, window in sides:
-        if coded > old_coded:
-            leaving = window[row][:, window_slots(view, min(first, length), min(last, length))]
-            leaving = torch.cat([leaving, x[:, max(first - length, 0) : max(last - length, 0)]], dim=1)
-            ids = view.page_table[row, old_coded // config.page_size : coded // config.page_size].long()
-            encode_pages(view, which, leaving, ids)
-        sinks = max(0, min(config.sink_tokens, new_length) - length)
-        window[row][:, length : length + sinks] = x[:, :sinks]
-        window[row][:, window_slots(view, kept, new_length)] = x[:, kept - length :]
-
-
-def encode_window(view: LayerView, row: int, length: int) -> None:
-    """Store as codes what the window holds beyond its share, once a layer has got its centroids."""
-    coded, sinks = view.coded_tokens(length), view.config.sink_tokens
-    ids = view.page_table[row, : coded // view.config.page_size].long()
-    slots = window_slots(view, sinks, sinks + coded)
-    encode_pages(view, "key", view.window_keys[row][:, slots], ids)
-    encode_pages(view, "value", view.window_values[row][:, slots], ids)
 
 
 def restore_window(view: LayerView, row: int, first: int, last: int) -> None:

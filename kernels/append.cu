@@ -15,10 +15,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) append(const __grid_consta
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     let_next_start();
     wait_for_earlier();
-    const int length = cache.lengths[batch_row];
-    const Row now(cache, length), next(cache, length + 1);
-    const bool is_full = next.coded > now.coded;
-    const int page_at = now.coded / cache.page_size;
+    const i64* desc = cache.desc;
+    const Row now(cache, batch_row);
+    const int recent_tokens = (int)desc[7], page_at = now.coded / cache.page_size;
+    const bool is_full = now.left + 1 - recent_tokens >= cache.page_size;
     int page = 0;
     if (is_full)
         page = page_at < cache.table_width ? cache.page_table[(i64)batch_row * cache.table_width + page_at] : -1;
@@ -26,11 +26,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) append(const __grid_consta
     if (page < 0) {  // nowhere to go: keep everything as it is and say so
         if (threadIdx.x == 0) atomicOr(a.flags, 1);
     } else {
-        const i64* desc = cache.desc;
         const i64 head_at = (i64)batch_row * cache.kv_heads + kv_head;
         u16* window = (u16*)desc[4 + is_value] + head_at * now.slots() * PQ_DIM;
         if (part == 0) {
-            const int body = length - cache.sink_tokens;
+            const int length = now.length(), body = length - cache.sink_tokens;
             const int slot = body < 0 ? length : cache.sink_tokens + body % cache.window_slots;
             const u16* from = (is_value ? a.value : a.key) + head_at * PQ_DIM;
             for (int i = threadIdx.x; i < PQ_DIM; i += THREADS) window[(i64)slot * PQ_DIM + i] = from[i];
@@ -62,13 +61,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) append(const __grid_consta
             }
         }
     }
-    // The last block of the row moves its length: all others have read it by then.
+    // The last block of the row moves its counts: all others have read them by then.
     __syncthreads();
     if (threadIdx.x == 0) {
         int* ticket = (int*)cache.desc[6] + batch_row;
         if (take_ticket(ticket) == blocks_per_row - 1) {
             *ticket = 0;
-            if (page >= 0) cache.lengths[batch_row] = length + 1;
+            if (page >= 0) {
+                cache.counts[2 * batch_row] = now.length() + 1;
+                if (is_full) cache.counts[2 * batch_row + 1] = now.coded + cache.page_size;
+            }
         }
     }
 }

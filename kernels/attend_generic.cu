@@ -46,7 +46,7 @@ __device__ __forceinline__ void decode(const CacheArgs& a, const Row& row, const
         bool exact = false;
         if (t < count) {
             if (is_window) {
-                if (row.token_in(first + t, row.ring_first()) >= 0)
+                if (row.holds(first + t, row.ring_first()))
                     from = chunk.window + (i64)(first + t) * PQ_DIM + m * SUB, exact = true;
             } else {
                 const int token = first + t, in_page = token % a.page_size;
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_consta
     const int split = blockIdx.x, batch_row = blockIdx.y, kv_head = blockIdx.z,
               block_row = batch_row * cache.kv_heads + kv_head;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const Row row(cache, cache.lengths[batch_row]);
+    const Row row(cache, batch_row);
     const int start = PQ_MASK ? a.starts[batch_row] : 0;
     const int* page_row = cache.page_table + (i64)batch_row * cache.table_width;
 
@@ -96,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_consta
     for (int i = 0; i < OWN; i++) sums[i] = 0.f;
 
     const int coded_chunks = (row.coded + CHUNK - 1) / CHUNK;
-    const int window_slots = row.used_slots(), window_chunks = (window_slots + CHUNK - 1) / CHUNK;
+    const int window_slots = row.used_slots(row.ring_first()), window_chunks = (window_slots + CHUNK - 1) / CHUNK;
     const int chunks = coded_chunks + window_chunks;
     const int begin = (int)((i64)chunks * split / a.splits), end = (int)((i64)chunks * (split + 1) / a.splits);
     for (int i = begin; i < end; i++) {
@@ -110,10 +110,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_consta
         for (int h = warp; h < a.group; h += THREADS / 32) {
             float x = 0.f;
             for (int d = 0; d < PQ_DIM; d++) x += s.query[h * PQ_DIM + d] * s.vectors[lane * LD + d];
-            const int token = lane >= count ? -1
-                              : is_window   ? row.token_in(first + lane, row.ring_first())
-                                            : cache.sink_tokens + first + lane;
-            x = token < 0 ? -infinity() : soft_cap(a, x) + mask_bias(a, batch_row, start + token);
+            const bool holds = lane < count && (!is_window || row.holds(first + lane, row.ring_first()));
+            const int token =
+                is_window ? row.token_in(first + lane, row.ring_first()) : cache.sink_tokens + first + lane;
+            x = holds ? soft_cap(a, x) + mask_bias(a, batch_row, start + token) : -infinity();
             x *= a.scale_log2;
             float top = x;
 #pragma unroll

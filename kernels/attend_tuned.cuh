@@ -63,7 +63,7 @@ struct Tiles {
     __device__ __forceinline__ Tiles(const AttendArgs& a, const Work& work, int done, bool from_end) {
         const CacheArgs& cache = a.cache;
         const int thread = thread_number(), lane = thread & 31, warp = thread >> 5;
-        const int num_tiles = Row(cache, load_fresh(cache.lengths + work.batch_row)).coded / TILE;
+        const int num_tiles = (int)((u32)load_fresh(cache.counts + 2 * work.batch_row + 1) / TILE);
         const int share = divide(num_tiles + a.splits - 1, a.splits_inverse);
         const int end = min((work.split + 1) * share, num_tiles);
         first = work.split * share + warp;
@@ -110,11 +110,11 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
             }
         }
         attention.load_query(a.query + ((i64)work.block_row * a.group + work.first_head) * S::DIM, work.num_heads);
-        const Row row(cache, cache.lengths[work.batch_row]);
+        const Row row(cache, work.batch_row);
         const int start = PQ_MASK ? a.starts[work.batch_row] : 0;
-        if (slot < row.used_slots()) {
+        if (slot < num_slots) {
             const int ring_first = row.ring_first();
-            for (; slot < row.used_slots(); slot += WARPS * a.splits * TILE)
+            for (; slot < row.used_slots(ring_first); slot += WARPS * a.splits * TILE)
                 attention.window_tile(row, ring_first, work.batch_row, start, slot, num_slots - 1, window_keys,
                                       window_values);
         }

@@ -376,12 +376,16 @@ struct Attention {
             add_scores(i, f);
             keep_order();
         }
+        u32 held = 0;  // a bit for each of the lane's four slots
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int odd = 0; odd < 2; odd++) {
-                const int token = row.token_in(first_slot + 8 * i + 2 * c + odd, ring_first);
-                score[i][odd] = token < 0 ? -infinity() : score[i][odd] + mask_bias(a, batch_row, start + token);
+                const int slot = first_slot + 8 * i + 2 * c + odd;
+                if (PQ_MASK) score[i][odd] += mask_bias(a, batch_row, start + row.token_in(slot, ring_first));
+                const bool holds = row.holds(slot, ring_first);
+                held |= (u32)holds << (2 * i + odd);
+                if (!holds) score[i][odd] = -infinity();
             }
         rescale();
 #pragma unroll
@@ -392,11 +396,11 @@ struct Attention {
             load_window_values(values, first_slot + 8 * i, last_slot, f);
 #pragma unroll
             for (int odd = 0; odd < 2; odd++) {
-                const bool valid = row.token_in(first_slot + 8 * i + 2 * c + odd, ring_first) >= 0;
+                const bool holds = held >> (2 * i + odd) & 1;
 #pragma unroll
                 for (int s = 0; s < S::SLOTS; s++)
 #pragma unroll
-                    for (int h = 0; h < S::HALVES; h++) f[odd][s][h] = valid ? halves_of(f[odd][s][h]) : 0u;
+                    for (int h = 0; h < S::HALVES; h++) f[odd][s][h] = holds ? halves_of(f[odd][s][h]) : 0u;
             }
             add_values(p, f[0], f[1]);
             keep_order();

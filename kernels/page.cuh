@@ -5,13 +5,13 @@
 
 // What a kernel needs to know of one layer's storage and of the call. Filled by hf_pqcache/cuda_engine.py.
 struct CacheArgs {
-    const i64* desc;        // addresses of one layer: key pages, value pages, key book, value book, window keys,
-                            // window values, tickets
-    int* lengths;           // (batch): tokens of each row
+    const i64* desc;        // of one layer: addresses of key pages, value pages, key book, value book, window keys, window
+                            // values and tickets; last the tokens that never leave the window, huge while the layer has
+                            // no centroids. It is not an argument, so that a captured graph outlives that change.
+    int* counts;            // (batch, 2): tokens of each row, and how many of them are codes
     const int* page_table;  // (batch, table_width)
     int batch, kv_heads, table_width, page_size, sink_tokens;
-    int recent_tokens;  // tokens that never leave the window; huge for a layer without centroids
-    int window_slots;   // slots of the ring, recent_tokens + page_size or more
+    int window_slots;  // slots of the ring: the tokens that never leave it and a page, or more
     u32 tiles_per_page_inverse;
 };
 
@@ -54,27 +54,39 @@ constexpr int TILE = 16;
 // thirty.
 __device__ __forceinline__ int divide(int n, u32 inverse) { return inverse ? (int)high_product((u32)n, inverse) : n; }
 
+// What a row holds: the sinks, `coded` tokens in pages, `left` more in the ring (below 0 while sinks are missing).
+// Written so that going over the window keeps one number of it alive, as attention has no registers to spare.
 struct Row {
     const CacheArgs& a;
-    int length, coded;
+    int coded, left;
 
-    __device__ __forceinline__ Row(const CacheArgs& a_, int length_) : a(a_), length(length_) {
-        const int body = length - a.sink_tokens - a.recent_tokens;
-        coded = body > 0 ? divide(body / TILE, a.tiles_per_page_inverse) * a.page_size : 0;
+    __device__ __forceinline__ Row(const CacheArgs& a_, int row) : a(a_), coded(a_.counts[2 * row + 1]) {
+        left = a.counts[2 * row] - a.sink_tokens - coded;
     }
 
+    __device__ __forceinline__ int length() const { return a.sink_tokens + coded + left; }
     __device__ __forceinline__ int slots() const { return a.sink_tokens + a.window_slots; }
-    __device__ __forceinline__ int used_slots() const { return min(slots(), length); }
 
     // Ring slot of the oldest token that is not coded.
     __device__ __forceinline__ int ring_first() const { return coded % a.window_slots; }
 
-    // The token a window slot holds now, or -1. A ring slot holds the token of its residue that is not coded.
+    // Slots beyond this one hold nothing; some before it may not either.
+    __device__ __forceinline__ int used_slots(int ring_first) const {
+        return ring_first ? slots() : min(slots(), a.sink_tokens + left);
+    }
+
+    // Tokens from the ring's oldest to the one of this slot; below 0 for a sink.
+    __device__ __forceinline__ int ahead_in(int slot, int ring_first) const {
+        const int ring = slot - a.sink_tokens;
+        return ring < 0 ? ring : ring - ring_first + (ring < ring_first ? a.window_slots : 0);
+    }
+
+    __device__ __forceinline__ bool holds(int slot, int ring_first) const {
+        return slot < slots() && ahead_in(slot, ring_first) < (slot < a.sink_tokens ? min(left, 0) : left);
+    }
+
     __device__ __forceinline__ int token_in(int slot, int ring_first) const {
-        const int ahead = slot - a.sink_tokens - ring_first;
-        const int token =
-            slot < a.sink_tokens ? slot : a.sink_tokens + coded + ahead + (ahead < 0 ? a.window_slots : 0);
-        return slot < slots() && token < length ? token : -1;
+        return a.sink_tokens + ahead_in(slot, ring_first) + (slot < a.sink_tokens ? 0 : coded);
     }
 };
 

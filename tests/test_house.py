@@ -10,14 +10,14 @@ FLOORS = {
     0: {"config", "errors", "layout", "pq", "kmeans", "hub", "handles"},
     1: {"codebook", "pool", "state", "jit"},
     2: {"torch_engine", "cuda_engine"},
-    3: {"ops", "storage", "attention", "calibrate"},
+    3: {"engine", "ops", "storage", "attention", "calibrate"},
     4: {"cache"},
     5: {"eval"},
     6: {"commands"},
     7: {"cli"},
 }
 #: Files of one floor that may know a sibling.
-SIBLINGS = {("cuda_engine", "jit"), ("state", "pool"), ("jit", "pool")}
+SIBLINGS = {("cuda_engine", "jit"), ("state", "pool"), ("jit", "pool"), ("ops", "engine"), ("storage", "engine")}
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 
 

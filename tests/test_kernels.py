@@ -87,7 +87,7 @@ def _compile(spec: jit.KernelSpec, arch: int, tmp_path: Path) -> str:
 
 
 def _geometry(shape: tuple[int, int, int]) -> cuda_engine.Geometry:
-    return cuda_engine.Geometry(*shape, 8, 1, 64, 4, 128, 192, 100)
+    return cuda_engine.Geometry(*shape, 8, 1, 64, 4, 192, 100)
 
 
 def _attend_spec(shape: tuple[int, int, int], name: str, group: int, arch: int, mask: int = 0) -> jit.KernelSpec:

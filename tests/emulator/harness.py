@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_pqcache import cuda_engine, jit, layout, pq
 from hf_pqcache.config import PQConfig
 from hf_pqcache.pool import LayerView
+from hf_pqcache.state import descriptor_row
 
 HERE = Path(__file__).parent
 #: The shared memory and multiprocessors of the device that is emulated: an H200.
@@ -96,14 +97,13 @@ def make_case(
         value_centroids=centroids().to(device),
         window_keys=windows[0].to(device),
         window_values=windows[1].to(device),
-        lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+        counts=torch.tensor([[n, config.coded_tokens(n)] for n in lengths], dtype=torch.int32, device=device),
         starts=torch.tensor(starts or [0] * batch, dtype=torch.int32, device=device),
         page_table=table.to(device),
     )
-    kept = cuda_engine.prepare_layer(view)
-    row = [view.key_pages, view.value_pages, kept[0], kept[1], view.window_keys, view.window_values, kept[2]]
+    kept = cuda_engine.prepare_layer(view).tensors
     desc = torch.zeros(2, 8, dtype=torch.int64)
-    desc[1, :7] = torch.tensor([x.data_ptr() for x in row])  # layer 1 of 2: layer 0 must not be read
+    desc[1] = torch.tensor(descriptor_row(view, kept))  # layer 1 of 2: layer 0 must not be read
     return Case(view, cuda_engine.Geometry.of(view), desc.to(device), kept)
 
 
@@ -225,7 +225,7 @@ def attend_emulated(
     rows = q.shape[0] * geometry.kv_heads * splits * group
     partial = torch.full((rows * (2 * q.shape[3] + 8),), float("nan"))
     values = cuda_engine.attend_values(
-        q, out, partial, case.desc, 1, case.view.lengths, case.view.starts, case.view.page_table, mask, sinks,
+        q, out, partial, case.desc, 1, case.view.counts, case.view.starts, case.view.page_table, mask, sinks,
         geometry, splits, scale, softcap,
     )  # fmt: skip
     wavefronts = emulate(spec, "AttendArgs", cuda_engine.ATTEND_ARGS, (splits, *plan.grid[1:]), values)
@@ -236,7 +236,7 @@ def append_emulated(case: Case, k: Tensor, v: Tensor, flags: Tensor) -> None:
     """append.cu on the CPU."""
     plan = cuda_engine.encode_plan(case.geometry.shape, k.dtype == torch.bfloat16, "append.cu")
     view = case.view
-    values = cuda_engine.append_values(k, v, case.desc, 1, view.lengths, view.page_table, flags, case.geometry)
+    values = cuda_engine.append_values(k, v, case.desc, 1, view.counts, view.page_table, flags, case.geometry)
     emulate(plan.spec, "AppendArgs", cuda_engine.APPEND_ARGS, cuda_engine.append_grid(case.geometry), values)
 
 

@@ -50,7 +50,7 @@ def attend(case, q, name, mask=None, sinks=None, scale=0.1, softcap=0.0, max_tok
         q,
         case.desc,
         1,
-        view.lengths,
+        view.counts,
         view.starts,
         view.page_table,
         mask,
@@ -141,7 +141,7 @@ def test_consecutive_launches_and_graph_capture() -> None:
                 q,
                 case.desc,
                 1,
-                case.view.lengths,
+                case.view.counts,
                 case.view.starts,
                 case.view.page_table,
                 None,
@@ -199,7 +199,7 @@ def test_append_step_by_step(shape: tuple[int, int, int]) -> None:
     for _ in range(60):
         k, v = (torch.randn(3, 2, 1, shape[0]).bfloat16().cuda() for _ in range(2))
         before = view.lengths.tolist()
-        cuda_engine.append(k, v, case.desc, 1, view.lengths, view.page_table, flags, case.geometry)
+        cuda_engine.append(k, v, case.desc, 1, view.counts, view.page_table, flags, case.geometry)
         stuck = flags[0].item()
         for row, length in enumerate(view.lengths.tolist()):
             coded_before, coded = (view.config.coded_tokens(n) for n in (before[row], before[row] + 1))

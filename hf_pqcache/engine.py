@@ -1,0 +1,160 @@
+"""Runs what a layer's storage needs on the engine that serves it: CUDA kernels where they can, plain torch elsewhere.
+
+Knows which engines there are and what they need prepared; knows no transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from hf_pqcache import cuda_engine, torch_engine
+from hf_pqcache.pool import LayerView
+from hf_pqcache.state import DeviceState
+from hf_pqcache.torch_engine import Which, window_slots
+
+logger = logging.getLogger(__name__)
+
+
+def publish(state: DeviceState, layer: int, view: LayerView) -> None:
+    """Register the storage of a layer with its device, after preparing what kernels need of it.
+
+    To be called again whenever one of the view's tensors is replaced, or its centroids change.
+    """
+    window = view.window_keys
+    choice = cuda_engine.select(
+        window.shape[3],
+        view.window_values.shape[3],
+        view.num_subspaces,
+        view.config.num_bits,
+        1,
+        window.dtype,
+        window.device,
+    )
+    view.kernels = None if choice.name == "torch" else cuda_engine.prepare_layer(view)
+    if view.kernels is not None and view.is_coded:  # the books have the centroids, too: keep them once
+        key_book, value_book, _ = view.kernels.tensors
+        view.key_centroids = cuda_engine.centroids_of(key_book, view.key_centroids.shape)
+        view.value_centroids = cuda_engine.centroids_of(value_book, view.value_centroids.shape)
+    state.add_view(layer, view, () if view.kernels is None else view.kernels.tensors)
+
+
+def _choose(state: DeviceState, layer: int, view: LayerView, query: Tensor) -> cuda_engine.Choice:
+    """The engine for attention of `query` over a layer; chosen once, said once in the log."""
+    group = query.shape[1] // view.window_keys.shape[1]
+    if (known := state.choices.get((layer, group))) is not None:
+        choice: cuda_engine.Choice = known
+        return choice
+    choice = cuda_engine.select(
+        query.shape[3],
+        view.window_values.shape[3],
+        view.num_subspaces,
+        view.config.num_bits,
+        group,
+        query.dtype,
+        query.device,
+    )
+    if choice not in state.choices.values():
+        level = logging.WARNING if choice.name == "torch" and query.is_cuda else logging.INFO
+        logger.log(level, "attention over codes runs on the %s engine: %s", choice.name, choice.reason)
+    state.choices[layer, group] = choice
+    return choice
+
+
+def attend(
+    state: DeviceState,
+    layer: int,
+    counts: Tensor,
+    query: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Attention of query (B, Hq, 1, d) over everything a layer holds -> (B, 1, Hq, dv); see `torch_engine.attend`."""
+    view = state.views[layer]
+    name, _ = _choose(state, layer, view, query)
+    if name == "torch" or view.kernels is None:
+        state.calls["attend", "torch"] += 1
+        return torch_engine.attend(view, query, mask, sinks, scale, softcap, counts[:, 0].tolist(), state.starts.tolist())
+    state.calls["attend", name] += 1
+    geometry = view.kernels.geometry
+    return cuda_engine.attend(
+        query,
+        state.desc,
+        layer,
+        counts,
+        state.starts,
+        state.page_table,
+        mask,
+        sinks,
+        geometry,
+        scale,
+        softcap,
+        geometry.max_tokens,
+        name,
+    )
+
+
+def append(state: DeviceState, layer: int, counts: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Store one decode step's keys, values (B, H, T, d) of all rows and advance `counts` (B, 2). Pages must be reserved."""
+    view = state.views[layer]
+    if view.kernels is not None and keys.shape[2] == 1:
+        state.calls["append", "cuda"] += 1
+        geometry = view.kernels.geometry
+        cuda_engine.append(keys, values, state.desc, layer, counts, state.page_table, state.flags, geometry)
+        return
+    state.calls["append", "torch"] += 1
+    lengths = counts[:, 0].tolist()
+    for row, length in enumerate(lengths):
+        append_row(view, row, keys[row], values[row], length)
+    view.set_lengths([length + keys.shape[2] for length in lengths])
+
+
+def encode_pages(view: LayerView, which: Which, x: Tensor, pages: Tensor) -> None:
+    """Write x (H, n * page_size, d) as codes into the n pages whose numbers are in `pages` (n) int32."""
+    if view.kernels is not None:
+        cuda_engine.encode_pages(view, which, x, pages)
+    else:
+        torch_engine.encode_pages(view, which, x, pages.long())
+
+
+def append_row(view: LayerView, row: int, keys: Tensor, values: Tensor, length: int) -> None:
+    """Store the new tokens keys, values (H, T, d) of a row that holds `length`; pages must be in the page table.
+
+    Tokens that leave the window are encoded first, since their slots are about to be reused: pages that begin in the
+    window from a copy of at most a window, all others straight from the new tokens, so that temporary memory does not
+    grow with their number. Does not change `view.counts`.
+    """
+    config, new_length = view.config, length + keys.shape[1]
+    size, old_coded, coded = config.page_size, view.coded_tokens(length), view.coded_tokens(new_length)
+    first = config.sink_tokens + old_coded
+    kept = max(length, config.sink_tokens, new_length - view.window_slots)
+    ids = view.page_table[row, old_coded // size : coded // size]
+    begun = min(len(ids), max(0, -(-(length - first) // size)))  # pages whose first tokens are in the window
+    straight = first + begun * size
+    sides: tuple[tuple[Which, Tensor, Tensor], ...] = (
+        ("key", keys, view.window_keys),
+        ("value", values, view.window_values),
+    )
+    for which, x, window in sides:
+        if begun:
+            old = window[row][:, window_slots(view, first, min(straight, length))]
+            encode_pages(view, which, torch.cat([old, x[:, : max(0, straight - length)]], dim=1), ids[:begun])
+        if begun < len(ids):
+            at = straight - length
+            encode_pages(view, which, x[:, at : at + (len(ids) - begun) * size], ids[begun:])
+        sinks = max(0, min(config.sink_tokens, new_length) - length)
+        window[row][:, length : length + sinks] = x[:, :sinks]
+        window[row][:, window_slots(view, kept, new_length)] = x[:, kept - length :]
+
+
+def encode_window(view: LayerView, row: int, length: int) -> None:
+    """Store as codes what the window holds beyond its share, once a layer has got its centroids."""
+    coded, sinks = view.coded_tokens(length), view.config.sink_tokens
+    ids = view.page_table[row, : coded // view.config.page_size]
+    slots = window_slots(view, sinks, sinks + coded)
+    encode_pages(view, "key", view.window_keys[row][:, slots], ids)
+    encode_pages(view, "value", view.window_values[row][:, slots], ids)
