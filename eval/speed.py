@@ -31,7 +31,7 @@ class Speed:
     tokens_per_s: float
 
 
-class _Clock(StoppingCriteria):
+class TokenClock(StoppingCriteria):
     """Notes the time of every token; stops nothing."""
 
     def __init__(self, device: torch.device) -> None:
@@ -81,7 +81,7 @@ def measure_speed(
     ids = random_prompt(model, batch, prompt_tokens, seed)
     first, rest = [], []
     for turn in range(warmup + repeats):
-        cache, clock = make_cache(), _Clock(model.device)
+        cache, clock = make_cache(), TokenClock(model.device)
         synchronize(model.device)
         begin = time.perf_counter()
         model.generate(

@@ -1,0 +1,133 @@
+"""An unchanged generate on a GPU: kernels against plain torch, eager against CUDA graphs, one compilation for many caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from hf_pqcache import PagedPQCache
+from hf_pqcache.codebook import Codebook, LayerCodebook
+
+LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 64
+
+
+@pytest.fixture(scope="module", params=[torch.float16, torch.bfloat16], ids=str)
+def model(request: Any) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        vocab_size=500,
+        initializer_range=0.2,
+        dtype=request.param,
+    )
+    return LlamaForCausalLM(config).to("cuda", request.param).eval()
+
+
+def make_cache(model: Any, **settings: Any) -> PagedPQCache:
+    generator = torch.Generator().manual_seed(1)
+    shape = (KV_HEADS, 64, 256, 1)
+    layers = {i: LayerCodebook(*(torch.randn(shape, generator=generator).half() for _ in range(2))) for i in range(LAYERS)}
+    settings = {"page_size": 16, "extended_residual": 32, "max_pages": 64} | settings
+    return PagedPQCache(model.config, Codebook(layers, num_bits=8, num_subspaces=64), **settings)
+
+
+def prompt(model: Any, lengths: list[int]) -> dict[str, Any]:
+    width = max(lengths)
+    ids = torch.randint(1, 500, (len(lengths), width), generator=torch.Generator().manual_seed(2)).cuda()
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, : width - length] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model: Any, cache: Any, lengths: list[int], new: int = 40) -> Any:
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True}
+    return model.generate(
+        **prompt(model, lengths), past_key_values=cache, max_new_tokens=new, return_dict_in_generate=True, **options
+    )
+
+
+def first_difference(a: Any, b: Any) -> float:
+    """Largest relative distance of logits up to the first token that differs."""
+    worst = 0.0
+    for x, y, tokens, others in zip(a.logits, b.logits, a.sequences.T[-40:], b.sequences.T[-40:], strict=True):
+        worst = max(worst, float((x.float() - y.float()).norm() / y.float().norm()))
+        if not torch.equal(tokens, others):
+            break
+    return worst
+
+
+@pytest.mark.parametrize("lengths", [[150], [150, 90, 20]], ids=str)
+def test_kernels_agree_with_plain_torch(model: Any, lengths: list[int], monkeypatch: Any) -> None:
+    fast = make_cache(model, compile=False)
+    ours = generate(model, fast, lengths)
+    stats = fast.stats()
+    assert stats["engines"][0]["name"] == "tuned"
+    assert set(stats["calls"]) == {"append/cuda", "attend/tuned"}, stats["calls"]
+    assert stats["pages_used"] > 0
+    monkeypatch.setenv("HF_PQCACHE_KERNEL", "torch")
+    slow = make_cache(model, compile=False)
+    plain = generate(model, slow, lengths)
+    assert set(slow.stats()["calls"]) == {"append/torch", "attend/torch"}
+    assert first_difference(ours, plain) < (0.02 if model.dtype == torch.float16 else 0.08)
+
+
+def test_compiled_equals_eager_and_compiles_once(model: Any) -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    eager = generate(model, make_cache(model, compile=False), [150, 90])
+    cache = make_cache(model)
+    assert cache.is_compileable
+    compiled = generate(model, cache, [150, 90])
+    assert first_difference(compiled, eager) < (0.02 if model.dtype == torch.float16 else 0.08)
+    assert cache.get_seq_length() == 150 + 39
+    frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert frames == 1
+    cache.reset()
+    again = generate(model, cache, [150, 90])
+    assert torch.equal(again.sequences, compiled.sequences)
+    del cache
+    fresh = generate(model, make_cache(model), [150, 90])
+    assert torch.equal(fresh.sequences, compiled.sequences)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames, "a second cache must not compile again"
+
+
+def test_learning_between_compiled_steps(model: Any) -> None:
+    """Without a codebook a short prompt stays exact until compiled steps have gathered enough to learn from."""
+    cache = PagedPQCache(model.config, page_size=16, extended_residual=32, max_pages=64, num_bits=4, learn_tokens=96)
+    out = generate(model, cache, [64], new=120)
+    stats = cache.stats()
+    assert stats["pages_used"] > 0
+    assert out.sequences.shape[1] == 184
+    exact = generate(model, DynamicCache(config=model.config), [64], new=16)
+    assert torch.equal(out.sequences[:, :80], exact.sequences[:, :80])
+
+
+def test_prefill_memory_does_not_grow_with_the_prompt(model: Any) -> None:
+    def extra(tokens: int) -> int:
+        cache = make_cache(model, max_pages=2048, compile=False)
+        shape = (1, KV_HEADS, tokens, HEAD_DIM)
+        keys, values = (torch.randn(shape, device="cuda", dtype=model.dtype) for _ in range(2))
+        cache.update(keys[:, :, :64], values[:, :, :64], 0)
+        cache.stats()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        cache.update(keys, values, 0)
+        cache.stats()
+        return torch.cuda.max_memory_allocated() - before
+
+    small, large = extra(2048), extra(16384)
+    assert large <= small + 2**20, (small, large)
