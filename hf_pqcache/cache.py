@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 import hf_pqcache.ops  # noqa: F401 - registers the ops
 from hf_pqcache import attention, cuda_engine, torch_engine
 from hf_pqcache.calibrate import learn_layer
-from hf_pqcache.codebook import Codebook
+from hf_pqcache.codebook import Codebook, most_bytes
 from hf_pqcache.config import PQConfig
 from hf_pqcache.handles import KEY, KVHandle, LazyKV
 from hf_pqcache.storage import Storage
@@ -241,6 +242,40 @@ class PagedPQCache(Cache):
         super().__init__(layers=layers)
         self._settings, self._compile, self._model_config = settings, compile, config
         attention.install(implementation)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_repo_id: str | os.PathLike[str],
+        model: Any,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        compile: bool | None = None,
+        **overrides: Any,
+    ) -> PagedPQCache:
+        """A cache for `model` (or its config) with a published codebook and the settings that came with it.
+
+        Args:
+            folder_or_repo_id: a folder that `Codebook.save_pretrained` wrote, or a repository of the Hub.
+            revision: commit, branch or tag; pin a commit to be sure of the same codebook tomorrow.
+            compile, **overrides: as in the constructor; they win over the published settings.
+
+        Raises what `Codebook.from_pretrained` and the constructor raise. Nothing larger than a codebook of this model
+        can be is downloaded.
+        """
+        config = getattr(model, "config", model)
+        codebook = Codebook.from_pretrained(
+            folder_or_repo_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            max_bytes=most_bytes(config),
+        )
+        return cls(config, codebook, codebook.config, compile=compile, **overrides)
 
     def _settle(self) -> None:
         for layer in list(self._pending):

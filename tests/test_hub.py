@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import LlamaConfig
 
-from hf_pqcache import Codebook, hub
+from hf_pqcache import Codebook, PagedPQCache, hub
 from hf_pqcache.codebook import CONFIG_FILE, TENSOR_FILE, LayerCodebook, most_bytes
 
 REPO = "user/book"
@@ -67,6 +67,13 @@ def test_there_and_back(fake_hub: Any, tmp_path: Path) -> None:
     assert fake_hub.tokens == {f"Bearer {TOKEN}", None}  # None: a large file goes to signed storage, without the token
 
 
+def test_cache_takes_the_published_settings_and_the_callers_win(repo: Any, tmp_path: Path) -> None:
+    cache = PagedPQCache.from_pretrained(REPO, config(), cache_dir=tmp_path, page_size=16)
+    assert (cache._settings.page_size, cache._settings.extended_residual, cache._settings.num_bits) == (16, 64, 4)
+    with pytest.raises(ValueError, match="expected head_dim 32, got 16"):
+        PagedPQCache.from_pretrained(REPO, config(head_dim=32), cache_dir=tmp_path)
+
+
 def test_only_what_is_needed_is_fetched(fake_hub: Any, repo: Any, tmp_path: Path) -> None:
     Codebook.from_pretrained(REPO, cache_dir=tmp_path)
     assert cached(tmp_path) == [CONFIG_FILE, TENSOR_FILE]
@@ -90,7 +97,7 @@ def test_a_pinned_commit_stays(repo: Any, tmp_path: Path) -> None:
 def test_a_file_that_is_too_large_is_never_downloaded(fake_hub: Any, repo: Any, tmp_path: Path) -> None:
     repo.sizes[TENSOR_FILE] = most_bytes(config()) + 1
     with pytest.raises(ValueError, match=r"codebook.safetensors has 1,179,649 bytes, expected at most.*nothing was downloaded"):
-        Codebook.from_pretrained(REPO, cache_dir=tmp_path, max_bytes=most_bytes(config()))
+        PagedPQCache.from_pretrained(REPO, config(), cache_dir=tmp_path)
     repo.sizes = {CONFIG_FILE: 2 << 20}
     with pytest.raises(ValueError, match=r"codebook.json has 2,097,152 bytes"):
         Codebook.from_pretrained(REPO, cache_dir=tmp_path)
