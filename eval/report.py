@@ -98,7 +98,7 @@ def conditions(rows: Sequence[Row]) -> list[tuple[str, str]]:
             if isinstance(value, dict):
                 for key, inner in value.items():
                     note(key, inner)
-            elif name != "time":
+            elif name not in ("time", "seconds"):
                 note(name, value)
         note("seed", row.seed)
         note("task version", f"{row.task}: {row.task_version}")

@@ -38,6 +38,8 @@ _SHORT = {
 _TOLD = {"num_subspaces", "num_bits", "nbits"}
 #: Never told: they change no figure, or only how much room is reserved.
 _UNTOLD = {"max_pages", "learn_tokens", "backend"}
+#: Settings that belong to a cache, not to the condition that it was measured under.
+_OF_CACHE = {"calibrated_on", "merged"}
 #: Settings that say how a perplexity was computed, not of what.
 _HOW = {"mode", "chunk"}
 #: Settings that keep measurements apart and that nobody wants to read.
@@ -125,6 +127,10 @@ def labels(rows: Sequence[Row]) -> dict[str, str]:
             name = _name(row, varying)
             if len({book for book in books[name] if book}) > 1 and row.codebook:
                 name += f" #{row.codebook[:6]}"
+            if row.settings.get("merged"):
+                name += ", merged"
+            if str(row.settings.get("calibrated_on", "")).endswith("/test"):
+                name += f", calibrated on {row.settings['calibrated_on']}"
             found[row.key] = name
     return found
 
@@ -362,7 +368,7 @@ def _grouped(rows: Sequence[Row], metrics: set[str], without: set[str]) -> dict[
 
 
 def _condition(row: Row, without: set[str]) -> str:
-    return settings_text({key: value for key, value in sorted(row.settings.items()) if key not in without})
+    return settings_text({key: value for key, value in sorted(row.settings.items()) if key not in without | _OF_CACHE})
 
 
 def _mode(row: Row, rows: Iterable[Row]) -> str:

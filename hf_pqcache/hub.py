@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 
 #: Seconds between two tries of a call that failed in a way that may pass: no connection, too many requests, server error.
 RETRY_WAITS_S = (0.5, 1.0, 2.0)
@@ -49,17 +50,13 @@ def download(
         ValueError: a file is larger than it may be.
         FileNotFoundError: the repository lacks a file, or there is no connection and the cache lacks it.
         What huggingface_hub raises: RepositoryNotFoundError (also for a private one without a token),
-        RevisionNotFoundError, HfHubHTTPError.
+        RevisionNotFoundError, HfHubHTTPError. ConnectionError: a download stopped for want of a connection.
     """
     commit = None
     if not local_files_only:
         try:
             commit = _checked_commit(repo_id, max_bytes, revision, token)
-        except OfflineModeIsEnabled:
-            local_files_only = True
-        except HTTPError as error:
-            if isinstance(error, HfHubHTTPError):
-                raise  # the Hub has answered; only without an answer the cache will do
+        except ConnectionError:  # only without an answer of the Hub the cache will do
             local_files_only = True
 
     def fetch(name: str) -> Path:
@@ -112,6 +109,13 @@ def upload(
         )
     )
     return str(getattr(info, "commit_url", info))
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises ValueError unless it is user/name in letters that the Hub takes."""
+    validate_repo_id(repo_id)
+    if repo_id.count("/") != 1:
+        raise ValueError(f"{repo_id!r} is no repository id: give user/name")
 
 
 def model_card(
@@ -199,15 +203,21 @@ def _checked_commit(repo_id: str, max_bytes: Mapping[str, int], revision: str | 
 
 
 def _retried(call: Callable[[], T]) -> T:
-    """What `call` returns, tried again after a while when it fails in a way that may pass."""
-    for wait_s in RETRY_WAITS_S:
+    """What `call` returns, tried again after a while when it fails in a way that may pass.
+
+    Raises ConnectionError if the Hub cannot be reached, and else what `call` raises.
+    """
+    for wait_s in (*RETRY_WAITS_S, None):
         try:
             return call()
         except (HTTPError, OSError) as error:
-            if not _may_pass(error):
+            if wait_s is not None and _may_pass(error):
+                time.sleep(wait_s)
+            elif isinstance(error, HfHubHTTPError) or not isinstance(error, HTTPError):
                 raise
-        time.sleep(wait_s)
-    return call()
+            else:
+                raise ConnectionError(f"the Hub ({_endpoint() or 'huggingface.co'}) cannot be reached: {error}") from error
+    raise AssertionError("the last try returns or raises")
 
 
 def _may_pass(error: BaseException | None) -> bool:

@@ -1,0 +1,63 @@
+"""`pqcache publish`: a codebook, its results and a model card become one commit on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hf_pqcache.commands import _options
+
+_SETTINGS = ("page_size", "extended_residual", "sink_tokens")
+
+
+@click.command(context_settings=_options.CONTEXT)
+@click.argument("codebook", type=_options.FOLDER)
+@click.option("--repo", required=True, help="Repository, user/name; made if need be.")
+@click.option("--results", multiple=True, type=_options.FILE, help="JSONL file of result rows; may be given again.")
+@click.option("--license", required=True, help="As the Hub calls it: mit, llama3.1, ... Mind that of the base model.")
+@click.option("-f", "--model", help="Model config whose page size and window to recommend; the codebook's own if absent.")
+@click.option("--dry-run", type=click.Path(file_okay=False, path_type=Path), help="Write the files here; no network.")
+@click.option("--private", is_flag=True, default=None, help="Make a private repository.")
+@click.option("--revision", help="Branch to commit to, made if need be; main if absent.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
+@click.option("--json", "json_file", type=_options.FILE, help="Also write address and file names here.")
+def command(
+    codebook: Path,
+    repo: str,
+    results: tuple[Path, ...],
+    license: str,
+    model: str | None,
+    dry_run: Path | None,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    json_file: Path | None,
+) -> None:
+    """Publish a codebook with its results, plots, model card and generate recipe. Log in first: hf auth login
+
+    Example:  pqcache publish codebook --repo me/llama-pq4 --license llama3.1 --results rows.jsonl --dry-run preview
+    """
+    with _options.friendly_errors():
+        from hf_pqcache.eval.model_config import load_model_config
+        from hf_pqcache.eval.publish import publish
+
+        config = load_model_config(model) if model is not None else None
+        settings: dict[str, Any] | None = None if config is None else {name: getattr(config, name) for name in _SETTINGS}
+        address, files = publish(
+            codebook,
+            repo,
+            results,
+            license=license,
+            settings=settings,
+            dry_run=dry_run,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    for name in files:
+        click.echo(f"  {name}")
+    click.echo(f"written to {address}" if dry_run else f"published: {address}")
+    if json_file is not None:
+        _options.write_json(json_file, {"address": address, "files": files})
