@@ -120,12 +120,12 @@ def labels(rows: Sequence[Row]) -> dict[str, str]:
                 seen[key].add(json.dumps(value))
         absent = {key for key in seen if any(key not in row.cache_config for row in members)}
         varying = {key for key, values in seen.items() if len(values) > 1 or (key in absent and len(members) > 1)}
-        books: dict[str, set[str | None]] = defaultdict(set)
+        books: dict[tuple[str, str], set[str]] = defaultdict(set)
         for row in members:
-            books[_name(row, varying)].add(row.codebook)
+            books[row.model, _name(row, varying)] |= {row.codebook} if row.codebook else set()
         for row in members:
             name = _name(row, varying)
-            if len({book for book in books[name] if book}) > 1 and row.codebook:
+            if len(books[row.model, name]) > 1 and row.codebook:
                 name += f" #{row.codebook[:6]}"
             if row.settings.get("merged"):
                 name += ", merged"

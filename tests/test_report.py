@@ -72,6 +72,10 @@ def test_names_tell_caches_apart_and_no_more() -> None:
     assert set(summary.labels(pages).values()) == {"pq M=32 n=8 page=16", "pq M=32 n=8 page=64"}
     books = [Row("t", "m", 1.0, cache="pq", cache_config=PQ[0], codebook=book * 32) for book in ("ab", "cd")]
     assert set(summary.labels(books).values()) == {"pq M=32 n=8 #ababab", "pq M=32 n=8 #cdcdcd"}
+    models = [Row("t", "m", 1.0, model=book, cache="pq", cache_config=PQ[0], codebook=book * 32) for book in ("ab", "cd")]
+    assert set(summary.labels(models).values()) == {"pq M=32 n=8"}  # of course each model has its own
+    test_split = Row("t", "m", 1.0, cache="pq", cache_config=PQ[0], settings={"calibrated_on": "ptb/test", "merged": True})
+    assert set(summary.labels([test_split]).values()) == {"pq M=32 n=8, merged, calibrated on ptb/test"}
     paged = Row("t", "m", 1.0, cache="paged-kv", cache_config={"page_size": 64, "num_bits": 8})
     assert summary.labels([paged]) == {paged.key: "paged-kv"}
 
