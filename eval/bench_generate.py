@@ -149,10 +149,13 @@ def _with_torch_attention(model: Any, cache: PagedPQCache, ids: Tensor) -> Tenso
     """Logits of one step with the plain-torch attention over the same storage; the cache is left as it was."""
     kernels = engine.attend
 
-    def plain(state: Any, layer: int, counts: Tensor, query: Tensor, *args: Any) -> Tensor:
-        return torch_engine.attend(state.views[layer], query, *args, counts[:, 0].tolist(), state.starts.tolist())
+    def plain(
+        state: Any, layer: int, counts: Tensor, query: Tensor, mask: Any, sinks: Any, scale: float, softcap: float
+    ) -> Tensor:
+        lengths, starts = counts[:, 0].tolist(), state.starts.tolist()
+        return torch_engine.attend(state.views[layer], query, mask, sinks, scale, softcap, lengths, starts)
 
-    engine.attend = plain  # type: ignore[assignment]
+    engine.attend = plain
     try:
         logits: Tensor = model(ids, past_key_values=cache).logits.float()
     finally:

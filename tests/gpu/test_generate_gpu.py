@@ -6,15 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-
-pytestmark = pytest.mark.gpu
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device", allow_module_level=True)
-
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_pqcache import PagedPQCache
 from hf_pqcache.codebook import Codebook, LayerCodebook
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 64
 
