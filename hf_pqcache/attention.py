@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -40,6 +41,8 @@ _HARMLESS = frozenset(
         "labels",
     }
 )
+#: Keywords that the fused path honours and transformers' sdpa function ignores (5.17) or refuses (5.23).
+_UNKNOWN_TO_SDPA = ("softcap", "s_aux")
 
 
 def _is_fusable(module: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -84,9 +87,15 @@ class Dispatcher:
             return self._traced(module, query, key, value, attention_mask, *args, **kwargs)
         return self._eager(module, query, key, value, attention_mask, *args, **kwargs)
 
-    def _can_fuse(self, module: nn.Module, query: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if query.shape[2] != 1 or args or not _is_fusable(module, kwargs):
+    def _can_fuse(
+        self, module: nn.Module, query: Tensor, key: Any, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        # One query over several new keys: Gemma 4 asks its last layers for the last token of a prompt only. New keys
+        # that come together are seen exactly, so this is not a decode step.
+        if query.shape[2] != 1 or key.fresh.shape[2] != 1 or args or not _is_fusable(module, kwargs):
             return False
+        if self.original is sdpa_attention_forward and any(kwargs.get(name) is not None for name in _UNKNOWN_TO_SDPA):
+            return False  # whatever it does with them, decode steps shall do the same as prompts
         return mask is None or (isinstance(mask, Tensor) and (mask.dim() == 2 or (mask.dim() == 4 and mask.shape[1] == 1)))
 
     def _fused(self, query: Tensor, key: Any, value: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> Any:
@@ -101,14 +110,14 @@ class Dispatcher:
     def _traced(
         self, module: nn.Module, query: Tensor, key: KVHandle, value: KVHandle, mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if self._can_fuse(module, query, mask, args, kwargs):
+        if self._can_fuse(module, query, key, mask, args, kwargs):
             return self._fused(query, key, value, mask, kwargs)
         dense_key, dense_value = key.layer.dense_traced(KEY, key.fresh), value.layer.dense_traced(VALUE, value.fresh)
         return self.original(module, query, dense_key, dense_value, mask, *args, **kwargs)
 
     def _eager(self, module: nn.Module, query: Tensor, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
         both = isinstance(key, LazyKV) and isinstance(value, LazyKV)
-        if both and self._can_fuse(module, query, mask, args, kwargs):
+        if both and self._can_fuse(module, query, key, mask, args, kwargs):
             return self._fused(query, key, value, mask, kwargs)
         layers = {id(x.layer): x.layer for x in (key, value) if isinstance(x, LazyKV)}
         key, value = (x.dense() if isinstance(x, LazyKV) else x for x in (key, value))

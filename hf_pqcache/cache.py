@@ -304,7 +304,12 @@ class PagedPQCache(Cache):
             layer.batch_select_indices(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last -tokens_to_remove positions."""
+        """Remove the last -tokens_to_remove positions.
+
+        Tokens that fall back into the exact window come back exactly where the window still has them, else as their
+        decoded codes. Raises ValueError for a positive number, whose meaning transformers has changed.
+        """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number, how many tokens to remove")
         self._settle()
@@ -320,6 +325,9 @@ class PagedPQCache(Cache):
         self._pending.clear()
         self.storage.reset()
         for layer in self._stock_layers():
+            if isinstance(layer, DynamicLayer):  # transformers 5.17 would zero its tokens and keep their number
+                layer.keys = layer.values = None
+                layer.is_initialized = False
             layer.reset()
 
     def _select(self, indices: Sequence[int]) -> None:

@@ -136,7 +136,7 @@ def learn(
     books: dict[int, LayerCodebook] = {}
     options: dict[str, Any] = {"objective": objective, "iterations": iterations}
     problems = {0: _merged(samples, seed)} if merge else {i: (samples.keys[i], samples.values[i]) for i in sorted(samples.keys)}
-    total = sum(x.shape[0] * config.subspaces(keys.shape[2]) for keys, values in problems.values() for x in (keys, values))
+    total = sum(2 * keys.shape[0] * config.subspaces(keys.shape[2], values.shape[2]) for keys, values in problems.values())
     with tqdm(total=total, desc="k-means", unit="subspace", disable=not progress, leave=False) as bar:
         for i, (keys, values) in problems.items():
             name = "all layers" if merge else f"layer {i}"
@@ -233,12 +233,10 @@ def learn_layer(
 
     Raises ValueError if N is below the number of centroids, a sample is not finite or a centroid overflows float16.
     """
-    num_subspaces = config.subspaces(keys.shape[2])
+    num_subspaces = config.subspaces(keys.shape[2], values.shape[2])
     sides = []
     for kind, x in enumerate((keys, values)):
-        heads, tokens, head_dim = x.shape
-        if head_dim % num_subspaces:
-            raise ValueError(f"{name}: num_subspaces={num_subspaces} does not divide the values' head_dim={head_dim}")
+        heads, tokens, _ = x.shape
         parts = x.view(heads, tokens, num_subspaces, -1).transpose(1, 2).flatten(0, 1)  # (H * M, N, width)
         centroids = kmeans(
             parts,

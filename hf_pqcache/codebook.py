@@ -80,7 +80,7 @@ class Codebook:
         config = self.config
         for index, layer in sorted(self.layers.items()):
             for name, x in (("keys", layer.keys), ("values", layer.values)):
-                _check_tensor(f"layers.{index}.{name}", x, config, layer.keys)
+                _check_tensor(f"layers.{index}.{name}", x, config, layer)
 
     @property
     def config(self) -> PQConfig:
@@ -275,23 +275,26 @@ def to_float16(centroids: Tensor, name: str) -> Tensor:
 def kv_shape(config: Any) -> tuple[int | None, int | None]:
     """(KV heads, head_dim) that a transformers config announces for a layer; None where it does not say."""
     query_heads = getattr(config, "num_attention_heads", None)
-    heads = getattr(config, "num_key_value_heads", None) or query_heads
+    heads = getattr(config, "num_key_value_heads", None)
+    if heads is None and not hasattr(config, "multi_query"):  # Falcon, GPT-BigCode: one head, or as many as it computes
+        heads = query_heads
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None and isinstance(query_heads, int) and isinstance(getattr(config, "hidden_size", None), int):
         head_dim = config.hidden_size // query_heads
     return (heads if isinstance(heads, int) else None), (head_dim if isinstance(head_dim, int) else None)
 
 
-def _check_tensor(name: str, x: Tensor, config: PQConfig, keys: Tensor) -> None:
+def _check_tensor(name: str, x: Tensor, config: PQConfig, layer: LayerCodebook) -> None:
     """Raises ValueError, with the tensor's name, unless x is float16 (H, M, C, width), finite, and fits the config."""
     if x.dtype != torch.float16:
         raise ValueError(f"{name} has dtype {x.dtype}, expected torch.float16")
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (KV heads, subspaces, centroids, numbers)")
-    if keys.dim() != 4 or x.shape[0] != keys.shape[0]:
-        raise ValueError(f"{name} has {x.shape[0]} heads, its layer's keys have shape {tuple(keys.shape)}")
+    if layer.keys.dim() != 4 or layer.values.dim() != 4 or x.shape[0] != layer.keys.shape[0]:
+        shapes = f"keys {tuple(layer.keys.shape)} and values {tuple(layer.values.shape)}"
+        raise ValueError(f"{name} has {x.shape[0]} heads, its layer has {shapes}")
     try:
-        subspaces = config.subspaces(keys.shape[1] * keys.shape[3])
+        subspaces = config.subspaces(*layer.head_dims)
     except ValueError as error:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: {error}") from None
     if x.shape[1] != subspaces or x.shape[2] != config.num_centroids:

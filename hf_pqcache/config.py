@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +16,8 @@ class PQConfig:
 
     Attributes:
         num_subspaces: M, the number of parts that a head vector is cut into (Jégou et al. 2011, section II-B). A
-            divisor of head_dim from 8 to head_dim. None means head_dim / 2, which is 4 bits a value at 8 bits a code.
+            divisor of head_dim from 8 to head_dim. None means head_dim / 2, which is 4 bits a value at 8 bits a code;
+            where values have another head_dim than keys, the largest common divisor up to that.
         num_bits: bits of one code; 2**num_bits centroids a subspace. 4 to 8.
         page_size: tokens a page holds; a multiple of 16 from 16 to 512.
         max_pages: pages of the preallocated pool, shared by all sequences of the cache.
@@ -85,12 +87,20 @@ class PQConfig:
         """How many of a sequence's first `length` tokens are stored as codes: whole pages, between sinks and window."""
         return max(0, length - self.sink_tokens - self.extended_residual) // self.page_size * self.page_size
 
-    def subspaces(self, head_dim: int) -> int:
-        """M for a head of `head_dim` values, checked. Raises ValueError naming the legal choices."""
-        m = head_dim // 2 if self.num_subspaces is None else self.num_subspaces
-        legal = [i for i in range(8, head_dim + 1) if head_dim % i == 0]
+    def subspaces(self, head_dim: int, value_dim: int | None = None) -> int:
+        """M for keys of `head_dim` numbers and values of `value_dim` (None: as many), checked.
+
+        Raises ValueError naming the legal choices.
+        """
+        dims = f"head_dim={head_dim}" + (f" and the values' {value_dim}" if value_dim not in (None, head_dim) else "")
+        common = math.gcd(head_dim, value_dim or head_dim)
+        legal = [i for i in range(8, common + 1) if common % i == 0]
+        if self.num_subspaces is None:
+            m = max((i for i in legal if i <= head_dim // 2), default=head_dim // 2)
+        else:
+            m = self.num_subspaces
         if m not in legal:
-            raise ValueError(f"num_subspaces={m} does not cut head_dim={head_dim} into equal parts; use one of {legal}")
+            raise ValueError(f"num_subspaces={m} does not cut {dims} into equal parts; use one of {legal}")
         return m
 
     def code_bytes(self, head_dim: int) -> int:

@@ -131,7 +131,7 @@ def append_row(view: LayerView, row: int, keys: Tensor, values: Tensor, length: 
     config, new_length = view.config, length + keys.shape[1]
     size, old_coded, coded = config.page_size, view.coded_tokens(length), view.coded_tokens(new_length)
     first = config.sink_tokens + old_coded
-    kept = max(length, config.sink_tokens, new_length - view.window_slots)
+    kept = min(new_length, max(length, config.sink_tokens, new_length - view.window_slots))
     ids = view.page_table[row, old_coded // size : coded // size]
     begun = min(len(ids), max(0, -(-(length - first) // size)))  # pages whose first tokens are in the window
     straight = first + begun * size

@@ -128,15 +128,14 @@ class Storage:
             self.starts = [0] * batch
         if batch != self.batch:
             raise ValueError(f"the cache holds {self.batch} sequences and was given {batch}; call reset() first")
-        num_subspaces = self.config.subspaces(key_dim)
-        self.config.subspaces(values.shape[3])
+        num_subspaces = self.config.subspaces(key_dim, values.shape[3])
         slots = self.config.sink_tokens + self.window_slots
         with _out_of_memory_as_pqc004("the exact window"):
             window_keys = keys.new_zeros(batch, num_heads, slots, key_dim)
             window_values = values.new_zeros(batch, num_heads, slots, values.shape[3])
             state = self._device_state(window_keys, window_values)
             view = LayerView(
-                config=self.config,
+                config=self.config.replace(num_subspaces=num_subspaces),
                 num_subspaces=num_subspaces,
                 key_pages=keys.new_empty(0, dtype=torch.uint8),
                 value_pages=keys.new_empty(0, dtype=torch.uint8),
@@ -187,7 +186,7 @@ class Storage:
                 torch.empty(
                     self.config.max_pages,
                     w.shape[1],
-                    self.config.code_bytes(w.shape[3]),
+                    view.config.code_bytes(w.shape[3]),
                     dtype=torch.uint8,
                     device=device,
                 )
@@ -264,7 +263,7 @@ class Storage:
                 if (tail := new_lengths[row] - length) >= 0
             ]
             sides.append(torch.cat(parts, dim=1))
-        book = self.learner(sides[0], sides[1], self.config)
+        book = self.learner(sides[0], sides[1], view.config)
         self._give_centroids(view, book, layer)
         self.learned[layer] = book
         engine.publish(self.state(layer), layer, view)

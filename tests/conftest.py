@@ -1,6 +1,7 @@
-"""A stand-in for the Hugging Face Hub on the loopback address; knows its HTTP interface and none of our files.
+"""Fixtures: a stand-in for the Hugging Face Hub on the loopback address, and one thread for tiny models.
 
-Repositories live in memory. Failures are ordered in advance: `hub.fail("GET /user/repo/resolve", 503, times=2)`.
+The stand-in knows the Hub's HTTP interface and none of our files. Repositories live in memory. Failures are ordered in
+advance: `hub.fail("GET /user/repo/resolve", 503, times=2)`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import torch
 
 TOKEN = "hf_ThisTokenMustNeverBeSeenAnywhere"
 #: The status of a download that is cut off in the middle.
@@ -239,3 +241,12 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     yield hub
     hub.close()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests of tiny models, which lose more to waking threads than they gain: up to eight times the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

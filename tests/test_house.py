@@ -10,7 +10,7 @@ FLOORS = {
     0: {"config", "errors", "layout", "pq", "kmeans", "hub", "handles"},
     1: {"codebook", "pool", "state", "jit"},
     2: {"torch_engine", "cuda_engine"},
-    3: {"engine", "ops", "storage", "attention", "calibrate"},
+    3: {"engine", "ops", "storage", "attention", "calibrate", "reference"},
     4: {"cache"},
     5: {"eval"},
     6: {"commands"},
