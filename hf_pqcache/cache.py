@@ -18,6 +18,7 @@ from hf_pqcache.calibrate import learn_layer
 from hf_pqcache.codebook import Codebook, most_bytes
 from hf_pqcache.config import PQConfig
 from hf_pqcache.handles import KEY, KVHandle, LazyKV
+from hf_pqcache.plan import DECODED, SingleAttention, why_exact
 from hf_pqcache.storage import Storage
 
 
@@ -132,6 +133,14 @@ class PQLayer(CacheLayerMixin):
             storage.learn_if_due(self.index, keys, values)
             storage.append(self.index, keys, values)
 
+    def offload(self) -> None:
+        raise NotImplementedError(
+            "a compressed layer does not move to the host as a whole: its codes are small, and layers share their pages; "
+            "for more room lower num_bits, num_subspaces or max_pages"
+        )
+
+    prefetch = offload
+
     def discard_pending(self) -> None:
         self._pending = None
 
@@ -230,9 +239,11 @@ class PagedPQCache(Cache):
         chosen = [
             i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and (codebook is None or i in codebook.layers)
         ]
+        self._exact = {i: why_exact(layer) for i, layer in enumerate(layers) if i not in chosen}
+        self._reads_codes = attention.goes_through_interface(text_config)
         if compile is None:
             compile = _kernels_serve(text_config, settings)
-        can_compile = compile and attention.goes_through_interface(text_config)
+        can_compile = compile and self._reads_codes and all(layers[i].is_compileable for i in self._exact)
         self.storage = Storage(settings, codebook, len(layers), learn_layer)
         self._pending: list[PQLayer] = []
         self._compressed = chosen
@@ -240,6 +251,7 @@ class PagedPQCache(Cache):
         for i in chosen:
             layers[i] = PQLayer(self.storage, i, self._pending, can_compile, implementation)
         super().__init__(layers=layers)
+        self._attention = SingleAttention(config, len(layers))
         self._settings, self._compile, self._model_config = settings, compile, config
         attention.install(implementation)
 
@@ -283,7 +295,29 @@ class PagedPQCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Take the new keys and values of a layer. After PQC001 or PQC004 the cache is as it was before the step."""
+        if not torch.compiler.is_compiling():  # a compiled step has been through here before, eagerly
+            self._prepare(layer_idx, key_states, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _prepare(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
+        """Fit a layer to the first tokens after it was made or reset. Raises ValueError where it cannot."""
+        self._attention.check(layer_idx, getattr(self, "_is_user_defined", False))  # generate marks what it was given
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, PQLayer):
+            return
+        if not layer.is_initialized:
+            try:
+                self._settings.subspaces(keys.shape[3], values.shape[3])
+            except ValueError as error:
+                if self._settings.num_subspaces is not None:
+                    raise
+                self.layers[layer_idx] = DynamicLayer()
+                self._compressed.remove(layer_idx)
+                self._exact[layer_idx] = str(error)
+        elif layer.batch_size != keys.shape[0]:
+            if layer.get_seq_length():
+                raise ValueError(f"the cache holds {layer.batch_size} sequences, not {keys.shape[0]}; call reset() first")
+            self._select([0] * keys.shape[0])  # empty rows, as many as there will be
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the sequences: page tables move, pages are shared by count, only exact windows are copied."""
@@ -299,7 +333,8 @@ class PagedPQCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at `indices`."""
-        self._select(torch.arange(self.storage.batch)[indices.cpu()].tolist())
+        if self.storage.views:
+            self._select(torch.arange(self.storage.batch)[indices.cpu()].tolist())
         for layer in self._stock_layers():
             layer.batch_select_indices(indices)
 
@@ -384,20 +419,22 @@ class PagedPQCache(Cache):
             for t in (state.counts, state.starts, state.page_table, state.desc, state.flags)
         )
         calls: dict[str, int] = {}
-        engines: dict[int, dict[str, str]] = {}
+        engines = {i: {"name": "exact", "reason": reason} for i, reason in self._exact.items()}
+        if not self._reads_codes:
+            engines |= {i: {"name": "decoded", "reason": DECODED} for i in self._compressed}
         for state in storage.states.values():
             engines |= {layer: choice._asdict() for (layer, _), choice in state.choices.items()}
             for (operation, engine), count in state.calls.items():
                 calls[f"{operation}/{engine}"] = calls.get(f"{operation}/{engine}", 0) + count
         return {
-            "tokens": self.get_seq_length(self._compressed[0]) if self._compressed else 0,
+            "tokens": next((layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)), 0),
             "pages_used": used,
             "pages_free": storage.allocator.num_free,
             "bytes": {"codes": codes, "codebooks": codebooks, "window": windows, "tables": tables},
             "bytes_total": codes + codebooks + windows + tables,
             "bytes_fp16": 2 * numbers,
             "compressed_layers": list(self._compressed),
-            "exact_layers": [i for i in range(len(self.layers)) if i not in self._compressed],
+            "exact_layers": sorted(self._exact),
             "engines": engines,
             "calls": calls,
         }

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: {"config", "errors", "layout", "pq", "kmeans", "hub", "handles"},
-    1: {"codebook", "pool", "state", "jit"},
+    1: {"codebook", "pool", "state", "jit", "plan"},
     2: {"torch_engine", "cuda_engine"},
     3: {"engine", "ops", "storage", "attention", "calibrate", "reference"},
     4: {"cache"},

@@ -1,0 +1,49 @@
+"""Why a layer of a model is not compressed, and what no cache of one attention can do; knows transformers' layers only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+
+#: Why codes are decoded at every step for models that do not reach their attention through transformers' interface.
+DECODED = "the model reads keys and values itself; they are decoded for it at every step"
+
+
+def why_exact(layer: Any) -> str:
+    """Why transformers' own cache layer of a model is kept as it is."""
+    if type(layer).__name__ == "DummyLayer":
+        return "attends to the keys and values of another layer"
+    if hasattr(layer, "conv_states"):
+        besides = " besides its tokens" if isinstance(layer, CacheLayerMixin) else ""
+        return f"keeps a recurrent state of constant size{besides}"
+    if getattr(layer, "is_sliding", False):
+        return f"keeps no more than {layer.sliding_window} tokens (sliding window or chunks)"
+    if type(layer) is DynamicLayer:
+        return "the codebook has no centroids for it"
+    return f"transformers' {type(layer).__name__} keeps more than keys and values"
+
+
+class SingleAttention:
+    """Notices an encoder-decoder model that stores what both of its attentions see in one cache.
+
+    Such a model updates a layer twice in a row, for itself and for what the encoder has read.
+    """
+
+    def __init__(self, config: Any, num_layers: int) -> None:
+        self._is_watching = bool(getattr(config, "is_encoder_decoder", False))
+        self._num_layers = num_layers
+        self._last = -1
+
+    def check(self, layer: int, is_given_to_generate: bool) -> None:
+        """Called with each update of a layer. Raises ValueError for a cache that would mix two attentions."""
+        if not self._is_watching:
+            return
+        is_twice = self._last == layer and self._num_layers > 1
+        self._last = layer
+        if is_twice or is_given_to_generate:
+            raise ValueError(
+                "an encoder-decoder model has two caches and was given one: pass past_key_values="
+                "EncoderDecoderCache(PagedPQCache(model.config), DynamicCache(config=model.config))"
+            )

@@ -1,0 +1,132 @@
+"""Compiled decode steps on the CPU: one graph, the tokens of eager code, and no compilation for the next cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import COMPILED, EAGER_ONLY, SMALL, build, codebook_of, padded, tokens
+from torch import Tensor
+from transformers import CompileConfig
+
+from hf_pqcache import PagedPQCache
+from hf_pqcache.reference import ReferenceCache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NEW = 24  # more than a page: steps cross a border
+
+
+class Graphs:
+    """A torch.compile back end that runs the captured graph as it is, and counts how often one was captured."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: Any, inputs: Any, **options: Any) -> Any:
+        self.count += 1
+        return graph.forward
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+        return self  # generate copies its settings
+
+    @property
+    def config(self) -> CompileConfig:
+        config = CompileConfig(fullgraph=True, backend=self, mode=None)
+        config._compile_all_devices = True  # generate compiles on accelerators only
+        return config
+
+
+@pytest.fixture
+def graphs() -> Iterator[Graphs]:
+    torch._dynamo.reset()
+    yield Graphs()
+    torch._dynamo.reset()
+
+
+def generate(model: Any, cache: Any, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(**inputs, past_key_values=cache, **(settings | options))
+    return out.sequences, torch.stack(out.logits)
+
+
+def assert_same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_steps_equal_a_cache_that_decodes(name: str, graphs: Graphs) -> None:
+    model, book = build(name), codebook_of(name)
+    inputs, starts = padded(2, 50)
+    cache = PagedPQCache(model.config, book, SMALL, compile=True)
+    assert cache.is_compileable
+    expected = generate(model, ReferenceCache(model.config, book, SMALL, starts), inputs)
+    assert_same(generate(model, cache, inputs, compile_config=graphs.config), expected)
+    assert graphs.count == 1, "a step compiled again"
+
+    cache.reset()
+    assert_same(generate(model, cache, inputs, compile_config=graphs.config), expected)
+    assert graphs.count == 1, "a cache that was reset compiled again"
+    del cache
+    fresh = PagedPQCache(model.config, book, SMALL, compile=True)
+    assert_same(generate(model, fresh, inputs, compile_config=graphs.config), expected)
+    assert graphs.count == 1, "a fresh cache compiled again"
+
+
+def test_eager_and_compiled_calls_take_turns_on_one_cache(graphs: Graphs) -> None:
+    """Prompts run eagerly and decode steps compiled, turn after turn; beams run eagerly on the same kind of cache."""
+    model, book = build("llama"), codebook_of("llama")
+    caches = [PagedPQCache(model.config, book, SMALL, compile=True), ReferenceCache(model.config, book, SMALL)]
+    results = []
+    for cache, options in zip(caches, ({"compile_config": graphs.config}, {}), strict=True):
+        ids, parts = tokens(2, 30), []
+        for turn in range(3):
+            sequences, logits = generate(model, cache, {"input_ids": ids}, max_new_tokens=9, **options)
+            parts.append(logits)
+            ids = torch.cat([sequences, tokens(2, 5, seed=turn)], dim=1)
+        results.append((sequences, torch.cat(parts)))
+    assert_same(*results)
+    assert graphs.count == 1
+    beams = {"num_beams": 3, "max_new_tokens": 9}
+    inputs = {"input_ids": tokens(2, 50)}
+    got = generate(model, PagedPQCache(model.config, book, SMALL, compile=True), inputs, compile_config=graphs.config, **beams)
+    assert_same(got, generate(model, ReferenceCache(model.config, book, SMALL), inputs, **beams))
+
+
+@pytest.mark.parametrize("mode", ["sampling", "chunks", "copy"])
+def test_other_modes_compile_too(mode: str, graphs: Graphs) -> None:
+    import copy
+
+    model, book = build("qwen3"), codebook_of("qwen3")
+    results = []
+    for cache in (PagedPQCache(model.config, book, SMALL, compile=True), ReferenceCache(model.config, book, SMALL)):
+        options: dict[str, Any] = {"compile_config": graphs.config} if isinstance(cache, PagedPQCache) else {}
+        ids = tokens(2, 50)
+        if mode == "sampling":
+            torch.manual_seed(0)
+            options |= {"do_sample": True, "temperature": 2.0}
+        elif mode == "chunks":
+            options |= {"prefill_chunk_size": 25}
+            if "compile_config" in options:
+                options["compile_config"].fullgraph = False
+        else:
+            with torch.no_grad():
+                model(ids[:, :40], past_key_values=cache)
+            cache = copy.deepcopy(cache)
+        results.append(generate(model, cache, {"input_ids": ids}, **options))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "gptj", "deepseek_v3"])
+def test_what_cannot_compile_says_no_before_it_starts(name: str, graphs: Graphs) -> None:
+    """Sliding layers of transformers cannot be compiled, nor models that read keys themselves: they run eagerly."""
+    model, book = build(name, "eager" if name in EAGER_ONLY else "sdpa"), codebook_of(name)
+    cache = PagedPQCache(model.config, book, SMALL, compile=True)
+    assert not cache.is_compileable
+    inputs = {"input_ids": tokens(2, 50)}
+    got = generate(model, cache, inputs, compile_config=graphs.config)
+    assert_same(got, generate(model, ReferenceCache(model.config, book, SMALL), inputs))
+    assert not cache.is_compileable
+    assert graphs.count == 0

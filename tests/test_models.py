@@ -1,0 +1,157 @@
+"""Models beyond full attention: what can be compressed is, the rest runs as transformers' own cache would run it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from tiny_models import EAGER_ONLY, SMALL, VOCABULARY, build, codebook_of, padded, tokens
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
+
+from hf_pqcache import PagedPQCache
+from hf_pqcache.reference import ReferenceCache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+#: Architecture -> (layers that are compressed, start of the reason given for each other layer).
+KINDS = {
+    "mistral_sliding": ([], {0: "keeps no more than 8 tokens", 1: "keeps no more than 8 tokens"}),
+    "gemma2": ([1], {0: "keeps no more than 8 tokens"}),
+    "gemma3": ([1], {0: "keeps no more than 8 tokens"}),
+    "gpt_oss": ([1], {0: "keeps no more than 8 tokens"}),
+    "llama4": ([1], {0: "keeps no more than 16 tokens"}),
+    "qwen3_next": ([1], {0: "keeps a recurrent state"}),
+}
+
+
+def generate(model: Any, cache: Any, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(**inputs, past_key_values=cache, **(settings | options))
+    return out.sequences, torch.stack(out.logits)
+
+
+def assert_same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-4)
+
+
+def implementation_of(name: str) -> str:
+    return "eager" if name in EAGER_ONLY else "sdpa"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_layers_that_are_not_compressed_say_why(name: str) -> None:
+    model, (compressed, reasons) = build(name, implementation_of(name)), KINDS[name]
+    cache = PagedPQCache(model.config, codebook_of(name), SMALL)
+    inputs, _ = padded(2, 50)
+    got = generate(model, cache, inputs)
+    stats = cache.stats()
+    assert stats["compressed_layers"] == compressed
+    assert stats["exact_layers"] == list(reasons)
+    for layer, reason in reasons.items():
+        assert stats["engines"][layer]["name"] == "exact"
+        assert stats["engines"][layer]["reason"].startswith(reason)
+    if not compressed:
+        assert_same(got, generate(model, DynamicCache(config=model.config), inputs))
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_layers_that_share_keys_and_values_read_the_same_codes(name: str) -> None:
+    model, book = build(name), codebook_of(name)
+    inputs, starts = padded(2, 50)
+    cache = PagedPQCache(model.config, book, SMALL)
+    assert_same(generate(model, cache, inputs), generate(model, ReferenceCache(model.config, book, SMALL, starts), inputs))
+    assert cache.stats()["compressed_layers"] == [1]
+
+
+@pytest.mark.parametrize("name", ["gptj", "falcon", "deepseek_v3"])
+def test_models_that_read_keys_themselves_get_them_decoded(name: str) -> None:
+    """They never show us their mask, so their padding is stored like any token; the mask hides it from attention."""
+    model, book = build(name, implementation_of(name)), codebook_of(name)
+    inputs, _ = padded(2, 50)
+    cache = PagedPQCache(model.config, book, SMALL)
+    assert_same(generate(model, cache, inputs), generate(model, ReferenceCache(model.config, book, SMALL), inputs))
+    stats = cache.stats()
+    assert stats["pages_used"] > 0
+    assert "attend/torch" not in stats["calls"]
+    assert {engine["name"] for engine in stats["engines"].values()} == {"decoded"}
+
+
+def test_keys_and_values_may_differ_in_head_dim() -> None:
+    book = codebook_of("deepseek_v3")
+    assert book is not None
+    assert book.layers[0].head_dims[0] != book.layers[0].head_dims[1]
+    model = build("deepseek_v3")
+    cache = PagedPQCache(model.config, **SMALL.replace(learn_tokens=32).to_dict())  # learns its own
+    generate(model, cache, {"input_ids": tokens(2, 50)})
+    assert cache.stats()["pages_used"] > 0
+
+
+def test_a_head_dim_that_cannot_be_cut_stays_exact() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    config = tf.LlamaConfig(**sizes, vocab_size=VOCABULARY, intermediate_size=16, eos_token_id=None, pad_token_id=0)
+    model = tf.LlamaForCausalLM(config).eval()
+    cache, inputs = PagedPQCache(model.config, page_size=16), padded(2, 60)[0]
+    assert_same(generate(model, cache, inputs), generate(model, DynamicCache(config=model.config), inputs))
+    stats = cache.stats()
+    assert stats["exact_layers"] == [0, 1]
+    assert "head_dim=6" in stats["engines"][0]["reason"]
+    assert stats["tokens"] == 71
+
+
+def encoder_decoder(name: str) -> Any:
+    torch.manual_seed(0)
+    ids: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "decoder_start_token_id": 2, "eos_token_id": None}
+    if name == "bart":
+        sides = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in SIDES.items()}
+        config = tf.BartConfig(
+            d_model=32, **sides, **ids, bos_token_id=1, forced_eos_token_id=None, max_position_embeddings=256
+        )
+        return tf.BartForConditionalGeneration(config).eval()
+    config = tf.T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, **ids)
+    return tf.T5ForConditionalGeneration(config).eval()
+
+
+SIDES = {"layers": 2, "attention_heads": 2, "ffn_dim": 48}
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_encoder_decoder_models_compress_what_the_decoder_has_written(name: str) -> None:
+    """The reference decodes with the codebooks that ours learnt on its way: random centroids, of the right shape."""
+    model, inputs = encoder_decoder(name), {"input_ids": tokens(2, 20)}
+    from hf_pqcache.codebook import Codebook, LayerCodebook
+
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(2, 8, 16, 2, generator=generator).half() for _ in range(4)]
+    book = Codebook({0: LayerCodebook(*sides[:2]), 1: LayerCodebook(*sides[2:])}, num_bits=4)
+    options = {"max_new_tokens": 60, "min_new_tokens": 60, "num_beams": 2}
+    caches = [
+        EncoderDecoderCache(first, DynamicCache(config=model.config.get_text_config(decoder=True)))
+        for first in (PagedPQCache(model.config, book, SMALL), ReferenceCache(model.config, book, SMALL))
+    ]
+    assert_same(*(generate(model, cache, inputs, **options) for cache in caches))
+    assert caches[0].self_attention_cache.stats()["pages_used"] > 0
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_bare_cache_for_an_encoder_decoder_model_is_refused(name: str) -> None:
+    model, inputs = encoder_decoder(name), {"input_ids": tokens(2, 20)}
+    with pytest.raises(ValueError, match=r"EncoderDecoderCache\(PagedPQCache"):
+        generate(model, PagedPQCache(model.config), inputs)
+    with pytest.raises(ValueError, match=r"EncoderDecoderCache\(PagedPQCache"):
+        model(**inputs, decoder_input_ids=tokens(2, 3), past_key_values=PagedPQCache(model.config))
+
+
+def test_a_cache_that_was_reset_takes_another_number_of_rows() -> None:
+    model, book = build("llama"), codebook_of("llama")
+    cache = PagedPQCache(model.config, book, SMALL)
+    generate(model, cache, {"input_ids": tokens(3, 50)})
+    with pytest.raises(ValueError, match=r"holds 3 sequences, not 2.*reset"):
+        model(tokens(2, 4), past_key_values=cache)
+    cache.reset()
+    inputs, starts = padded(2, 50)
+    assert_same(generate(model, cache, inputs), generate(model, ReferenceCache(model.config, book, SMALL, starts), inputs))
+    assert cache.batch_size == 2
