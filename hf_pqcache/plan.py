@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-
 #: Why codes are decoded at every step for models that do not reach their attention through transformers' interface.
 DECODED = "the model reads keys and values itself; they are decoded for it at every step"
 
