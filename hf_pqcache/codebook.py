@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,13 @@ class LayerCodebook:
 
     keys: Tensor
     values: Tensor
+    _shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def shared(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What caches derive from these centroids, a kernel's tables say: made once and held in common by all of them."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     @property
     def head_dims(self) -> tuple[int, int]:

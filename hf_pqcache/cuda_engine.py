@@ -241,15 +241,19 @@ def centroids_of(book: Tensor, shape: torch.Size) -> Tensor:
     return book[book.numel() - 2 * shape.numel() :].view(torch.float16).view(shape)
 
 
-def prepare_layer(view: LayerView) -> Prepared:
-    """Prepare a layer for the kernels; again when its tensors are replaced or its centroids change."""
+def prepare_layer(view: LayerView, books: tuple[Tensor, Tensor] | None = None) -> Prepared:
+    """Prepare a layer for the kernels; again when its tensors are replaced or its centroids change.
+
+    books: what `make_book` made of its key and its value centroids; made here if absent.
+    """
     window = view.window_keys
     batch, kv_heads = window.shape[:2]
     tickets = torch.zeros(batch + 2 * batch * kv_heads, dtype=torch.int32, device=window.device)
     if not view.is_coded:
         none = torch.empty(0, dtype=torch.uint8, device=window.device)
         return Prepared(Geometry.of(view), (none, none, tickets))
-    return Prepared(Geometry.of(view), (make_book(view.key_centroids), make_book(view.value_centroids), tickets))
+    key_book, value_book = books or (make_book(view.key_centroids), make_book(view.value_centroids))
+    return Prepared(Geometry.of(view), (key_book, value_book, tickets))
 
 
 # -- launching -------------------------------------------------------------------------------------------------------

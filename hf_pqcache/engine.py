@@ -33,11 +33,23 @@ def publish(state: DeviceState, layer: int, view: LayerView) -> None:
         window.dtype,
         window.device,
     )
-    view.kernels = None if choice.name == "torch" else cuda_engine.prepare_layer(view)
-    if view.kernels is not None and view.is_coded:  # the books have the centroids, too: keep them once
-        key_book, value_book, _ = view.kernels.tensors
-        view.key_centroids = cuda_engine.centroids_of(key_book, view.key_centroids.shape)
-        view.value_centroids = cuda_engine.centroids_of(value_book, view.value_centroids.shape)
+    book, device = view.codebook, window.device
+    if choice.name == "torch":
+        view.kernels = None
+        if view.is_coded:
+            view.key_centroids, view.value_centroids = book.shared(
+                ("centroids", device), lambda: (book.keys.to(device), book.values.to(device))
+            )
+    elif not view.is_coded:
+        view.kernels = cuda_engine.prepare_layer(view)
+    else:
+        books = book.shared(
+            ("books", device), lambda: tuple(cuda_engine.make_book(x.to(device)) for x in (book.keys, book.values))
+        )
+        view.kernels = cuda_engine.prepare_layer(view, books)
+        # The books hold the centroids, too: they lie on the device once.
+        view.key_centroids = cuda_engine.centroids_of(books[0], book.keys.shape)
+        view.value_centroids = cuda_engine.centroids_of(books[1], book.values.shape)
     state.add_view(layer, view, () if view.kernels is None else view.kernels.tensors)
 
 

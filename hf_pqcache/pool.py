@@ -131,6 +131,7 @@ class LayerView:
             append.
         starts: int32 (batch): position in the attention mask of each row's first token (its left padding).
         page_table: int32 (batch, width): the row's pages in order; unused entries are -1.
+        codebook: the `LayerCodebook` that the centroids are from, None before there is one.
         kernels: what the CUDA engine prepared for this layer (`cuda_engine.Prepared`), None where plain torch serves it.
     """
 
@@ -146,6 +147,7 @@ class LayerView:
     starts: Tensor
     page_table: Tensor
     is_coded: bool = True
+    codebook: Any = None
     kernels: Any = None
 
     @property
@@ -155,7 +157,9 @@ class LayerView:
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Write the counts of rows that hold `lengths` tokens."""
-        self.counts.copy_(torch.tensor([[n, self.coded_tokens(n)] for n in lengths], dtype=torch.int32))
+        # Not waited for: the driver has taken a copy of such a small pageable tensor when the call returns.
+        counts = torch.tensor([[n, self.coded_tokens(n)] for n in lengths], dtype=torch.int32)
+        self.counts.copy_(counts, non_blocking=True)
 
     @property
     def window_slots(self) -> int:

@@ -91,7 +91,7 @@ class DeviceState:
     def add_view(self, layer: int, view: LayerView, books: Sequence[Tensor] = ()) -> None:
         """Register the storage of one layer and publish its row; `books` as in `descriptor_row`."""
         self.views[layer] = view
-        self.desc[layer].copy_(torch.tensor(descriptor_row(view, books), dtype=torch.int64))
+        self.desc[layer].copy_(torch.tensor(descriptor_row(view, books), dtype=torch.int64), non_blocking=True)
 
     def sync_table(self, table: PageTable) -> None:
         """Copy the page table to the device if it has changed since the last copy."""
@@ -100,7 +100,7 @@ class DeviceState:
             self._table_version = table.version
 
     def set_starts(self, starts: list[int]) -> None:
-        self.starts.copy_(torch.tensor(starts, dtype=torch.int32))
+        self.starts.copy_(torch.tensor(starts, dtype=torch.int32), non_blocking=True)
 
 
 def state_of(desc: Tensor) -> DeviceState:

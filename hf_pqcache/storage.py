@@ -192,10 +192,8 @@ class Storage:
                 )
                 for w in (view.window_keys, view.window_values)
             ]
-            centroids_here = book.keys.to(device), book.values.to(device)
         view.key_pages, view.value_pages = pages
-        view.key_centroids, view.value_centroids = centroids_here
-        view.is_coded = True
+        view.codebook, view.is_coded = book, True  # `publish` brings the centroids to the device
 
     def reserve(self, layer: int, tokens: int) -> None:
         """Own the pages that `tokens` positions of `layer` need, for every row or none. Raises PagesExhaustedError."""
