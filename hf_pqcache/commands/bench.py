@@ -67,7 +67,7 @@ def _print_generate(rows: list[dict[str, Any]]) -> None:
     table = Table(title="Decode through generate, batch 1, float16")
     for heading in ("model", "tokens", "cache", "ms/token", "floor ms", "slower than ours", "first call s"):
         table.add_column(heading, justify="left" if heading in ("model", "cache") else "right")
-    ours = {(r["shape"], r["tokens"]): r["ms_per_token"] for r in rows if r["cache"] == "pq" and "ms_per_token" in r}
+    ours = {(r["shape"], r["tokens"]): r["ms_per_token"] for r in rows if r.get("cache") == "pq" and "ms_per_token" in r}
     for r in (r for r in rows if r["kind"] == "decode"):
         if "error" in r:
             table.add_row(r["shape"], f"{r['tokens']:,}", r["cache"], r["error"], f"{r['floor_ms']:.2f}", "", "")
