@@ -84,13 +84,15 @@ class Results:
 
     Args:
         path: the file, created with its folders at the first `add`. None keeps the rows in memory only.
+        is_writer: False for all processes of a run but one: their rows stay in memory.
 
     Raises:
         ValueError: a line other than the last is not a result row.
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path | None = None, is_writer: bool = True) -> None:
         self.path = None if path is None else Path(path)
+        self.is_writer = is_writer
         self._rows: dict[str, Row] = {}
         self._valid_bytes = 0
         if self.path is not None and self.path.exists():
@@ -113,7 +115,7 @@ class Results:
         return list(self._rows.values())
 
     def add(self, row: Row) -> None:
-        if self.path is not None:
+        if self.path is not None and self.is_writer:
             self._valid_bytes = append_line(self.path, row.to_dict(), self._valid_bytes)
         self._keep(row)
 

@@ -13,7 +13,7 @@ from hf_pqcache import demo
 from hf_pqcache.calibrate import calibrate
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
-from hf_pqcache.eval import tasks
+from hf_pqcache.eval import distributed, tasks
 from hf_pqcache.eval.accuracy_study import read_text
 from hf_pqcache.eval.caches import CacheSpec, head_dim
 from hf_pqcache.eval.demo import split_text
@@ -139,7 +139,9 @@ def open_session(
     Raises FileNotFoundError, ValueError, OSError with the way out.
     """
     config = load_model_config(model, overrides)
-    loaded, tokenizer = load_model(config.source, revision=config.revision, dtype=dtype, device=device)
+    loaded, tokenizer = load_model(
+        config.source, revision=config.revision, dtype=dtype, device=device or distributed.local_device()
+    )
     config.check(loaded.config)
     name = public_name(config.source)
     folder = None if results is None else results.with_suffix(".codebooks")
@@ -149,9 +151,9 @@ def open_session(
         model=loaded,
         tokenizer=tokenizer,
         model_name=name,
-        results=Results(results),
+        results=Results(results, is_writer=distributed.is_main()),
         force=force,
-        progress=progress,
+        progress=progress and distributed.is_main(),
         seed=seed,
         notes=dict(notes or {}),
     )
@@ -169,7 +171,8 @@ def with_codebook(
     if codebook is not None:
         book = Codebook.from_pretrained(codebook, revision=revision)
     else:
-        book = learning.codebook(session.model, session.tokenizer, session.model_name, spec.config, session.progress)
+        with distributed.main_first():  # the others find what it has made
+            book = learning.codebook(session.model, session.tokenizer, session.model_name, spec.config, session.progress)
     book.check_model(session.model.config)
     subspaces = book.num_subspaces if book.num_subspaces is not None else head_dim(session.model) // 2
     return replace(spec, settings={**spec.settings, "num_subspaces": subspaces, "num_bits": book.num_bits}, codebook=book)

@@ -118,7 +118,11 @@ def lengths_option(default: str) -> Decorator:
 
 
 def finish(rows: Sequence[Row], json_file: Path | None, title: str) -> None:
-    """Print the rows as a table, and write them as JSON."""
+    """Print the rows as a table, and write them as JSON; of several processes the main one does."""
+    from hf_pqcache.eval.distributed import is_main
+
+    if not is_main():
+        return
     table = Table(title=title)
     for heading in ("task", "metric", "value", "unit", "cache", "bits", "settings"):
         table.add_column(heading, justify="right" if heading in ("value", "bits") else "left")

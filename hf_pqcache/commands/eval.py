@@ -13,7 +13,7 @@ from hf_pqcache.commands import _options
 
 @click.group()
 def command() -> None:
-    """Measure a model under one cache: wikitext, ptb, speed, memory, recall, breakdown.
+    """Measure a model under one cache: wikitext, ptb, longbench, speed, memory, recall, breakdown.
 
     Example:  pqcache eval memory --model tiny --cache pq --lengths 512,1K,2K
     """
@@ -74,6 +74,32 @@ def ptb(get: Any, session: Any, *, config: Any, window: int | None, **options: A
     Example:  pqcache eval ptb --model tiny --cache pq --data-dir data
     """
     return [get("ptb_text_only").run(session, window=window or config.window_tokens, **options)]
+
+
+@_task
+@click.option("--tasks", "names", default="all", show_default=True, help="all, e, or names: qasper,lcc,trec_e")
+@click.option("--limit", type=click.IntRange(min=1), help="First examples of each task only.")
+@click.option(
+    "--max-length", "max_tokens", type=click.IntRange(min=2), help="Tokens of a prompt; the rest of the context if absent."
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Bound to the official length of an answer.")
+@click.option(
+    "--chat/--no-chat", "use_chat", default=None, help="Chat template where the official runs have one; if the model has one."
+)
+def longbench(get: Any, session: Any, *, config: Any, names: str, max_tokens: int | None, **options: Any) -> Any:
+    """LongBench; `accelerate launch -m hf_pqcache eval longbench ...` shares the examples among processes.
+
+    Example:  pqcache eval longbench --model qwen2.5-7b --cache pq --tasks qasper,lcc --results results.jsonl
+    """
+    from hf_pqcache.eval.tasks.longbench import NAMES, NAMES_E
+
+    wanted = {"all": NAMES, "e": NAMES_E}.get(names) or names.split(",")
+    chosen = [get(f"longbench/{name.strip()}") for name in wanted]
+    limit = config.max_context_tokens
+    rows = []
+    for task in chosen:
+        rows += task.run(session, max_tokens=max_tokens or (limit and task.room(limit)), **options)
+    return rows
 
 
 @_task

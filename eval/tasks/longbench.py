@@ -1,0 +1,110 @@
+"""The tasks of LongBench (Bai et al. 2023): 21, and the 13 of LongBench-E with their scores by length."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from hf_pqcache.eval import distributed, longbench
+from hf_pqcache.eval.journal import Journal
+from hf_pqcache.eval.longbench_scores import first_line, score
+from hf_pqcache.eval.models import context_tokens
+from hf_pqcache.eval.results import Row
+from hf_pqcache.eval.session import Session
+
+NAMES = (
+    *("narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh", "hotpotqa", "2wikimqa", "musique", "dureader"),
+    *("gov_report", "qmsum", "multi_news", "vcsum", "trec", "triviaqa", "samsum", "lsht"),
+    *("passage_count", "passage_retrieval_en", "passage_retrieval_zh", "lcc", "repobench-p"),
+)
+NAMES_E = (
+    *("qasper_e", "multifieldqa_en_e", "hotpotqa_e", "2wikimqa_e", "gov_report_e", "multi_news_e", "trec_e"),
+    *("triviaqa_e", "samsum_e", "passage_count_e", "passage_retrieval_en_e", "lcc_e", "repobench-p_e"),
+)
+#: Groups of length of LongBench-E: from so many words (inclusive) to so many.
+LENGTHS_E = {"0-4k": (0, 4000), "4-8k": (4000, 8000), "8k+": (8000, 1 << 60)}
+
+
+@dataclass(frozen=True)
+class LongBenchTask:
+    """One data set. `version` is that of this file; the harness's own is one of a row's settings."""
+
+    dataset: str
+    version: str = "1"
+
+    @property
+    def name(self) -> str:
+        return f"longbench/{self.dataset}"
+
+    def run(
+        self,
+        session: Session,
+        *,
+        data_dir: str | Path | None = None,
+        limit: int | None = None,
+        max_tokens: int | None = None,
+        max_new_tokens: int | None = None,
+        use_chat: bool | None = None,
+    ) -> list[Row]:
+        """Score 0 to 100 over the examples; of an _e set also the scores by length.
+
+        Every prediction is journalled beside the results; a run that was killed goes on where it stopped. Several
+        processes (`accelerate launch`) share the examples.
+
+        Args:
+            limit: first examples only.
+            max_tokens: of a prompt, its middle is cut out beyond; None means what the model's context leaves.
+            max_new_tokens: upper bound to the official length of an answer; None means none.
+            use_chat: wrap prompts in the model's chat template where the official runs do; None means if it has one.
+        """
+        described = longbench.spec(self.dataset)
+        new_tokens = min(described.max_new_tokens, max_new_tokens or described.max_new_tokens)
+        max_tokens = max_tokens or self.room(context_tokens(session.model))
+        chat = bool(getattr(session.tokenizer, "chat_template", None)) if use_chat is None else use_chat
+        data = longbench.examples(self.dataset, data_dir)[:limit]
+        digest = hashlib.sha256("\0".join(x["context"] for x in data).encode()).hexdigest()[:16]
+        settings: dict[str, Any] = {"examples": len(data), "contexts_sha256": digest}
+        settings |= {"max_tokens": max_tokens, "max_new_tokens": new_tokens, "chat": chat}
+        metric = described.metric.removesuffix("_score")
+        row = session.row(self.name, self.version, metric, **settings, harness_version=described.version)
+        groups = LENGTHS_E if self.dataset.endswith("_e") else {}
+        rows = [row, *(replace(row, settings={**row.settings, "length": name}) for name in groups)]
+
+        def run() -> list[float]:
+            texts = self._predict(session, data, row.key, max_tokens, new_tokens, chat)
+            scores = [self._score(described.metric, example, texts[i]) for i, example in enumerate(data)]
+            ranges = [(0, 1 << 60), *groups.values()]
+            chosen = [[s for s, x in zip(scores, data, strict=True) if a <= int(x["length"]) < b] for a, b in ranges]
+            return [100 * sum(part) / len(part) if part else float("nan") for part in chosen]
+
+        return session.measure(rows, run)
+
+    def room(self, context: int) -> int:
+        """Tokens of a prompt that leave room for the answer and a chat template in a context of so many."""
+        return max(2, context - longbench.spec(self.dataset).max_new_tokens - 64)
+
+    def _score(self, metric: str, example: dict[str, Any], prediction: str) -> float:
+        return score(metric, first_line(self.dataset, prediction), example["answers"], example.get("all_classes"))
+
+    def _predict(
+        self, session: Session, data: list[dict[str, Any]], key: str, max_tokens: int, new_tokens: int, chat: bool
+    ) -> dict[int, str]:
+        """Predictions of all examples, this process's share of them made here."""
+        rank, processes = distributed.world()
+        path = session.results.path
+        folder = None if path is None else path.with_suffix(".predictions") / key[:16]
+        journal = Journal(folder, rank, processes, fresh=session.force)
+        todo = [i for i in range(rank, len(data), processes) if i not in journal.predictions]
+        for i in tqdm(todo, desc=self.name, unit="example", disable=not session.progress or rank > 0, leave=False):
+            text = longbench.prompt(self.dataset, data[i])
+            ids = longbench.prompt_ids(session.tokenizer, text, self.dataset, max_tokens, chat)
+            cache = session.cache.make(session.model, ids.shape[1] + new_tokens)
+            journal.add(i, longbench.answer(session.model, session.tokenizer, ids, self.dataset, new_tokens, cache))
+        return distributed.gather(journal.predictions)
+
+
+tasks = tuple(LongBenchTask(name) for name in (*NAMES, *NAMES_E))
