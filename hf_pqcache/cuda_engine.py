@@ -606,3 +606,12 @@ def encode_pages(view: LayerView, which: Literal["key", "value"], x: Tensor, pag
     store, book = (view.key_pages, prepared.tensors[0]) if which == "key" else (view.value_pages, prepared.tensors[1])
     first = torch.zeros(1, dtype=torch.int32, device=x.device)
     encode(x[None], store, book, pages[None], first, which, prepared.geometry)
+
+
+def specs(shape: tuple[int, int, int], capability: tuple[int, int], shared_bytes: int) -> list[jit.KernelSpec]:
+    """The kernels that a layer of (head_dim, M, num_bits) uses on such a device: to attend, to append, to encode."""
+    device = _Device(capability, 132, shared_bytes)
+    name = "tuned" if _why_not_tuned(shape, shared_bytes) is None else "generic"
+    geometry = Geometry(*shape, kv_heads=8, batch=1, page_size=64, sink_tokens=4, window_slots=192, table_width=1000)
+    attending = attend_plan(geometry, 4, name, False, 0, False, 4096, device).spec
+    return [attending, *(encode_plan(shape, False, source).spec for source in ("append.cu", "encode.cu"))]

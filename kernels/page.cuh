@@ -93,7 +93,7 @@ struct Row {
 enum Order { NATURAL, UNITS_64, UNITS_32 };
 
 // Tuned shapes read codes in units that are an index into one table row: one code, or two 4-bit codes as one byte.
-constexpr Order order_of(int num_subspaces, int num_bits) {
+__device__ constexpr Order order_of(int num_subspaces, int num_bits) {
     return (num_bits == 8 || num_bits == 6) ? (num_subspaces == 64   ? UNITS_64
                                                : num_subspaces == 32 ? UNITS_32
                                                                      : NATURAL)

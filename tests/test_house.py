@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: {"config", "errors", "layout", "pq", "kmeans", "hub", "handles"},
     1: {"codebook", "pool", "state", "jit", "plan"},
-    2: {"torch_engine", "cuda_engine"},
-    3: {"engine", "ops", "storage", "attention", "calibrate", "reference"},
+    2: {"torch_engine", "cuda_engine", "nvrtc"},
+    3: {"engine", "ops", "storage", "attention", "calibrate", "reference", "diagnose"},
     4: {"cache"},
     5: {"eval"},
     6: {"commands"},

@@ -9,12 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 
-from hf_pqcache import cuda_engine, jit, layout
+from hf_pqcache import cuda_engine, jit, layout, nvrtc
 from hf_pqcache.errors import NoKernelError
 
 
@@ -39,39 +38,6 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the emu
 
 
 # -- compiling -------------------------------------------------------------------------------------------------------
-def _nvrtc() -> Any:
-    """NVRTC's bindings over the library of the nvidia-cuda-nvrtc wheel, or None."""
-    import ctypes
-
-    for package in ("nvidia.cu13", "nvidia.cuda_nvrtc"):
-        try:
-            spec = importlib.util.find_spec(package)
-        except ModuleNotFoundError:
-            continue
-        for root in spec.submodule_search_locations or [] if spec else []:
-            for library in sorted(Path(root).glob("lib/libnvrtc.so.*")):
-                return ctypes.CDLL(str(library))
-    return None
-
-
-def _compile_nvrtc(library: Any, spec: jit.KernelSpec, arch: int) -> str:
-    import ctypes
-
-    program = ctypes.c_void_p()
-    code = (jit.SOURCES / spec.source).read_bytes()
-    library.nvrtcCreateProgram(ctypes.byref(program), code, b"kernel.cu", 0, None, None)
-    options = [f"-arch=sm_{arch}", "-std=c++17", f"-I{jit.SOURCES}", *spec.options]
-    array = (ctypes.c_char_p * len(options))(*[x.encode() for x in options])
-    failed = library.nvrtcCompileProgram(program, len(options), array)
-    size = ctypes.c_size_t()
-    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    library.nvrtcGetProgramLog(program, log)
-    library.nvrtcDestroyProgram(ctypes.byref(program))
-    assert not failed, log.value.decode()
-    return ""
-
-
 def _compile(spec: jit.KernelSpec, arch: int, tmp_path: Path) -> str:
     """Compile for sm_<arch>; the resource report of ptxas, or '' where only NVRTC is there."""
     if shutil.which("nvcc"):
@@ -80,10 +46,10 @@ def _compile(spec: jit.KernelSpec, arch: int, tmp_path: Path) -> str:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stderr
-    library = _nvrtc()
-    if library is None:
-        pytest.skip("neither nvcc nor an nvidia-cuda-nvrtc wheel is installed")
-    return _compile_nvrtc(library, spec, arch)
+    if nvrtc.find() is None:
+        pytest.skip("neither nvcc nor NVRTC is installed")
+    assert nvrtc.compile_error(spec, (arch // 10, arch % 10)) is None
+    return ""
 
 
 def _geometry(shape: tuple[int, int, int]) -> cuda_engine.Geometry:
