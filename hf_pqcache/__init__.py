@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hf_pqcache.cache import PagedPQCache
+from hf_pqcache.cache import PagedKVCache, PagedPQCache
 from hf_pqcache.calibrate import calibrate
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
@@ -13,4 +13,4 @@ if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 __version__ = "0.1.0"
-__all__ = ["Codebook", "PQCacheError", "PQConfig", "PagedPQCache", "calibrate"]
+__all__ = ["Codebook", "PQCacheError", "PQConfig", "PagedKVCache", "PagedPQCache", "calibrate"]

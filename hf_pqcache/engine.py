@@ -10,12 +10,29 @@ import logging
 import torch
 from torch import Tensor
 
-from hf_pqcache import cuda_engine, torch_engine
+from hf_pqcache import cuda_engine, pages, torch_engine
+from hf_pqcache.pages import Which
 from hf_pqcache.pool import LayerView
 from hf_pqcache.state import DeviceState
-from hf_pqcache.torch_engine import Which, window_slots
+from hf_pqcache.torch_engine import read_window, write_window
 
 logger = logging.getLogger(__name__)
+
+
+def _select(view: LayerView, group: int) -> cuda_engine.Choice:
+    """The engine for a layer with `group` query heads per KV head."""
+    if view.codec is pages.EXACT:
+        return cuda_engine.Choice("torch", "pages hold exact tokens")
+    window = view.window_keys
+    return cuda_engine.select(
+        window.shape[3],
+        view.window_values.shape[3],
+        view.num_subspaces,
+        view.config.num_bits,
+        group,
+        window.dtype,
+        window.device,
+    )
 
 
 def publish(state: DeviceState, layer: int, view: LayerView) -> None:
@@ -23,24 +40,15 @@ def publish(state: DeviceState, layer: int, view: LayerView) -> None:
 
     To be called again whenever one of the view's tensors is replaced, or its centroids change.
     """
-    window = view.window_keys
-    choice = cuda_engine.select(
-        window.shape[3],
-        view.window_values.shape[3],
-        view.num_subspaces,
-        view.config.num_bits,
-        1,
-        window.dtype,
-        window.device,
-    )
-    book, device = view.codebook, window.device
+    choice = _select(view, 1)
+    book, device = view.codebook, view.window_keys.device
     if choice.name == "torch":
         view.kernels = None
-        if view.is_coded:
+        if book is not None:
             view.key_centroids, view.value_centroids = book.shared(
                 ("centroids", device), lambda: (book.keys.to(device), book.values.to(device))
             )
-    elif not view.is_coded:
+    elif book is None:
         view.kernels = cuda_engine.prepare_layer(view)
     else:
         books = book.shared(
@@ -59,15 +67,7 @@ def _choose(state: DeviceState, layer: int, view: LayerView, query: Tensor) -> c
     if (known := state.choices.get((layer, group))) is not None:
         choice: cuda_engine.Choice = known
         return choice
-    choice = cuda_engine.select(
-        query.shape[3],
-        view.window_values.shape[3],
-        view.num_subspaces,
-        view.config.num_bits,
-        group,
-        query.dtype,
-        query.device,
-    )
+    choice = _select(view, group)
     if choice not in state.choices.values():
         level = logging.WARNING if choice.name == "torch" and query.is_cuda else logging.INFO
         logger.log(level, "attention over codes runs on the %s engine: %s", choice.name, choice.reason)
@@ -121,52 +121,67 @@ def append(state: DeviceState, layer: int, counts: Tensor, keys: Tensor, values:
     state.calls["append", "torch"] += 1
     lengths = counts[:, 0].tolist()
     for row, length in enumerate(lengths):
-        append_row(view, row, keys[row], values[row], length)
+        encode_row(view, row, keys[row], values[row], length)
+    for row, length in enumerate(lengths):
+        keep_row(view, row, keys[row], values[row], length)
     view.set_lengths([length + keys.shape[2] for length in lengths])
 
 
-def encode_pages(view: LayerView, which: Which, x: Tensor, pages: Tensor) -> None:
-    """Write x (H, n * page_size, d) as codes into the n pages whose numbers are in `pages` (n) int32."""
+def encode_pages(view: LayerView, which: Which, x: Tensor, ids: Tensor) -> None:
+    """Write x (H, n * page_size, d) into the n pages whose numbers are in `ids` (n) int32."""
     if view.kernels is not None:
-        cuda_engine.encode_pages(view, which, x, pages)
+        cuda_engine.encode_pages(view, which, x, ids)
     else:
-        torch_engine.encode_pages(view, which, x, pages.long())
+        torch_engine.encode_pages(view, which, x, ids.long())
 
 
-def append_row(view: LayerView, row: int, keys: Tensor, values: Tensor, length: int) -> None:
-    """Store the new tokens keys, values (H, T, d) of a row that holds `length`; pages must be in the page table.
+def store_row(view: LayerView, row: int, keys: Tensor, values: Tensor, length: int) -> None:
+    """Encode, then keep, the new tokens keys, values (H, T, d) of a row that holds `length`; see the two parts."""
+    encode_row(view, row, keys, values, length)
+    keep_row(view, row, keys, values, length)
 
-    Tokens that leave the window are encoded first, since their slots are about to be reused: pages that begin in the
-    window from a copy of at most a window, all others straight from the new tokens, so that temporary memory does not
-    grow with their number. Does not change `view.counts`.
+
+def encode_row(view: LayerView, row: int, keys: Tensor, values: Tensor, length: int) -> None:
+    """Write the pages that leave the window when a row that holds `length` gets keys, values (H, T, d).
+
+    Nothing that the row holds so far is touched: its pages must be in the page table, and new. Pages that begin in the
+    window are encoded from a copy of at most a window, all others straight from the new tokens, so that temporary memory
+    does not grow with their number.
     """
     config, new_length = view.config, length + keys.shape[1]
     size, old_coded, coded = config.page_size, view.coded_tokens(length), view.coded_tokens(new_length)
+    if coded == old_coded:
+        return
     first = config.sink_tokens + old_coded
-    kept = min(new_length, max(length, config.sink_tokens, new_length - view.window_slots))
     ids = view.page_table[row, old_coded // size : coded // size]
     begun = min(len(ids), max(0, -(-(length - first) // size)))  # pages whose first tokens are in the window
     straight = first + begun * size
-    sides: tuple[tuple[Which, Tensor, Tensor], ...] = (
-        ("key", keys, view.window_keys),
-        ("value", values, view.window_values),
-    )
-    for which, x, window in sides:
+    sides: tuple[tuple[Which, Tensor], ...] = (("key", keys), ("value", values))
+    for which, x in sides:
         if begun:
-            old = window[row][:, window_slots(view, first, min(straight, length))]
+            old = read_window(view, which, row, first, min(straight, length))
             encode_pages(view, which, torch.cat([old, x[:, : max(0, straight - length)]], dim=1), ids[:begun])
         if begun < len(ids):
             at = straight - length
             encode_pages(view, which, x[:, at : at + (len(ids) - begun) * size], ids[begun:])
-        sinks = max(0, min(config.sink_tokens, new_length) - length)
-        window[row][:, length : length + sinks] = x[:, :sinks]
-        window[row][:, window_slots(view, kept, new_length)] = x[:, kept - length :]
+
+
+def keep_row(view: LayerView, row: int, keys: Tensor, values: Tensor, length: int) -> None:
+    """Put the newest of a row's new tokens keys, values (H, T, d) into its window; what leaves must be in pages.
+
+    Allocates nothing, so that it cannot fail half-way. Does not change `view.counts`.
+    """
+    new_length, sinks = length + keys.shape[1], view.config.sink_tokens
+    kept = max(length, sinks, new_length - view.window_slots)
+    sides: tuple[tuple[Which, Tensor], ...] = (("key", keys), ("value", values))
+    for which, x in sides:
+        write_window(view, which, row, length, x[:, : max(0, sinks - length)])
+        write_window(view, which, row, kept, x[:, kept - length :])
 
 
 def encode_window(view: LayerView, row: int, length: int) -> None:
     """Store as codes what the window holds beyond its share, once a layer has got its centroids."""
     coded, sinks = view.coded_tokens(length), view.config.sink_tokens
     ids = view.page_table[row, : coded // view.config.page_size]
-    slots = window_slots(view, sinks, sinks + coded)
-    encode_pages(view, "key", view.window_keys[row][:, slots], ids)
-    encode_pages(view, "value", view.window_values[row][:, slots], ids)
+    encode_pages(view, "key", read_window(view, "key", row, sinks, sinks + coded), ids)
+    encode_pages(view, "value", read_window(view, "value", row, sinks, sinks + coded), ids)

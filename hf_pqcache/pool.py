@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_pqcache.config import PQConfig
 from hf_pqcache.errors import PagesExhaustedError
+from hf_pqcache.pages import CODED, PageCodec
 
 
 class PageAllocator:
@@ -36,13 +38,17 @@ class PageAllocator:
         """How many sequences refer to `page`; 0 when it is free."""
         return self._references[page]
 
-    def allocate(self, count: int) -> list[int]:
-        """Take `count` free pages, each with one reference. Raises PagesExhaustedError and takes none if too few are free."""
+    def require(self, count: int) -> None:
+        """Raise PagesExhaustedError if fewer than `count` pages are free."""
         if count > len(self._free):
             raise PagesExhaustedError(
                 f"{count} more pages are needed and {len(self._free)} of {self.num_pages} are free; "
                 f"build the cache with max_pages={self.num_used + count} or more, or free sequences first"
             )
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` free pages, each with one reference. Raises PagesExhaustedError and takes none if too few are free."""
+        self.require(count)
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._references[page] = 1
@@ -76,15 +82,23 @@ class PageTable:
         self.rows: list[list[int]] = [[] for _ in range(num_rows)]
         self.version = 0
 
-    def reserve(self, counts: Sequence[int]) -> None:
-        """Give row r at least counts[r] pages, all rows or none. Raises PagesExhaustedError and changes nothing."""
+    def reserve(self, counts: Sequence[int], shared: Sequence[tuple[int, int]] = ()) -> list[int]:
+        """Give row r at least counts[r] pages, and (row, place) in `shared` a page of its own, all rows or none.
+
+        Returns the new pages of the places in `shared`: the caller copies the contents. Raises PagesExhaustedError and
+        changes nothing.
+        """
         missing = [max(0, count - len(row)) for row, count in zip(self.rows, counts, strict=True)]
-        if not any(missing):
-            return
-        pages = self.allocator.allocate(sum(missing))
+        if not any(missing) and not shared:
+            return []
+        pages = self.allocator.allocate(sum(missing) + len(shared))
         for row, count in zip(self.rows, missing, strict=True):
             row.extend(pages.pop() for _ in range(count))
+        self.allocator.release([self.rows[r][place] for r, place in shared])
+        for (r, place), page in zip(shared, pages, strict=True):
+            self.rows[r][place] = page
         self.version += 1
+        return pages
 
     def truncate(self, counts: Sequence[int]) -> None:
         """Keep the first counts[r] pages of row r at most and release the rest."""
@@ -94,9 +108,18 @@ class PageTable:
                 del row[count:]
                 self.version += 1
 
-    def select(self, indices: Sequence[int]) -> None:
-        """Row i becomes a copy of row indices[i]; pages are shared by count, none is copied."""
-        rows = [list(self.rows[i]) for i in indices]
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Let row `target`, which must have no page, share the first `count` pages of row `source`."""
+        if self.rows[target]:
+            raise ValueError(f"row {target} still has {len(self.rows[target])} pages; free them first")
+        pages = self.rows[source][:count]
+        self.allocator.share(pages)
+        self.rows[target] = pages
+        self.version += 1
+
+    def select(self, indices: Sequence[int | None]) -> None:
+        """Row i becomes a copy of row indices[i], or an empty row; pages are shared by count, none is copied."""
+        rows = [[] if i is None else list(self.rows[i]) for i in indices]
         for row in rows:
             self.allocator.share(row)
         for row in self.rows:
@@ -106,10 +129,10 @@ class PageTable:
 
     def to_tensor(self, width: int) -> Tensor:
         """int32 (rows, width) on the CPU, -1 where a row has no page."""
-        table = torch.full((len(self.rows), width), -1, dtype=torch.int32)
+        table = np.full((len(self.rows), width), -1, dtype=np.int32)
         for i, row in enumerate(self.rows):
-            table[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
-        return table
+            table[i, : len(row)] = row
+        return torch.from_numpy(table)
 
 
 @dataclass
@@ -117,15 +140,16 @@ class LayerView:
     """Everything that append and attention touch of one layer; tensors keep their addresses while the cache lives.
 
     A row is one sequence. Its token t (0-based, its own count) is kept: t < sink_tokens exactly, in window slot t; the
-    next `coded_tokens(length)` as codes, the i-th of them in page `page_table[row, i // page_size]`; the newest
+    next `coded_tokens(length)` in pages, the i-th of them in page `page_table[row, i // page_size]`; the newest
     exactly, in window slot `sink_tokens + (t - sink_tokens) % window_slots`.
 
     Attributes:
         config: shape of the cache.
         num_subspaces: M of this layer.
-        key_pages, value_pages: uint8 (max_pages, num_kv_heads, bytes): codes in the layout of `layout`.
-        key_centroids, value_centroids: float16 (num_kv_heads, M, 2**num_bits, head_dim / M).
-        is_coded: whether centroids are there; until then every token stays in the window.
+        key_pages, value_pages: (max_pages, num_kv_heads, ...): whole pages as `codec` stores them: codes, uint8 in the
+            order of `layout`; or exact tokens, model dtype (..., page_size, head_dim).
+        key_centroids, value_centroids: float16 (num_kv_heads, M, 2**num_bits, head_dim / M); empty for exact pages.
+        is_coded: whether pages can be written; until a layer has the centroids they need, all tokens stay in the window.
         window_keys, window_values: model dtype (batch, num_kv_heads, sink_tokens + window_slots, head_dim).
         counts: int32 (batch, 2): tokens of each row, and how many of them are codes, kept on the device; advanced by
             append.
@@ -133,6 +157,7 @@ class LayerView:
         page_table: int32 (batch, width): the row's pages in order; unused entries are -1.
         codebook: the `LayerCodebook` that the centroids are from, None before there is one.
         kernels: what the CUDA engine prepared for this layer (`cuda_engine.Prepared`), None where plain torch serves it.
+        codec: what a page holds.
     """
 
     config: PQConfig
@@ -149,6 +174,7 @@ class LayerView:
     is_coded: bool = True
     codebook: Any = None
     kernels: Any = None
+    codec: PageCodec = CODED
 
     @property
     def lengths(self) -> Tensor:
@@ -167,5 +193,5 @@ class LayerView:
         return self.window_keys.shape[2] - self.config.sink_tokens
 
     def coded_tokens(self, length: int) -> int:
-        """How many of a row's first `length` tokens are codes; none before the layer has a codebook."""
+        """How many of a row's first `length` tokens are in pages; none before the layer has a codebook."""
         return self.config.coded_tokens(length) if self.is_coded else 0

@@ -63,6 +63,9 @@ class ReferenceLayer(DynamicLayer):
         kept = [most - self.config.window_slots for most in self.most]
         last = [min(self.config.sink_tokens + coded, k) for coded, k in zip(before, kept, strict=True)]
         self.keys, self.values = self._with_codes(self.config.sink_tokens, last)
+        # Tokens that come now are in no slot that was used again.
+        rows = zip(self.most, self._row_lengths(), strict=True)
+        self.most = [min(most, length + self.config.window_slots) for most, length in rows]
 
     def reset(self) -> None:
         self.keys = self.values = None

@@ -6,84 +6,95 @@ caller knows them, so that nothing is read from the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from hf_pqcache import layout, pq
+from hf_pqcache.pages import Which
 from hf_pqcache.pool import LayerView
-
-Which = Literal["key", "value"]
 
 #: Pages encoded or decoded at once: bounds temporary memory whatever the length of the prompt.
 PAGES_PER_CHUNK = 64
 
 
-def _storage(view: LayerView, which: Which) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(pages, centroids, window, order) of the keys or the values."""
-    config = view.config
+def _side(view: LayerView, which: Which) -> tuple[Tensor, Tensor, Tensor]:
+    """(pages, centroids, window) of the keys or the values."""
     if which == "key":
-        order = layout.key_order(config.page_size, view.num_subspaces, config.num_bits)
-        return view.key_pages, view.key_centroids, view.window_keys, order
-    order = layout.value_order(config.page_size, view.num_subspaces, config.num_bits)
-    return view.value_pages, view.value_centroids, view.window_values, order
+        return view.key_pages, view.key_centroids, view.window_keys
+    return view.value_pages, view.value_centroids, view.window_values
 
 
 def encode_pages(view: LayerView, which: Which, x: Tensor, pages: Tensor) -> None:
-    """Write x (H, n * page_size, d) as codes into the n pages whose numbers are in `pages` (n) int64."""
-    store, centroids, _, order = _storage(view, which)
+    """Write x (H, n * page_size, d) into the n pages whose numbers are in `pages` (n) int64."""
+    store, centroids, _ = _side(view, which)
     size = view.config.page_size
     for i in range(0, pages.numel(), PAGES_PER_CHUNK):
         ids = pages[i : i + PAGES_PER_CHUNK]
-        codes = pq.encode(x[:, i * size : (i + ids.numel()) * size], centroids)
-        codes = codes.unflatten(1, (ids.numel(), size)).transpose(0, 1)  # (n, H, page_size, M)
-        store[ids] = layout.pack_pages(codes, order, view.config.num_bits)
+        part = x[:, i * size : (i + ids.numel()) * size]
+        store[ids] = view.codec.encode(part, centroids, view.config, which)
 
 
 def decode_pages(view: LayerView, which: Which, pages: Tensor) -> Tensor:
-    """The decoded contents of `pages` (n) int64 -> (H, n * page_size, d) in the model's dtype."""
-    store, centroids, window, order = _storage(view, which)
+    """The contents of `pages` (n) int64 -> (H, n * page_size, d) in the model's dtype."""
+    store, centroids, window = _side(view, which)
     if not pages.numel():
         return window.new_empty(window.shape[1], 0, window.shape[3])
-    parts = []
-    for ids in pages.split(PAGES_PER_CHUNK):
-        codes = layout.unpack_pages(store[ids], order, view.num_subspaces, view.config.num_bits)
-        parts.append(pq.decode(codes.transpose(0, 1).flatten(1, 2), centroids, dtype=window.dtype))
+    parts = [view.codec.decode(store[ids], centroids, view.config, which, window.dtype) for ids in pages.split(PAGES_PER_CHUNK)]
     return torch.cat(parts, dim=1)
 
 
-def window_slots(view: LayerView, first: int, last: int) -> Tensor:
-    """Window slots of a row's tokens first..last-1: int64 (last - first)."""
-    sinks = view.config.sink_tokens
-    tokens = torch.arange(first, last, device=view.window_keys.device)
-    return torch.where(tokens < sinks, tokens, sinks + (tokens - sinks) % view.window_slots)
+def window_spans(view: LayerView, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """(slot, token, count) of the unbroken runs of window slots that a row's tokens first..last-1 have: three at most.
+
+    Raises ValueError for more tokens than the ring has slots.
+    """
+    sinks, slots = view.config.sink_tokens, view.window_slots
+    if first < min(sinks, last):
+        yield first, first, min(sinks, last) - first
+    first = max(first, sinks)
+    if last - first > slots:
+        raise ValueError(f"tokens {first} to {last - 1} do not fit a window of {slots} slots")
+    while first < last:
+        place = (first - sinks) % slots
+        count = min(last - first, slots - place)
+        yield sinks + place, first, count
+        first += count
 
 
-def restore_window(view: LayerView, row: int, first: int, last: int) -> None:
-    """Bring a row's coded tokens first..last-1 back into the window, decoded; they were crowded out of it before."""
-    config = view.config
-    size = config.page_size
-    begin = (first - config.sink_tokens) // size
-    ids = view.page_table[row, begin : -(-(last - config.sink_tokens) // size)].long()
-    skip = first - config.sink_tokens - begin * size
-    slots = window_slots(view, first, last)
-    view.window_keys[row][:, slots] = decode_pages(view, "key", ids)[:, skip : skip + last - first]
-    view.window_values[row][:, slots] = decode_pages(view, "value", ids)[:, skip : skip + last - first]
+def read_window(view: LayerView, which: Which, row: int, first: int, last: int) -> Tensor:
+    """A row's exact tokens first..last-1 -> (H, last - first, d)."""
+    window = _side(view, which)[2][row]
+    parts = [window[:, slot : slot + count] for slot, _, count in window_spans(view, first, last)]
+    return torch.cat(parts, dim=1) if parts else window[:, :0]
+
+
+def write_window(view: LayerView, which: Which, row: int, first: int, x: Tensor) -> None:
+    """Put x (H, T, d), a row's tokens from `first` on, into its window. Allocates nothing, so it cannot fail half-way."""
+    window = _side(view, which)[2][row]
+    for slot, token, count in window_spans(view, first, first + x.shape[1]):
+        window[:, slot : slot + count].copy_(x[:, token - first : token - first + count])
+
+
+def coded_tokens(view: LayerView, which: Which, row: int, first: int, last: int) -> Tensor:
+    """A row's tokens first..last-1 as its pages have them -> (H, last - first, d); all of them must be in pages."""
+    sinks, size = view.config.sink_tokens, view.config.page_size
+    begin = (first - sinks) // size
+    ids = view.page_table[row, begin : -(-(last - sinks) // size)].long()
+    skip = first - sinks - begin * size
+    return decode_pages(view, which, ids)[:, skip : skip + last - first]
 
 
 def row_tokens(view: LayerView, which: Which, row: int, length: int) -> Tensor:
     """All tokens of a row that holds `length`, exact or decoded -> (H, length, d)."""
-    config, window = view.config, view.window_keys if which == "key" else view.window_values
     coded = view.coded_tokens(length)
-    ids = view.page_table[row, : coded // config.page_size].long()
-    sinks = min(length, config.sink_tokens)
+    ids = view.page_table[row, : coded // view.config.page_size].long()
+    sinks = min(length, view.config.sink_tokens)
     return torch.cat(
         [
-            window[row][:, :sinks],
+            read_window(view, which, row, 0, sinks),
             decode_pages(view, which, ids),
-            window[row][:, window_slots(view, sinks + coded, length)],
+            read_window(view, which, row, sinks + coded, length),
         ],
         dim=1,
     )

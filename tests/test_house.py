@@ -8,16 +8,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: {"config", "errors", "layout", "pq", "kmeans", "hub", "handles"},
-    1: {"codebook", "pool", "state", "jit", "plan"},
+    1: {"codebook", "pages", "plan", "pool", "state", "jit"},
     2: {"torch_engine", "cuda_engine", "nvrtc"},
-    3: {"engine", "ops", "storage", "attention", "calibrate", "reference", "diagnose"},
-    4: {"cache"},
-    5: {"eval"},
-    6: {"commands"},
-    7: {"cli"},
+    3: {"engine", "attention", "calibrate", "reference", "diagnose"},
+    4: {"ops", "storage"},
+    5: {"steps"},
+    6: {"layer", "sequences"},
+    7: {"cache"},
+    8: {"eval"},
+    9: {"commands"},
+    10: {"cli"},
 }
 #: Files of one floor that may know a sibling.
-SIBLINGS = {("cuda_engine", "jit"), ("state", "pool"), ("jit", "pool"), ("ops", "engine"), ("storage", "engine")}
+SIBLINGS = {("cuda_engine", "jit"), ("pool", "pages"), ("state", "pool"), ("jit", "pool")}
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 
 

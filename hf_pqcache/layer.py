@@ -1,0 +1,212 @@
+"""One layer of a paged cache: handles for attention, tokens for the storage; knows transformers, not its cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+import hf_pqcache.ops  # noqa: F401 - registers the ops
+from hf_pqcache import attention, torch_engine
+from hf_pqcache.handles import KEY, KVHandle, LazyKV
+from hf_pqcache.pages import Which
+from hf_pqcache.steps import Steps
+from hf_pqcache.storage import Storage
+
+
+class PagedLayer(CacheLayerMixin):
+    """One compressed layer: hands handles to attention, tokens to the storage that all layers of the cache share."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, storage: Storage, index: int, steps: Steps, is_compileable: bool, implementation: Any) -> None:
+        self.storage = storage
+        self.index = index
+        self.is_compileable = is_compileable
+        self._steps = steps
+        self._implementation = implementation
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._is_traceable = False
+        super().__init__()
+
+    # Encoder-decoder models and a few others look at the tensors of a layer.
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        return self._whole(0)
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._refuse_assignment(value)
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return self._whole(1)
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._refuse_assignment(value)
+
+    @staticmethod
+    def _refuse_assignment(value: Tensor | None) -> None:
+        if value is not None:
+            raise AttributeError("a compressed layer's keys and values cannot be assigned; pass new tokens to update()")
+
+    def _whole(self, which: int) -> Tensor | None:
+        if not self.is_initialized:
+            return None
+        self.commit()
+        return self._decoded(which)
+
+    def _decoded(self, which: int) -> Tensor:
+        storage = self.storage
+        side: Which = "key" if which == KEY else "value"
+        total = storage.tokens(self.index)
+        storage.state(self.index).calls["dense", "torch"] += 1
+        return torch_engine.dense(storage.views[self.index], side, storage.row_lengths(self.index), storage.starts, total)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.storage.set_batch(key_states.shape[0])
+        self.open(key_states, value_states)
+
+    @torch.compiler.disable
+    def open(self, keys: Tensor, values: Tensor) -> None:
+        """Make room for tokens like keys, values (..., H, T, d) in all rows of the storage."""
+        self.storage.open(self.index, keys, values)
+        self.dtype, self.device = keys.dtype, keys.device
+        self.batch_size = self.storage.batch
+        # Plain torch reads lengths on the host, which a CUDA graph cannot: there a compiled model breaks its graph here.
+        self._is_traceable = keys.device.type == "cpu" or self.storage.views[self.index].kernels is not None
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Take new keys and values (B, H, T, d); returns handles that attention reads codes through.
+
+        Several tokens at once attend in full precision: they wait until attention has seen them, then are stored.
+        """
+        if torch.compiler.is_compiling() and key_states.shape[2] == 1 and self._is_traceable:
+            return self._update_traced(key_states, value_states)
+        return self._update_eager(key_states, value_states)
+
+    def _update_traced(self, keys: Tensor, values: Tensor) -> tuple[KVHandle, KVHandle]:
+        state = self.storage.state(self.index)
+        torch.ops.hf_pqcache.append(keys, values, state.counts, state.desc, self.index)
+        self.storage.is_stale = True
+        return KVHandle(self, 0, keys), KVHandle(self, 1, values)
+
+    @torch.compiler.disable
+    def _update_eager(self, keys: Tensor, values: Tensor) -> tuple[LazyKV, LazyKV]:
+        attention.install(self._implementation)
+        self._steps.begin(self.index)
+        try:
+            with self.storage.out_of_memory_guard("the new tokens"):
+                return self._take(keys, values)
+        except Exception:
+            self._steps.give_up(self.index)
+            raise
+
+    def _take(self, keys: Tensor, values: Tensor) -> tuple[LazyKV, LazyKV]:
+        storage, count = self.storage, keys.shape[2]
+        if keys.shape[0] != storage.batch:
+            storage.set_batch(keys.shape[0])
+        if not self.is_initialized:
+            self.open(keys, values)
+        self.batch_size = storage.batch
+        total = storage.tokens(self.index) + count
+        if count == 1 and total > 1:
+            storage.learn_if_due(self.index, keys, values)
+            storage.reserve(self.index, total)
+            state = storage.state(self.index)
+            torch.ops.hf_pqcache.append(keys, values, state.counts, state.desc, self.index)
+            storage.advance(self.index, 1)
+        else:
+            self._pending = (keys, values)
+            self._steps.pending.append(self)
+        return LazyKV(self, 0, keys, total), LazyKV(self, 1, values, total)
+
+    def commit(self, mask: Tensor | None = None) -> None:
+        """Store the tokens that attention has now seen. `mask` is what it was given; it tells left padding."""
+        if self._pending is None:
+            return
+        (keys, values), self._pending = self._pending, None
+        self._steps.pending.remove(self)
+        storage, first = self.storage, self.storage.tokens(self.index)
+        try:
+            with storage.out_of_memory_guard("encoding the new tokens"):
+                padding = attention.leading_padding(mask, first, keys.shape[2], keys.shape[0])
+                storage.note_padding(self.index, padding)
+                storage.append(self.index, keys, values)
+        except Exception:
+            self._steps.give_up(self.index)
+            raise
+
+    def offload(self) -> None:
+        raise NotImplementedError(
+            "a layer in pages does not move to the host as a whole: layers share their pages; for more room lower max_pages, "
+            "or num_bits or num_subspaces where pages hold codes"
+        )
+
+    prefetch = offload
+
+    def discard_pending(self) -> None:
+        self._pending = None
+
+    @property
+    def num_pending(self) -> int:
+        """Positions that wait for attention to have seen them."""
+        return 0 if self._pending is None else self._pending[0].shape[2]
+
+    def adopt(self, other: PagedLayer) -> None:
+        """Be as far as `other`, a layer whose tokens this one's storage has copied."""
+        self.dtype, self.device, self.batch_size = other.dtype, other.device, other.batch_size
+        self._is_traceable, self.is_initialized = other._is_traceable, True
+
+    # -- what handles ask ----------------------------------------------------------------------------------------
+    def dense(self, which: int, new: Tensor) -> Tensor:
+        """All keys (0) or values (1), (B, H, n, d): decoded past, then pending new tokens exactly."""
+        if self._pending is None:
+            return self._decoded(which)
+        return new if self.storage.tokens(self.index) == 0 else torch.cat([self._decoded(which), new], dim=2)
+
+    def dense_traced(self, which: int, new: Tensor) -> Tensor:
+        state = self.storage.state(self.index)
+        total = self.get_max_length()
+        return torch.ops.hf_pqcache.dense(new, state.counts, state.desc, self.index, which, total)
+
+    def attend(
+        self, query: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float, value_dim: int
+    ) -> Tensor:
+        """Attention of one query token (B, Hq, 1, d) over the layer -> (B, 1, Hq, dv)."""
+        if self._pending is not None:  # a first prompt of a single token
+            self.commit(mask)
+        state = self.storage.state(self.index)
+        return torch.ops.hf_pqcache.attend(query, state.counts, state.desc, mask, sinks, self.index, scale, softcap, value_dim)
+
+    # -- what transformers asks ----------------------------------------------------------------------------------
+    def get_seq_length(self) -> Any:
+        if not self.is_initialized:
+            return 0
+        if torch.compiler.is_compiling():
+            state = self.storage.state(self.index)
+            return state.counts[self.index, 0, 0] + state.starts[0]
+        return self.storage.tokens(self.index) + self.num_pending
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, 0). Constant for one-token steps of a compileable cache: a changing mask would be a new graph each.
+
+        Asked before every step: an exhausted pool (PQC001) is found here, before any layer has changed.
+        """
+        is_fixed = self.is_compileable and query_length == 1
+        if torch.compiler.is_compiling():
+            return (self.get_max_length() if is_fixed else self.get_seq_length() + query_length), 0
+        total = self._steps.complete() + query_length
+        if self.is_initialized and is_fixed:
+            self.storage.before_step(self.index)
+        elif self.is_initialized and total > query_length:
+            self.storage.reserve(self.index, total)
+        return (self.get_max_length() if is_fixed else total), 0
+
+    def get_max_length(self) -> int:
+        return self.storage.max_tokens if self.is_compileable else -1
