@@ -10,6 +10,7 @@ import html
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from hf_pqcache.eval.summary import Chart, HeatMap, format_value, is_exact, tokens_text
+from hf_pqcache.eval.charts import Chart, HeatMap
+from hf_pqcache.eval.naming import format_value, is_exact, tokens_text
 
 #: name of a CSS variable -> its colours, light and dark. Series colours keep a contrast of 3 with both backgrounds.
 THEME: dict[str, tuple[str, str]] = {
@@ -66,7 +68,7 @@ _TITLE_INCHES = 0.5
 
 def save_png(item: Chart | HeatMap, path: str | Path) -> None:
     """Write `item` as a PNG in the light theme, its title on it, 160 dots an inch."""
-    with mpl.rc_context(_style(LIGHT)):
+    with mpl.rc_context(style(LIGHT)):
         figure, _ = _draw(item, LIGHT)
         width, height = figure.get_size_inches()
         whole = height + _TITLE_INCHES
@@ -82,7 +84,7 @@ def save_png(item: Chart | HeatMap, path: str | Path) -> None:
 def svg(item: Chart | HeatMap) -> str:
     """`item` as an <svg> element for a page: CSS variables for colours, a tool tip on every point, ids of its own."""
     stream = io.StringIO()
-    with mpl.rc_context({**_style(_PLACEHOLDERS), "svg.fonttype": "none", "svg.hashsalt": item.name}):
+    with mpl.rc_context({**style(_PLACEHOLDERS), "svg.fonttype": "none", "svg.hashsalt": item.name}):
         figure, tips = _draw(item, _PLACEHOLDERS)
         FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
@@ -101,7 +103,7 @@ def svg(item: Chart | HeatMap) -> str:
     )
 
 
-def _style(colours: Mapping[str, str]) -> Any:
+def style(colours: Mapping[str, str]) -> Any:
     ink, muted, grid = colours["ink"], colours["muted"], colours["grid"]
     return {
         "font.family": "sans-serif",
@@ -192,27 +194,27 @@ def _draw_heat_map(chart: HeatMap, colours: Mapping[str, str]) -> tuple[Figure, 
     figure = Figure(figsize=(6.4, 1.3 + 0.32 * max(4, len(chart.depths))), layout="constrained")
     axes = figure.add_subplot()
     tips: list[str] = []
-    is_small = len(chart.depths) * len(chart.lengths) <= _MAX_CELLS_WITH_TEXT
+    is_small = len(chart.depths) * len(chart.columns) <= _MAX_CELLS_WITH_TEXT
     for i, (depth, line) in enumerate(zip(chart.depths, chart.values, strict=True)):
-        for j, (tokens, value) in enumerate(zip(chart.lengths, line, strict=True)):
+        for j, (column, value) in enumerate(zip(chart.columns, line, strict=True)):
             if value is None or not math.isfinite(value):
                 continue
             step = round(min(1.0, max(0.0, value)) * (len(HEAT) - 1))
             cell = mpl.patches.Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, facecolor=colours[f"heat-{step}"], linewidth=0)
             cell.set_gid(f"tip-{len(tips)}")
             axes.add_patch(cell)
-            tips.append(f"{value:.0%} found at depth {depth:.0%} of {tokens_text(tokens)} tokens")
+            tips.append(f"{value:.0%} found at depth {depth:.0%}, {column}")
             if is_small:
                 ink = colours["paper" if step >= _HEAT_TURN else "ink"]
                 axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", size=8, color=ink)
-    axes.set_xlim(-0.5, len(chart.lengths) - 0.5)
+    axes.set_xlim(-0.5, len(chart.columns) - 0.5)
     axes.set_ylim(len(chart.depths) - 0.5, -0.5)
-    axes.set_xticks(range(len(chart.lengths)), [tokens_text(tokens) for tokens in chart.lengths])
+    axes.set_xticks(range(len(chart.columns)), [textwrap.fill(column, 8) for column in chart.columns])
     axes.set_yticks(range(len(chart.depths)), [f"{depth:.0%}" for depth in chart.depths])
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("tokens in the prompt")
+    axes.set_xlabel(chart.column_label)
     axes.set_title("depth of the pass key; cells: % found", loc="left", size=9, color=colours["muted"])
     return figure, tips
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_pqcache import __version__, hub
 from hf_pqcache.codebook import Codebook
-from hf_pqcache.eval import summary, tasks
+from hf_pqcache.eval import naming, summary, tasks
 from hf_pqcache.eval.model_config import ModelConfig
 from hf_pqcache.eval.report import conditions, items, read_rows
 from hf_pqcache.eval.results import Results, Row
@@ -123,7 +123,7 @@ def facts(codebook: Codebook) -> dict[str, Any]:
         "bits a value": " / ".join(f"{codebook.config.bits_per_value(dk):g}" for dk, _ in sorted(shapes)),
         "bytes": f"{codebook.nbytes:,}",
         "fingerprint": codebook.fingerprint[:16],
-        "recommended": summary.settings_text(codebook.settings) or "the defaults",
+        "recommended": naming.settings_text(codebook.settings) or "the defaults",
     }
     return {**codebook.metadata, **own}
 
@@ -154,13 +154,13 @@ def evaluations(codebook: Codebook, rows: Sequence[Row]) -> list[dict[str, Any]]
     differ in nothing but depth and length (recall) are averaged. Times and bytes are no evaluation.
     """
     own = [row for row in rows if row.codebook == codebook.fingerprint and math.isfinite(row.value)]
-    own = [row for row in own if row.metric in ("perplexity", "recall") or summary.is_score(row)]
+    own = [row for row in own if row.metric in ("perplexity", "recall") or naming.is_score(row)]
     own = [row for row in own if codebook.settings.items() <= row.cache_config.items()] or own
-    names = summary.labels(own)
+    names = naming.labels(own)
     groups: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    hidden = {"depth", *summary.LENGTH_KEYS, "text_sha256"}
+    hidden = {"depth", *naming.LENGTH_KEYS, "text_sha256"}
     for row in own:
-        told = [summary.settings_text({key: value for key, value in row.settings.items() if key not in hidden})]
+        told = [naming.settings_text({key: value for key, value in row.settings.items() if key not in hidden})]
         told += [names[row.key]] if len(set(names.values())) > 1 else []
         groups[row.task, row.metric, ", ".join(filter(None, told))].append(row.value)
     return [
@@ -208,10 +208,10 @@ def _body(codebook: Codebook, rows: Sequence[Row], plots: Sequence[tuple[str, st
     """Results, plots and conditions as Markdown; "" without rows."""
     if not rows:
         return ""
-    names = summary.labels(rows)
+    names = naming.labels(rows)
     own = {names[row.key] for row in rows if row.codebook == codebook.fingerprint}
     lines = ["## Results", "", f"This codebook: **{', '.join(sorted(own))}**. Every figure is in `results.jsonl`.", ""]
-    for model in summary.models(rows):
+    for model in naming.models(rows):
         table = summary.summary_table(rows, model)
         lines += ["| " + " | ".join(table.columns) + " |", "|---" + "|--:" * (len(table.columns) - 1) + "|"]
         lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in table.texts()]

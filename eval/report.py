@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from hf_pqcache.eval import plots, summary
+from hf_pqcache.eval import charts, naming, plots, summary
 from hf_pqcache.eval.results import Results, Row
 
 PAGE = "report.html"
@@ -30,9 +30,9 @@ def read_rows(paths: Iterable[str | Path]) -> list[Row]:
     return list(rows.values())
 
 
-def items(rows: Sequence[Row]) -> list[summary.Chart | summary.HeatMap]:
+def items(rows: Sequence[Row]) -> list[charts.Chart | charts.HeatMap]:
     """Everything that can be drawn of these rows."""
-    return [*summary.perplexity_charts(rows), *summary.length_charts(rows), *summary.recall_maps(rows)]
+    return [*charts.perplexity_charts(rows), *charts.length_charts(rows), *charts.recall_maps(rows)]
 
 
 def write_plots(rows: Sequence[Row], folder: str | Path) -> list[Path]:
@@ -70,7 +70,7 @@ def render(rows: Sequence[Row], title: str) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["drawing"] = lambda item: Markup(plots.svg(item))
-    models = summary.models(rows)
+    models = naming.models(rows)
     return environment.get_template(_TEMPLATE).render(
         title=title,
         theme=plots.THEME,
@@ -109,13 +109,13 @@ def conditions(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [(name, ", ".join(values)) for name, values in found.items()]
 
 
-def _sections(rows: Sequence[Row]) -> list[tuple[str, str, list[summary.Chart | summary.HeatMap]]]:
+def _sections(rows: Sequence[Row]) -> list[tuple[str, str, list[charts.Chart | charts.HeatMap]]]:
     """(heading, how to read it, drawings) of every kind of drawing that the rows allow."""
-    bits = summary.perplexity_charts(rows)
-    time = summary.length_charts(rows, ["tpot", "ttft", "throughput"])
-    memory = summary.length_charts(rows, ["peak_bytes", "kv_bytes"])
-    recall = summary.recall_maps(rows)
-    sections: list[tuple[str, str, list[summary.Chart | summary.HeatMap]]] = [
+    bits = charts.perplexity_charts(rows)
+    time = charts.length_charts(rows, ["tpot", "ttft", "throughput"])
+    memory = charts.length_charts(rows, ["peak_bytes", "kv_bytes"])
+    recall = charts.recall_maps(rows)
+    sections: list[tuple[str, str, list[charts.Chart | charts.HeatMap]]] = [
         ("Quality against memory", "Lower and further left is better. Bits count codes, exact window and tables.", [*bits]),
         ("Time against length", "Lower is better for times, higher for throughput.", [*time]),
         ("Memory against length", "Lower is better.", [*memory]),
@@ -125,7 +125,7 @@ def _sections(rows: Sequence[Row]) -> list[tuple[str, str, list[summary.Chart | 
 
 
 def _everything(rows: Sequence[Row]) -> summary.Table:
-    names = summary.labels(rows)
+    names = naming.labels(rows)
     columns = ["model", "cache", "task", "metric", "value", "unit", "true bits", "settings"]
     table = summary.Table(title="All rows", columns=columns, units=[""] * len(columns))
     table.rows = [
@@ -137,7 +137,7 @@ def _everything(rows: Sequence[Row]) -> summary.Table:
             row.value,
             row.unit,
             row.true_bits,
-            summary.settings_text(row.settings),
+            naming.settings_text(row.settings),
         ]
         for row in rows
     ]

@@ -65,7 +65,8 @@ def made(tmp_path: Path) -> tuple[Path, Path]:
     results.add(row(29.0, "f" * 64, cache_config={"num_subspaces": 16, "num_bits": 4, **SETTINGS}))
     for depth, found in ((0.0, 1.0), (1.0, 0.5)):
         results.add(row(found, book().fingerprint, task="recall", metric="recall", settings={"tokens": 64, "depth": depth}))
-    results.add(row(3.0, book().fingerprint, task="speed", metric="tpot", unit="ms", settings={"tokens": 64}))
+    for tokens in (64, 128):
+        results.add(row(3.0, book().fingerprint, task="speed", metric="tpot", unit="ms", settings={"tokens": tokens}))
     results.add(row(1.0, None, model="another"))
     return tmp_path / "codebook", tmp_path / "rows.jsonl"
 

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from hf_pqcache.cli import main
-from hf_pqcache.eval import plots, summary
+from hf_pqcache.eval import charts, naming, plots, summary
 from hf_pqcache.eval.report import conditions, read_rows, render, write_report
 from hf_pqcache.eval.results import Results, Row
 
@@ -66,18 +66,18 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_names_tell_caches_apart_and_no_more() -> None:
-    names = set(summary.labels(rows()).values())
+    names = set(naming.labels(rows()).values())
     assert names == {"dynamic", "quanto n=4", "pq M=32 n=8", "pq M=32 n=6", "pq M=16 n=8"}
     pages = [Row("t", "m", 1.0, cache="pq", cache_config={**PQ[0], "page_size": size}) for size in (16, 64)]
-    assert set(summary.labels(pages).values()) == {"pq M=32 n=8 page=16", "pq M=32 n=8 page=64"}
+    assert set(naming.labels(pages).values()) == {"pq M=32 n=8 page=16", "pq M=32 n=8 page=64"}
     books = [Row("t", "m", 1.0, cache="pq", cache_config=PQ[0], codebook=book * 32) for book in ("ab", "cd")]
-    assert set(summary.labels(books).values()) == {"pq M=32 n=8 #ababab", "pq M=32 n=8 #cdcdcd"}
+    assert set(naming.labels(books).values()) == {"pq M=32 n=8 #ababab", "pq M=32 n=8 #cdcdcd"}
     models = [Row("t", "m", 1.0, model=book, cache="pq", cache_config=PQ[0], codebook=book * 32) for book in ("ab", "cd")]
-    assert set(summary.labels(models).values()) == {"pq M=32 n=8"}  # of course each model has its own
+    assert set(naming.labels(models).values()) == {"pq M=32 n=8"}  # of course each model has its own
     test_split = Row("t", "m", 1.0, cache="pq", cache_config=PQ[0], settings={"calibrated_on": "ptb/test", "merged": True})
-    assert set(summary.labels([test_split]).values()) == {"pq M=32 n=8, merged, calibrated on ptb/test"}
+    assert set(naming.labels([test_split]).values()) == {"pq M=32 n=8, merged, calibrated on ptb/test"}
     paged = Row("t", "m", 1.0, cache="paged-kv", cache_config={"page_size": 64, "num_bits": 8})
-    assert summary.labels([paged]) == {paged.key: "paged-kv"}
+    assert naming.labels([paged]) == {paged.key: "paged-kv"}
 
 
 def test_summary_has_each_figure_once() -> None:
@@ -85,10 +85,10 @@ def test_summary_has_each_figure_once() -> None:
     lines = [dict(zip(table.columns, line, strict=True)) for line in table.rows]
     assert [line["cache"] for line in lines] == ["dynamic", "quanto n=4", "pq M=32 n=8", "pq M=32 n=6", "pq M=16 n=8"]
     exact, two_bits = lines[0], lines[-1]
-    assert (exact["true bits"], exact["perplexity, wikitext-2-raw-v1"], exact["change"]) == (16.0, 20.0, None)
+    assert (exact["bits at 4K"], exact["perplexity, wikitext-2-raw-v1"], exact["change"]) == (16.0, 20.0, None)
     assert two_bits["perplexity, wikitext-2-raw-v1"] == 20 + 0.5 / 2.3
     assert two_bits["change"] == pytest.approx(100 * 0.5 / 2.3 / 20)
-    assert two_bits["recall"] == pytest.approx(2.3 / 4)
+    assert two_bits["recall at 4K"] == pytest.approx(2.3 / 4)
     assert two_bits["time per output token at 4K"] == pytest.approx(40.96 * 2.3)
     assert two_bits["KV cache at 4K"] == pytest.approx(4096 * 2.3 * 256)
     assert two_bits["longbench, mean score"] == pytest.approx(32.3)
@@ -100,7 +100,7 @@ def test_different_conditions_are_never_mixed() -> None:
     exact = dict(zip(table.columns, table.rows[0], strict=True))
     assert exact["perplexity, wikitext-2-raw-v1 (window 1024)"] == 20.0
     assert exact["perplexity, wikitext-2-raw-v1 (window 256)"] == 25.0
-    chart = summary.perplexity_charts(mixed)
+    chart = charts.perplexity_charts(mixed)
     assert [(c.condition, c.baseline) for c in chart] == [("window 1024", 20.0)]  # nothing to compare in the other one
     distort = Row(
         "wikitext-2-raw-v1",
@@ -112,17 +112,41 @@ def test_different_conditions_are_never_mixed() -> None:
         true_bits=4.0,
         settings={"window": 1024, "mode": "distort"},
     )
-    assert set(summary.perplexity_charts([*rows(), distort])[0].series) == {"quanto", "pq", "pq, distort"}
+    assert set(charts.perplexity_charts([*rows(), distort])[0].series) == {"quanto", "pq", "pq, distort"}
 
 
 def test_series_run_along_the_axis_and_keep_their_rows() -> None:
-    chart = next(c for c in summary.length_charts(rows()[::-1]) if c.name.startswith("tpot"))
+    chart = next(c for c in charts.length_charts(rows()[::-1]) if c.name.startswith("tpot"))
     points = chart.series["pq M=16 n=8"]
     assert [point.x for point in points] == [1024, 2048, 4096]
     assert all(point.y == point.row.value for point in points)
-    heat = next(m for m in summary.recall_maps(rows()) if m.title.startswith("pq M=16"))
-    assert (heat.depths, heat.lengths) == ([0.0, 0.5, 1.0], [1024, 2048, 4096])
+    heat = next(m for m in charts.recall_maps(rows()) if m.title.startswith("pq M=16"))
+    assert (heat.depths, heat.columns) == ([0.0, 0.5, 1.0], ["1K", "2K", "4K"])
     assert heat.values == [[2.3 / 4] * 3] * 3
+
+
+def test_recall_at_one_length_is_one_map_over_all_caches() -> None:
+    (heat,) = charts.recall_maps([row for row in rows() if row.settings.get("tokens") == 1024])
+    assert heat.columns == ["dynamic", "quanto n=4", "pq M=32 n=8", "pq M=32 n=6", "pq M=16 n=8"]
+    assert heat.values == [[1.0, 1.0, 1.0, 3.3 / 4, 2.3 / 4]] * 3
+    assert charts.length_charts([row for row in rows() if row.settings.get("tokens") == 1024]) == []
+
+
+def test_a_running_cache_stands_where_it_was_weighed() -> None:
+    """Its perplexity row knows no bits: those of the memory task, at the length of the window, count."""
+    cache: dict[str, Any] = {"model": "small", "cache": "hqq", "cache_config": {"nbits": 4}}
+    perplexity = Row("wikitext-2-raw-v1", "perplexity", 20.1, settings={"window": 1024, "mode": "cache", "chunk": 16}, **cache)
+    weighed = [
+        Row("memory", "kv_bytes", 1.0, "bytes", settings={"tokens": tokens}, true_bits=bits, **cache)
+        for tokens, bits in ((1024, 4.6), (4096, 4.5))
+    ]
+    (chart,) = charts.perplexity_charts([*rows(), perplexity, *weighed])
+    assert [(point.x, point.y) for point in chart.series["hqq"]] == [(4.6, 20.1)]
+
+
+def test_summary_tells_the_length_that_most_caches_share() -> None:
+    longer = Row("speed", "tpot", 1.0, "ms", model="small", settings={"tokens": 8192, "batch": 1})
+    assert "time per output token at 4K" in summary.summary_table([*rows(), longer], "small").columns
 
 
 @pytest.mark.parametrize(
@@ -142,7 +166,7 @@ def test_series_run_along_the_axis_and_keep_their_rows() -> None:
     ],
 )
 def test_numbers_read_well(value: Any, unit: str, text: str) -> None:
-    assert summary.format_value(value, unit) == text
+    assert naming.format_value(value, unit) == text
 
 
 def test_a_later_file_wins(tmp_path: Path) -> None:
@@ -154,7 +178,7 @@ def test_a_later_file_wins(tmp_path: Path) -> None:
 
 
 def test_drawings_take_all_colours_from_the_page() -> None:
-    for item in (*summary.perplexity_charts(rows()), *summary.length_charts(rows()), *summary.recall_maps(rows())):
+    for item in (*charts.perplexity_charts(rows()), *charts.length_charts(rows()), *charts.recall_maps(rows())):
         text = plots.svg(item)
         used = set(re.findall(r"var\(--([a-z0-9-]+)\)", text))
         assert used <= set(plots.THEME)
@@ -258,7 +282,7 @@ def test_page_works_in_a_browser(page: Path, browser: Any, scheme: str) -> None:
     assert _contrast(ink, paper) > 7
     assert _contrast(series, paper) > 3
 
-    heading = tab.locator("#summary-1 thead button", has_text="true bits")
+    heading = tab.locator("#summary-1 thead button", has_text="bits at")
     column = "[...document.querySelectorAll('#summary-1 tbody tr')].map(r => Number(r.cells[1].dataset.value))"
     heading.click()
     assert tab.evaluate(column) == sorted(bits for _, _, bits in CACHES)
