@@ -67,18 +67,25 @@ _TITLE_INCHES = 0.5
 
 
 def save_png(item: Chart | HeatMap, path: str | Path) -> None:
-    """Write `item` as a PNG in the light theme, its title on it, 160 dots an inch."""
+    """Write `item` as a PNG in the light theme, its title on it."""
     with mpl.rc_context(style(LIGHT)):
         figure, _ = _draw(item, LIGHT)
-        width, height = figure.get_size_inches()
-        whole = height + _TITLE_INCHES
-        figure.set_size_inches(width, whole)
-        layout: Any = figure.get_layout_engine()
-        layout.set(rect=(0, 0, 1, height / whole))
-        figure.text(0.02, 1 - 0.22 / whole, item.title, ha="left", weight="bold", size=11)
-        figure.text(0.02, 1 - 0.42 / whole, item.condition, ha="left", size=8, color=LIGHT["muted"])
-        figure.set_dpi(160)
-        FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": None})
+        Path(path).write_bytes(png(figure, item.title, item.condition))
+
+
+def png(figure: Figure, title: str, condition: str) -> bytes:
+    """A figure with constrained layout as a PNG of 160 dots an inch, grown upwards by its title and condition."""
+    width, height = figure.get_size_inches()
+    whole = height + _TITLE_INCHES
+    figure.set_size_inches(width, whole)
+    layout: Any = figure.get_layout_engine()
+    layout.set(rect=(0, 0, 1, height / whole))
+    figure.text(0.02, 1 - 0.22 / whole, title, ha="left", weight="bold", size=11)
+    figure.text(0.02, 1 - 0.42 / whole, condition, ha="left", size=8, color=LIGHT["muted"])
+    figure.set_dpi(160)
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})
+    return stream.getvalue()
 
 
 def svg(item: Chart | HeatMap) -> str:
@@ -104,6 +111,7 @@ def svg(item: Chart | HeatMap) -> str:
 
 
 def style(colours: Mapping[str, str]) -> Any:
+    """matplotlib's settings for every drawing here, in these colours (`LIGHT`, or one of the same names)."""
     ink, muted, grid = colours["ink"], colours["muted"], colours["grid"]
     return {
         "font.family": "sans-serif",
@@ -175,10 +183,7 @@ def _draw_chart(chart: Chart, colours: Mapping[str, str]) -> tuple[Figure, list[
         axes.set_ylim(bottom=0, top=1.08 * max(values) / scale or 1)
     if chart.is_over_tokens:
         lengths = sorted({point.x for points in chart.series.values() for point in points})
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(_thinned(lengths)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens_text(round(x))))
+        token_axis(axes, lengths)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(chart.x_label)
@@ -223,6 +228,14 @@ def _binary_unit(most: float) -> tuple[float, str]:
     """The unit in which `most` bytes are a number of one to four digits: (its bytes, its name)."""
     power = min(4, max(0, int(math.log2(max(most, 1)) // 10)))
     return 1024.0**power, ("bytes", "KiB", "MiB", "GiB", "TiB")[power]
+
+
+def token_axis(axes: Any, lengths: Iterable[float]) -> None:
+    """A logarithmic x axis with a tick at the lengths measured, written 512, 1K, 2K, ..."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(_thinned(lengths)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens_text(round(x))))
 
 
 def _thinned(lengths: Iterable[float], most: int = 9) -> list[float]:

@@ -23,18 +23,21 @@ def command() -> None:
 
 
 def _end(rows: list[dict[str, Any]], json_file: Path | None, plot: Path | None, kind: str) -> None:
-    """The plot, then the document: the last line of the output."""
-    if plot is not None:
-        from hf_pqcache.eval.bench_plot import draw
-
-        plot.write_bytes(draw(rows, kind))
-        click.echo(f"drawn in {plot}")
+    """The document, the last line of the output; then the plot, so that no failure to draw loses what was measured."""
     document = json.dumps(rows)
     if json_file is not None:
         json_file.write_text(document + "\n")
         click.echo(f"written to {json_file}")
     else:
         click.echo(document)
+    if plot is not None:
+        from hf_pqcache.eval.bench_plot import draw
+
+        try:
+            plot.write_bytes(draw(rows, kind))
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+        click.echo(f"drawn in {plot}", err=True)
 
 
 @command.command()
