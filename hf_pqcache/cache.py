@@ -87,6 +87,13 @@ class PagedCache(SequenceCache, Cache):
             return super().get_seq_length(layer_idx)
         return self._steps.complete()
 
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Position of the next token. After compiled steps a device tensor, as StaticCache's: to read it would be a wait."""
+        views = self.storage.views
+        if not self.storage.is_stale or torch.compiler.is_compiling() or not views:
+            return super().get_query_offset(layer_idx)
+        return self.storage.device_position(layer_idx if layer_idx in views else min(views))
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the sequences: page tables move, pages are shared by count, only exact windows are copied."""
         self._select(beam_idx.tolist())

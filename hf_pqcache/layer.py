@@ -189,8 +189,7 @@ class PagedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return 0
         if torch.compiler.is_compiling():
-            state = self.storage.state(self.index)
-            return state.counts[self.index, 0, 0] + state.starts[0]
+            return self.storage.device_position(self.index)
         return self.storage.tokens(self.index) + self.num_pending
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -201,12 +200,14 @@ class PagedLayer(CacheLayerMixin):
         is_fixed = self.is_compileable and query_length == 1
         if torch.compiler.is_compiling():
             return (self.get_max_length() if is_fixed else self.get_seq_length() + query_length), 0
+        if is_fixed:  # nothing here may read the device: a step is about to start
+            if self.is_initialized:
+                self.storage.before_step(self.index)
+            return self.get_max_length(), 0
         total = self._steps.complete() + query_length
-        if self.is_initialized and is_fixed:
-            self.storage.before_step(self.index)
-        elif self.is_initialized and total > query_length:
+        if self.is_initialized and total > query_length:
             self.storage.reserve(self.index, total)
-        return (self.get_max_length() if is_fixed else total), 0
+        return total, 0
 
     def get_max_length(self) -> int:
         return self.storage.max_tokens if self.is_compileable else -1

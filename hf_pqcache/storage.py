@@ -114,6 +114,11 @@ class Storage:
     def state(self, layer: int) -> DeviceState:
         return self.states[self.views[layer].window_keys.device]
 
+    def device_position(self, layer: int) -> Tensor:
+        """int32 () on the device: positions that `layer` has seen, compiled steps included."""
+        state = self.state(layer)
+        return state.counts[layer, 0, 0] + state.starts[0]
+
     def _refresh(self) -> None:
         """Read the lengths that compiled steps have advanced on the device."""
         self.is_stale, self._unread_steps = False, 0
@@ -292,7 +297,7 @@ class Storage:
             return
         tokens = self.tokens(layer)
         for other, view in self.views.items():  # what compiled steps have gathered may be enough to learn from
-            if self.tokens(other) == tokens:
+            if not view.is_coded and self.tokens(other) == tokens:
                 self.learn_if_due(other, view.window_keys[:, :, :0], view.window_values[:, :, :0])
         try:
             self.reserve(layer, tokens + self.config.page_size)

@@ -13,6 +13,7 @@ from transformers import CompileConfig
 
 from hf_pqcache import PagedPQCache
 from hf_pqcache.reference import ReferenceCache
+from hf_pqcache.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NEW = 24  # more than a page: steps cross a border
@@ -93,6 +94,18 @@ def test_eager_and_compiled_calls_take_turns_on_one_cache(graphs: Graphs) -> Non
     inputs = {"input_ids": tokens(2, 50)}
     got = generate(model, PagedPQCache(model.config, book, SMALL, compile=True), inputs, compile_config=graphs.config, **beams)
     assert_same(got, generate(model, ReferenceCache(model.config, book, SMALL), inputs, **beams))
+
+
+def test_compiled_steps_rarely_wait_for_the_device(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host counts compiled steps and reads lengths back once per half a page of them: each reading is a wait."""
+    readings: list[int] = []
+    refresh = Storage._refresh
+    monkeypatch.setattr(Storage, "_refresh", lambda self: (readings.append(1), refresh(self))[1])
+    model, book = build("llama"), codebook_of("llama")
+    cache = PagedPQCache(model.config, book, SMALL, compile=True)
+    steps = 4 * SMALL.page_size
+    generate(model, cache, {"input_ids": tokens(1, 50)}, max_new_tokens=steps, compile_config=graphs.config)
+    assert 0 < len(readings) <= steps // (SMALL.page_size // 2)
 
 
 @pytest.mark.parametrize("mode", ["sampling", "chunks", "copy"])
