@@ -81,16 +81,16 @@ def random_codebook(config: Any, num_subspaces: int, num_bits: int = 8) -> Codeb
     return Codebook(layers, num_bits=num_bits, num_subspaces=num_subspaces)
 
 
-def make_cache(name: str, config: Any, tokens: int) -> Any:
-    """A cache for `tokens` tokens of one sequence and what a benchmark generates on top."""
+def make_cache(name: str, config: Any, tokens: int, codebook: Codebook | None = None) -> Any:
+    """A cache for `tokens` tokens of one sequence and what a benchmark generates on top; ours with a random codebook."""
     total = tokens + SPARE_TOKENS
     if name == "dynamic":
         return DynamicCache(config=config)
     if name == "static":
         return StaticCache(config=config, max_cache_len=total)
-    book = random_codebook(config, 32 if name == "pq-2bit" else 64)
+    codebook = codebook or random_codebook(config, 32 if name == "pq-2bit" else 64)
     pages = -(-total // PQConfig().page_size)
-    return PagedPQCache(config, book, max_pages=pages, compile=False if name == "pq-eager" else None)
+    return PagedPQCache(config, codebook, max_pages=pages, compile=False if name == "pq-eager" else None)
 
 
 def fill(cache: Any, config: Any, tokens: int, device: str = "cuda", seed: int = 0) -> None:
@@ -164,8 +164,12 @@ def _with_torch_attention(model: Any, cache: PagedPQCache, ids: Tensor) -> Tenso
 
 
 def time_prefill(model: Any, lengths: Sequence[int], repeats: int = 3) -> list[dict[str, Any]]:
-    """Seconds of a prefill with DynamicCache and with ours (codes written as it goes), and the difference's share."""
+    """Seconds of a prefill with DynamicCache and with ours (codes written as it goes), and the difference's share.
+
+    Each prefill is that of a new cache; ours have one codebook, whose tables the first of them brings to the device.
+    """
     results = []
+    codebook = random_codebook(model.config, 64)
     for tokens in lengths:
         ids = torch.randint(10, model.config.vocab_size, (1, tokens), device=model.device)
         seconds: dict[str, list[float]] = {"dynamic": [], "pq": []}
@@ -173,7 +177,7 @@ def time_prefill(model: Any, lengths: Sequence[int], repeats: int = 3) -> list[d
         for _ in range(repeats + 1):  # the first of each warms up
             for name, taken in seconds.items():
                 cache = None
-                cache = make_cache(name, model.config, tokens)
+                cache = make_cache(name, model.config, tokens, codebook)
                 torch.cuda.synchronize()
                 begin = time.perf_counter()
                 with torch.inference_mode():
