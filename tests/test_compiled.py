@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_models import COMPILED, EAGER_ONLY, SMALL, build, codebook_of, padded, tokens
 from torch import Tensor
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
 
-from hf_pqcache import PagedPQCache
+from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.reference import ReferenceCache
 from hf_pqcache.storage import Storage
 
@@ -74,6 +74,27 @@ def test_compiled_steps_equal_a_cache_that_decodes(name: str, graphs: Graphs) ->
     fresh = PagedPQCache(model.config, book, SMALL, compile=True)
     assert_same(generate(model, fresh, inputs, compile_config=graphs.config), expected)
     assert graphs.count == 1, "a fresh cache compiled again"
+
+
+@pytest.mark.parametrize("name", ["llama", "granite", "opt"])
+def test_compiled_steps_over_exact_pages_equal_dynamic_cache(name: str, graphs: Graphs) -> None:
+    """Prompts run eagerly and decode steps compiled, two turns; then a fresh cache takes over the graph."""
+    model = build(name)
+    inputs, _ = padded(2, 50)
+
+    def turns(make: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        cache = make()
+        sequences, first = generate(model, cache, inputs, **options)
+        ids = torch.cat([sequences, tokens(2, 5, seed=3)], dim=1)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, ids.shape[1] - 50), value=1)
+        _, second = generate(model, cache, {"input_ids": ids, "attention_mask": mask}, **options)
+        del cache
+        sequences, third = generate(model, make(), inputs, **options)
+        return sequences, torch.cat([first, second, third])
+
+    got = turns(lambda: PagedKVCache(model.config, page_size=16, max_pages=64, compile=True), compile_config=graphs.config)
+    assert_same(got, turns(lambda: DynamicCache(config=model.config)))
+    assert graphs.count == 1
 
 
 def test_eager_and_compiled_calls_take_turns_on_one_cache(graphs: Graphs) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_pqcache import PagedPQCache
+from hf_pqcache import PagedKVCache, PagedPQCache
+from hf_pqcache.cache import PagedCache
 from hf_pqcache.reference import ReferenceCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,7 +89,7 @@ def turns(run: Run, *, is_padded: bool = False, only_new: bool = False) -> tuple
 def reset_and_again(run: Run) -> tuple[Tensor, list[Tensor]]:
     """A cache after `reset` is as a fresh one; the plain caches are fresh (DynamicCache cannot reset in 5.17)."""
     cache = run.new_cache([0])
-    if isinstance(cache, PagedPQCache):
+    if isinstance(cache, PagedCache):
         run.generate(cache, {"input_ids": tokens(2, run.length + 7, seed=5)})
         cache.reset()
         assert cache.get_seq_length() == 0
@@ -211,4 +212,25 @@ def test_equals_dynamic_cache_while_nothing_is_coded(name: str, scenario: str) -
     config, book = build(name, implementation).config, codebook_of(name)
     ours = Run(name, implementation, lambda starts: PagedPQCache(config, book, SMALL, extended_residual=128), length=20)
     theirs = Run(name, implementation, lambda starts: DynamicCache(config=config), length=20)
+    assert_same(SCENARIOS[scenario], ours, theirs)
+
+
+#: Grouped heads; windows beside full attention; learnt positions; attention sinks; a recurrent state.
+EXACT_CASES = [
+    (name, "eager" if name in EAGER_ONLY else "sdpa", s)
+    for name in ("llama", "gemma3", "opt", "gpt_oss", "qwen3_next")
+    for s in SCENARIOS
+]
+EXACT_CASES += [(name, "eager", s) for name in ("llama", "gemma2") for s in FEW]
+
+
+@pytest.mark.parametrize(("name", "implementation", "scenario"), EXACT_CASES)
+def test_exact_pages_equal_dynamic_cache(name: str, implementation: str, scenario: str) -> None:
+    """Three pages are full after the prompt; every decode step reads them."""
+    if not is_supported(name, scenario):
+        pytest.skip("transformers refuses it for every cache")
+    config = build(name, implementation).config
+    assert PagedKVCache(config).stats()["compressed_layers"]
+    ours = Run(name, implementation, lambda starts: PagedKVCache(config, page_size=16, max_pages=64))
+    theirs = Run(name, implementation, lambda starts: DynamicCache(config=config))
     assert_same(SCENARIOS[scenario], ours, theirs)
