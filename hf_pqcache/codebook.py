@@ -14,7 +14,8 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -183,9 +184,9 @@ class Codebook:
         """
         name = os.fspath(folder_or_repo_id)
         folder, source = Path(name), {}
-        if not folder.is_dir():
+        if not _is_folder(folder):
             if isinstance(folder_or_repo_id, os.PathLike) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-                raise FileNotFoundError(f"there is no folder {name!r}, and it is no Hub repository id like 'user/name'")
+                raise FileNotFoundError(f"there is no folder {name[:300]!r}, and it is no Hub repository id like 'user/name'")
             snapshot = hub.download(
                 name,
                 {CONFIG_FILE: _MAX_CONFIG_BYTES, TENSOR_FILE: max_bytes},
@@ -210,7 +211,7 @@ class Codebook:
         if codebook.fingerprint != description["fingerprint"]:
             raise ValueError(
                 f"{folder / TENSOR_FILE} is not the file that {CONFIG_FILE} describes (fingerprint "
-                f"{codebook.fingerprint[:12]}, expected {description['fingerprint'][:12]}); download or save both again"
+                f"{codebook.fingerprint[:12]}, expected {short(description['fingerprint'][:12])}); download or save both again"
             )
         return codebook if torch.device(device).type == "cpu" else codebook.to(device)
 
@@ -313,21 +314,33 @@ def _check_tensor(name: str, x: Tensor, config: PQConfig, layer: LayerCodebook) 
         raise ValueError(f"{name} contains NaN or infinity; the file is damaged, or calibration overflowed")
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name longer than any file system takes
+        return False
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    """Python's parser takes NaN and Infinity, which are no JSON and could not be saved again."""
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def _read_description(path: Path) -> dict[str, Any]:
     """codebook.json as a dict whose keys and types have been checked. Raises ValueError naming what is wrong."""
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; no codebook description needs over {_MAX_CONFIG_BYTES}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}")
     if data.get("format") != FORMAT:
-        raise ValueError(f"{path} is no codebook description: format={data.get('format')!r}, expected {FORMAT!r}")
+        raise ValueError(f"{path} is no codebook description: format={short(data.get('format'))}, expected {FORMAT!r}")
     if data.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
-            f"{path} has schema_version={data.get('schema_version')!r}, this version reads {SCHEMA_VERSION}; "
+            f"{path} has schema_version={short(data.get('schema_version'))}, this version reads {SCHEMA_VERSION}; "
             "update hf_pqcache or make the codebook again"
         )
     if missing := sorted({"num_bits", "num_subspaces", "layers", "fingerprint", "metadata"} - set(data)):
@@ -362,5 +375,5 @@ def _read_layers(path: Path, indices: list[int]) -> dict[int, LayerCodebook]:
     if missing := sorted(expected - set(tensors)):
         raise ValueError(f"{path} lacks {missing[:4]} ({len(missing)} tensors in all) that {CONFIG_FILE} announces")
     if unknown := sorted(set(tensors) - expected):
-        raise ValueError(f"{path} holds {unknown[:4]} ({len(unknown)} tensors in all) that {CONFIG_FILE} does not announce")
+        raise ValueError(f"{path} holds {short(unknown)} ({len(unknown)} tensors in all) that {CONFIG_FILE} does not announce")
     return {i: LayerCodebook(tensors[f"layers.{i}.keys"], tensors[f"layers.{i}.values"]) for i in indices}

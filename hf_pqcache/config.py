@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from reprlib import repr as short
 from typing import Any
 
 #: Codes are indices of one byte at most; fewer than 16 centroids describe a subspace too coarsely to be of use.
 MIN_BITS, MAX_BITS = 4, 8
+#: Most tokens that a pool may have room for: kernels count them in 32 bits.
+MAX_TOKENS = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,20 @@ class PQConfig:
             if value is None and field.name in ("num_subspaces", "learn_tokens"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{field.name}={value!r} must be an integer, got {type(value).__name__}")
+                raise TypeError(f"{field.name}={short(value)} must be an integer, got {type(value).__name__}")
+            if abs(value) > MAX_TOKENS:
+                raise ValueError(f"{field.name}={short(value)} is out of range; kernels count in 32 bits")
         if not MIN_BITS <= self.num_bits <= MAX_BITS:
             raise ValueError(f"num_bits={self.num_bits} is out of range; use {MIN_BITS} to {MAX_BITS}")
         if self.page_size % 16 or not 16 <= self.page_size <= 512:
             raise ValueError(f"page_size={self.page_size} must be a multiple of 16 from 16 to 512; the default is 64")
         if self.max_pages < 1:
             raise ValueError(f"max_pages={self.max_pages} must be at least 1")
+        if self.max_pages * self.page_size > MAX_TOKENS:
+            raise ValueError(
+                f"max_pages={self.max_pages} pages of {self.page_size} tokens are more than {MAX_TOKENS} tokens, which is "
+                f"what kernels can count; use max_pages={MAX_TOKENS // self.page_size} or less"
+            )
         if self.sink_tokens < 0:
             raise ValueError(f"sink_tokens={self.sink_tokens} must not be negative")
         if self.extended_residual < 1:
@@ -64,7 +74,7 @@ class PQConfig:
         """Build from a plain dict, as read from YAML or JSON. Raises ValueError naming the keys it does not know."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown cache settings {unknown}; known ones are {sorted(known)}")
+            raise ValueError(f"unknown cache settings {short(unknown)}; known ones are {sorted(known)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -35,7 +35,9 @@ NewTokens = dict[int, tuple[Tensor, Tensor]]
 def _out_of_memory_as_pqc004(what: str) -> Any:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # so says the CPU
+            raise
         raise CacheOutOfMemoryError(
             f"the device has no memory left for {what}; lower max_pages, use fewer bits, or free memory. ({error})"
         ) from error

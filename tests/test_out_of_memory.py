@@ -200,3 +200,14 @@ def test_out_of_memory_anywhere_in_a_forward_pass(kind: str, count: int, lasting
         else:  # a few exact tokens may have become codes
             assert (got - expected).norm() < 0.2 * expected.norm()
     assert failures > 10
+
+
+def test_a_pool_larger_than_any_machine() -> None:
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=64, head_dim=256)
+    kv = PagedKVCache(config, page_size=512, max_pages=1 << 21)
+    k = torch.zeros(1, 64, 3, 256)
+    with pytest.raises(CacheOutOfMemoryError, match=r"PQC004.*lower max_pages"):
+        kv.update(k, k, 0)
+    assert kv.get_seq_length() == 0
+    with pytest.raises(ValueError, match=r"more than 2147483647 tokens.*use max_pages=4194303 or less"):
+        PagedKVCache(config, page_size=512, max_pages=1 << 22)

@@ -390,7 +390,7 @@ def test_random_histories_equal_plain_lists(name: str) -> None:
         # Shrinking a history of a hundred steps takes minutes; the seed that pytest prints repeats it as it was.
         settings=settings(max_examples=60, stateful_step_count=100, phases=[Phase.generate], **QUICK),
     )
-    assert CacheMachine.steps - before >= 2500, "four machines are to make 10,000 steps"
+    assert CacheMachine.steps - before >= 4000, "four machines are to make well over 10,000 steps"
 
 
 # -- a test of the tests: each of these mistakes, planted, must be found ------------------------------------------------
