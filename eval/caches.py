@@ -81,10 +81,10 @@ class CacheSpec:
         """Shape of a pq cache."""
         return PQConfig.from_dict(self.settings)
 
-    def make(self, model: Any, max_tokens: int) -> Any:
-        """A fresh cache for sequences of up to `max_tokens` tokens, all rows of a batch together.
+    def make(self, model: Any, max_tokens: int, batch: int = 1) -> Any:
+        """A fresh cache for `batch` sequences of up to `max_tokens` tokens each.
 
-        A static cache is as long as `max_tokens`; a paged one gets a pool that holds them, if its own is smaller.
+        A static cache is as long as `max_tokens`; a paged one gets a pool that holds them all, if its own is smaller.
 
         Raises:
             ImportError: the cache's library is not installed, or too old; the message has the line to type.
@@ -98,12 +98,12 @@ class CacheSpec:
             self._check_library()
             return QuantizedCache(self.name, config, **self.settings)
         if self.name == "pq":
-            needed = -(-max_tokens // self.config.page_size) + 1
+            needed = batch * (-(-max_tokens // self.config.page_size) + 1)
             return PagedPQCache(config, self.codebook, self.config.replace(max_pages=max(self.config.max_pages, needed)))
         paged = getattr(importlib.import_module("hf_pqcache"), "PagedKVCache", None)
         if paged is None:
             raise ImportError("this version of hf_pqcache has no PagedKVCache; use another cache")
-        needed = -(-max_tokens // self.settings["page_size"]) + 1
+        needed = batch * (-(-max_tokens // self.settings["page_size"]) + 1)
         return paged(config, **{**self.settings, "max_pages": max(self.settings["max_pages"], needed)})
 
     def _check_library(self) -> None:

@@ -24,7 +24,7 @@ class BreakdownTask:
             room = tokens + steps + 8
             found = measure_breakdown(
                 session.model,
-                lambda: session.cache.make(session.model, room),
+                lambda: session.cache.make(session.model, room, batch),
                 tokens=tokens,
                 batch=batch,
                 steps=steps,

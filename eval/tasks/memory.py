@@ -33,7 +33,9 @@ class MemoryTask:
             def run(tokens: int = tokens, found: list[Memory] = found) -> list[float]:
                 room = tokens + 4
                 found += [
-                    measure_memory(session.model, lambda: session.cache.make(session.model, room), tokens=tokens, batch=batch)
+                    measure_memory(
+                        session.model, lambda: session.cache.make(session.model, room, batch), tokens=tokens, batch=batch
+                    )
                 ]
                 memory = found[0]
                 return [

@@ -42,7 +42,7 @@ class SpeedTask:
             def run(tokens: int = tokens) -> list[float]:
                 found = measure_speed(
                     session.model,
-                    lambda: session.cache.make(session.model, tokens + new_tokens),
+                    lambda: session.cache.make(session.model, tokens + new_tokens, batch),
                     prompt_tokens=tokens,
                     new_tokens=new_tokens,
                     batch=batch,

@@ -13,7 +13,7 @@ from hf_pqcache.commands import _options
 
 @click.group()
 def command() -> None:
-    """Measure a model under one cache: wikitext, ptb, longbench, speed, memory, recall, breakdown.
+    """Measure a model under one cache: wikitext, ptb, longbench, harness, speed, memory, recall, breakdown.
 
     Example:  pqcache eval memory --model tiny --cache pq --lengths 512,1K,2K
     """
@@ -100,6 +100,22 @@ def longbench(get: Any, session: Any, *, config: Any, names: str, max_tokens: in
     for task in chosen:
         rows += task.run(session, max_tokens=max_tokens or (limit and task.room(limit)), **options)
     return rows
+
+
+@_task
+@click.option("--tasks", "names", required=True, help="Tasks, groups or tags of lm-evaluation-harness: piqa,mmlu")
+@click.option("--include-path", type=_options.FOLDER, help="Folder with more task files.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples shown first; the task's own number if absent.")
+@click.option("--limit", type=click.IntRange(min=1), help="First examples of each task only.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--chunk", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens of an answer scored at once.")
+@click.option("--chat/--no-chat", "use_chat", default=False, help="Wrap prompts in the model's chat template.")
+def harness(get: Any, session: Any, *, config: Any, data_dir: Any, names: str, **options: Any) -> Any:
+    """Any task of lm-evaluation-harness; `pqcache lm-eval` is its own command line.
+
+    Example:  pqcache eval harness --model qwen2.5-7b --cache pq --tasks piqa,arc_easy --results results.jsonl
+    """
+    return get("harness").run(session, [name.strip() for name in names.split(",")], **options)
 
 
 @_task
