@@ -6,7 +6,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -162,11 +162,7 @@ def _kernels() -> Iterator[Finding]:
     else:
         targets = ARCHITECTURES
     for shape in [*sorted(jit.tuned_shapes()), GENERIC_SHAPE]:
-        errors = []
-        for capability, shared_bytes in targets.items():
-            for spec in cuda_engine.specs(shape, capability, shared_bytes):
-                if error := nvrtc.compile_error(spec, capability):
-                    errors.append(f"{spec.source} for sm_{capability[0]}{capability[1]}: {error.strip().splitlines()[0]}")
+        errors = kernel_errors(shape, targets)
         kind = "tuned" if shape in jit.tuned_shapes() else "generic"
         name = "kernels d={} M={} n={}".format(*shape)
         where = ", ".join(f"sm_{major}{minor}" for major, minor in targets)
@@ -174,6 +170,19 @@ def _kernels() -> Iterator[Finding]:
             yield Finding(name, "fail", errors[0], "pip install --upgrade --force-reinstall hf-pqcache nvidia-cuda-nvrtc-cu12")
         else:
             yield Finding(name, "ok", f"{kind}, compile for {where}")
+
+
+def kernel_errors(shape: tuple[int, int, int], targets: Mapping[tuple[int, int], int]) -> list[str]:
+    """Compile what a layer of (head_dim, M, num_bits) uses, with NVRTC -> what failed, and the compiler's first words.
+
+    targets: compute capability -> bytes of shared memory that a block may have.
+    """
+    return [
+        f"{spec.source} for sm_{capability[0]}{capability[1]}: {error.strip().splitlines()[0]}"
+        for capability, shared_bytes in targets.items()
+        for spec in cuda_engine.specs(shape, capability, shared_bytes)
+        if (error := nvrtc.compile_error(spec, capability))
+    ]
 
 
 def _engine() -> Iterator[Finding]:

@@ -1,0 +1,128 @@
+"""`pqcache selftest`: does what is installed work on this machine? One line a check, one pass/fail line, an exit code."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hf_pqcache.commands import _options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from hf_pqcache.eval.selftest.checks import Machine, Outcome
+    from hf_pqcache.eval.selftest.timing import Figures
+
+MARKS = {"ok": "[green]ok[/]     ", "skipped": "[yellow]skipped[/]", "FAILED": "[red]FAILED[/] "}
+
+
+@click.command()
+@click.option("--quick", "mode", flag_value="quick", default="quick", help="Checks of some shapes: half a minute. The default.")
+@click.option("--full", "mode", flag_value="full", help="All shapes, longer runs, and the two below.")
+@click.option("--performance", "mode", flag_value="performance", help="Time decoding against transformers' exact caches.")
+@click.option("--compare", "mode", flag_value="compare", help="Bytes, speed and tokens of other compressed caches, too.")
+@click.option("--phase", type=click.IntRange(1, 3), help="Only 1 data structures, 2 kernels or 3 integration.")
+@click.option("--debug", is_flag=True, help="Show where a check failed.")
+@click.option("--json", "json_file", type=_options.FILE, help="Also write the outcomes here.")
+def command(mode: str, phase: int | None, debug: bool, json_file: Path | None) -> None:
+    """Check data structures, kernels and generate on this machine, offline; exit 1 if something fails.
+
+    Example:  pqcache selftest --quick
+    """
+    from hf_pqcache.eval import selftest
+    from hf_pqcache.eval.selftest.checks import Machine, run_checks
+
+    if phase is not None and mode in ("performance", "compare"):
+        raise click.UsageError(f"--phase chooses among the checks and --{mode} runs none of them; give one of the two")
+    console, machine = Console(), Machine.here(is_full=mode == "full")
+    checks = [check for check in selftest.CHECKS if phase in (None, check.phase) and mode in ("quick", "full")]
+    outcomes = []
+    last = None
+    with console.status("") as status:
+        for check, outcome in zip(checks, _announced(checks, run_checks(checks, machine), status), strict=True):
+            if check.phase != last:
+                console.print(f"{check.phase} {selftest.PHASES[check.phase]}", style="bold")
+            last = check.phase
+            _print_outcome(console, outcome, debug)
+            outcomes.append(outcome)
+    figures: list[Figures] = []
+    for kind in ("performance", "compare"):
+        if mode == kind or (mode == "full" and phase is None):
+            found, outcome = _time(kind, machine, console)
+            figures += found
+            outcomes.append(outcome)
+            _print_outcome(console, outcome, debug)
+    if json_file is not None:
+        _options.write_json(
+            json_file,
+            {
+                "device": str(machine.device),
+                "mode": mode,
+                "outcomes": [asdict(x) for x in outcomes],
+                "caches": [asdict(x) for x in figures],
+            },
+        )
+    _finish(outcomes)
+
+
+def _announced(checks: Sequence[Any], outcomes: Iterable[Outcome], status: Any) -> Iterable[Outcome]:
+    """Show which check is running."""
+    found = iter(outcomes)
+    for check in checks:
+        status.update(check.name)
+        yield next(found)
+
+
+def _print_outcome(console: Console, outcome: Outcome, debug: bool) -> None:
+    mark = MARKS[outcome.status]
+    console.print(
+        f"  {mark} {escape(outcome.name)} [dim]{outcome.seconds:.1f} s  {escape(outcome.detail)}[/]",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if outcome.status != "FAILED":
+        return
+    for title, text in (("expected", outcome.expected), ("got", outcome.got), ("what to do", outcome.fix)):
+        console.print(f"          {title}: {text}", markup=False, highlight=False, soft_wrap=True)
+    if debug:
+        console.print(outcome.traceback, markup=False, highlight=False, soft_wrap=True)
+
+
+def _time(kind: str, machine: Machine, console: Console) -> tuple[list[Figures], Outcome]:
+    """Measure the caches of --performance or --compare and print their table."""
+    from hf_pqcache.eval.selftest import timing
+    from hf_pqcache.eval.selftest.checks import Check, run_checks
+
+    names = timing.PERFORMANCE if kind == "performance" else timing.COMPARISON
+    figures: list[Figures] = []
+
+    def run(machine: Machine) -> str:
+        figures.extend(timing.measure(names, machine))
+        return f"{sum(not x.note for x in figures)} caches"
+
+    with console.status("timing caches"):
+        (outcome,) = run_checks([Check(kind, 3, run)], machine)
+    table = Table(title=f"embedded model on {machine.device.type}: {timing.TOKENS} tokens and {timing.NEW_TOKENS} more")
+    for heading in ("cache", "KV bytes", "TTFT ms", "tokens/s", "tokens as DynamicCache", ""):
+        table.add_column(heading, justify="left" if heading in ("cache", "") else "right")
+    for x in figures:
+        cells = zip((x.kv_bytes, x.ttft_ms, x.tokens_per_s, x.agreement), (",", ".0f", ".1f", ".0%"), strict=True)
+        table.add_row(x.cache, *("" if value is None else format(value, form) for value, form in cells), x.note)
+    console.print(table)
+    return figures, outcome
+
+
+def _finish(outcomes: Sequence[Outcome]) -> None:
+    """The last line. Raises ClickException, hence exit code 1, if a check failed."""
+    failed = [x.name for x in outcomes if x.status == "FAILED"]
+    skipped = sum(x.status == "skipped" for x in outcomes)
+    seconds = sum(x.seconds for x in outcomes)
+    if failed:
+        raise click.ClickException(f"selftest FAILED: {', '.join(failed)} ({len(failed)} of {len(outcomes)} checks)")
+    click.echo(f"selftest passed: {len(outcomes) - skipped} checks, {skipped} skipped, {seconds:.0f} s")
