@@ -152,7 +152,7 @@ def recall_maps(rows: Sequence[Row]) -> list[HeatMap]:
         placed.sort(key=lambda row: length(row) or 0)
         lengths = {length(row) or 0 for row in placed}
         if len(lengths) == 1:
-            add(f"at {tokens_text(lengths.pop())} tokens", "", split(placed, lambda row: names[row.key]))
+            add(f"All caches at {tokens_text(lengths.pop())} tokens", "", split(placed, lambda row: names[row.key]))
             continue
         for cache, own in split(placed, lambda row: names[row.key]).items():
             add(cache, "tokens in the prompt", split(own, lambda row: tokens_text(length(row) or 0)))

@@ -214,7 +214,10 @@ def _draw_heat_map(chart: HeatMap, colours: Mapping[str, str]) -> tuple[Figure, 
                 axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", size=8, color=ink)
     axes.set_xlim(-0.5, len(chart.columns) - 0.5)
     axes.set_ylim(len(chart.depths) - 0.5, -0.5)
-    axes.set_xticks(range(len(chart.columns)), [textwrap.fill(column, 8) for column in chart.columns])
+    axes.set_xticks(
+        range(len(chart.columns)),
+        [textwrap.fill(column, 8 if len(chart.columns) <= 6 else 6, break_long_words=False) for column in chart.columns],
+    )
     axes.set_yticks(range(len(chart.depths)), [f"{depth:.0%}" for depth in chart.depths])
     axes.tick_params(length=0)
     axes.grid(visible=False)

@@ -137,7 +137,7 @@ def _everything(rows: Sequence[Row]) -> summary.Table:
             row.value,
             row.unit,
             row.true_bits,
-            naming.settings_text(row.settings),
+            naming.settings_text({key: value for key, value in row.settings.items() if key not in naming.UNREAD}),
         ]
         for row in rows
     ]

@@ -168,11 +168,24 @@ def test_millions_command_line_runs(tmp_path: Path, data_dir: Path) -> None:
     )
     stages = "-p baseline sampling training evaluation"
     for _ in range(2):  # the second time everything is there
-        command("run", "-f", str(MODEL), *flags.split(), "--breakdown", *more.split(), *stages.split(), "--quiet")
+        command(
+            "run", "-f", "tiny", "--model", str(MODEL), *flags.split(), "--breakdown", *more.split(), *stages.split(), "--quiet"
+        )
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["settings"]["mode"] for row in rows if row["metric"] == "perplexity"] == ["exact", "stream", "distort"]
     assert all(row["settings"]["dtype"] == "float16" for row in rows)
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows)
+
+
+def test_a_config_without_a_model_asks_for_one() -> None:
+    for arguments, message in (
+        (["-f", "small"], "--model"),
+        ([], "which model"),
+        (["-f", "small", "--model", str(MODEL)], "head_dim"),
+    ):
+        failed = CliRunner().invoke(main, ["eval", "speed", *arguments])
+        assert failed.exit_code != 0
+        assert message in failed.output
 
 
 def test_eval_commands_yield_rows(tmp_path: Path, data_dir: Path) -> None:

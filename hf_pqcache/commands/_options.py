@@ -22,7 +22,8 @@ CONTEXT = {"token_normalize_func": lambda name: name.replace("_", "-")}
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _MODEL = (
-    click.option("-f", "--model", required=True, help="Name of a model config, a YAML file, a folder or a Hub id."),
+    click.option("-f", "--config", "model_config", help="A model config: its name, or a YAML file."),
+    click.option("--model", help="A folder or Hub id, with -f in place of the config's own; or what -f takes."),
     click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", show_default=True),
     click.option("--device", default=None, help="cpu, cuda, cuda:1, auto; the GPU if there is one."),
 )
@@ -88,10 +89,17 @@ def session_of(options: dict[str, Any], **more: Any) -> tuple[Any, Any, Any]:
 
     shape = ("num_subspaces", "num_bits", "page_size", "max_pages", "extended_residual", "sink_tokens", "calibration_tokens")
     overrides = {name: options.pop(name) for name in shape}
+    name, model = options.pop("model_config"), options.pop("model")
+    if name is None and model is None:
+        raise click.UsageError("which model? Give -f with a model config, or --model with a folder or a Hub id.")
+    if options["quiet"]:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     return open_session(
-        options.pop("model"),
+        name or model,
         options.pop("cache", "dynamic"),
-        overrides=overrides,
+        overrides={**overrides, "model": model if name else None},
         codebook=options.pop("codebook", None),
         calibration=options.pop("calibration"),
         data_dir=options.pop("data_dir"),
@@ -120,28 +128,26 @@ def lengths_option(default: str) -> Decorator:
 def finish(rows: Sequence[Row], json_file: Path | None, title: str) -> None:
     """Print the rows as a table, and write them as JSON; of several processes the main one does."""
     from hf_pqcache.eval.distributed import is_main
+    from hf_pqcache.eval.naming import UNREAD, labels, settings_text
 
     if not is_main():
         return
     table = Table(title=title)
     for heading in ("task", "metric", "value", "unit", "cache", "bits", "settings"):
-        table.add_column(heading, justify="right" if heading in ("value", "bits") else "left")
-    shared = _common([row.settings for row in rows])
+        justify: Any = "right" if heading in ("value", "bits") else "left"
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading not in ("task", "settings"))
+    shared, names = _common([row.settings for row in rows]), labels(rows)
     for row in rows:
-        own = ", ".join(f"{k}={v}" for k, v in row.settings.items() if k not in shared and v is not None)
-        cache = " ".join([row.cache, *(f"{k}={row.cache_config[k]}" for k in _SHOWN if row.cache_config.get(k) is not None)])
+        own = settings_text({k: v for k, v in row.settings.items() if k not in {*shared, *UNREAD}})
         bits = "" if row.true_bits is None else f"{row.true_bits:.2f}"
         value = f"{row.value:,.0f}" if row.unit == "bytes" else f"{row.value:,.4g}" if row.unit else f"{row.value:.4f}"
-        table.add_row(row.task, row.metric, value, row.unit, cache, bits, own)
+        table.add_row(row.task, row.metric, value, row.unit, names[row.key].partition(",")[0], bits, own)
     console = Console()
     console.print(table)
-    if shared:
-        console.print(", ".join(f"{k}={v}" for k, v in shared.items() if v is not None), style="dim", markup=False)
+    if told := settings_text({k: v for k, v in shared.items() if k not in UNREAD}):
+        console.print(told, style="dim", markup=False)
     if json_file is not None:
         write_json(json_file, {"rows": [row.to_dict() for row in rows]})
-
-
-_SHOWN = ("nbits", "num_subspaces", "num_bits")
 
 
 def _common(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:

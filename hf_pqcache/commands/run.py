@@ -61,7 +61,8 @@ def command(
 
     if half:
         options["dtype"] = "float16"
-    name = f"{Path(options['model']).stem}-{dataset}-M{options['num_subspaces'] or 'half'}-n{options['num_bits'] or 8}"
+    model = options["model_config"] or options["model"] or ""
+    name = f"{Path(model).stem}-{dataset}-M{options['num_subspaces'] or 'half'}-n{options['num_bits'] or 8}"
     folder = output or Path("runs") / (name + ("-merged" if merge else ""))
     options["results"] = options["results"] or folder / "results.jsonl"
     options["calibration"] = options["calibration"] or dataset
