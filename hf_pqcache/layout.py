@@ -32,7 +32,7 @@ def _tile_places(kind: str, num_subspaces: int, num_bits: int) -> Tensor:
     """Place of each code of a tile: int64 (16, M). The tuned orders hand every lane of a warp 16 bytes as they lie.
 
     In the matrix instruction a lane (0..31) stands for a column and a row pair. A key lane is token n of 8 and every
-    fourth unit; a value lane is every eighth unit and two tokens. The place within a lane is rotated (xor) by the
+    fourth unit; a value lane is every eighth unit and two tokens, four apart. The place within a lane is rotated (xor) by the
     token, so that lanes asking for the same unit ask in different order and hit different banks of shared memory.
     """
     units = num_units(num_subspaces, num_bits)
@@ -42,7 +42,7 @@ def _tile_places(kind: str, num_subspaces: int, num_bits: int) -> Tensor:
         return token * num_subspaces + subspace
     split = num_subspaces // units
     unit, rest = subspace // split, subspace % split
-    half, n, pair, odd = token // 8, token % 8, token // 2 % 4, token % 2
+    half, n, c, far = token // 8, token % 8, token % 4, token // 4 % 2
     if kind == "key":
         lane = n * 4 + unit % 4
         if units == 64:
@@ -50,10 +50,10 @@ def _tile_places(kind: str, num_subspaces: int, num_bits: int) -> Tensor:
         else:
             place = lane * 16 + half * 8 + (unit // 4 ^ n & 3)
     elif units == 64:
-        place = (half * 32 + unit % 8 * 4 + pair) * 16 + odd * 8 + (unit // 8 ^ pair)
+        place = (half * 32 + unit % 8 * 4 + c) * 16 + far * 8 + (unit // 8 ^ c)
     else:
-        lane = (unit // 16 * 4 + unit % 4) * 4 + pair
-        place = lane * 16 + half * 8 + odd * 4 + (unit // 4 % 4 ^ pair)
+        lane = (unit // 16 * 4 + unit % 4) * 4 + c
+        place = lane * 16 + half * 8 + far * 4 + (unit // 4 % 4 ^ c)
     return place * split + rest
 
 

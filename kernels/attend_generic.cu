@@ -164,5 +164,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_consta
     int* tickets = (int*)desc[6] + cache.batch;
     // The padded columns of PARTIAL hold nothing; they are merged and dropped.
     if (arrive_last(tickets + block_row, a.splits, &s.flag))
-        merge_splits<PARTIAL, PQ_DIM, THREADS>(a, block_row, 0, a.group, s.merge);
+        merge_splits<PARTIAL, PQ_DIM, 1, THREADS>(a, block_row, 0, a.group, s.merge);
 }

@@ -1,5 +1,5 @@
-// Decode attention straight from codes on tensor cores. One block serves one (row, KV head, split); each of its 16
-// warps takes tiles of 16 tokens. Both codebooks sit in shared memory as tables of 256-byte rows, one row a code, and a
+// Decode attention straight from codes on tensor cores. One block serves one (row, KV head, split); its warps
+// take tiles of 16 tokens. Both codebooks sit in shared memory as tables of 256-byte rows, one row a code, and a
 // looked-up codeword is used as a matrix fragment just as it lies:
 //   scores = Q K^T: the codeword's numbers are neighbours in the summed dimension;
 //   out    = P V:   its two numbers are told apart by putting a weight into the low or the high half of a zero pair.
@@ -54,31 +54,68 @@ struct Tables {
 #endif
 };
 
-// The tiles of one warp: every 16th of the block's share. Lane i knows the place of tile done + i, if there is one.
-// Made again every 32 tiles: what it takes would cost a dozen registers if it were kept.
+// The tiles of one warp: every WARPS-th of the block's share. Lane i knows the place of tile 32 n + i - skipped; the pages of
+// the next 32 tiles are asked for when these are taken up, so that no warp ever waits for the page table.
 struct Tiles {
     int first, count;
     u32 places;  // place: number of a tile in the pool of pages
 
-    __device__ __forceinline__ Tiles(const AttendArgs& a, const Work& work, int done, bool from_end) {
-        const CacheArgs& cache = a.cache;
-        const int thread = thread_number(), lane = thread & 31, warp = thread >> 5;
-        const int num_tiles = (int)((u32)load_fresh(cache.counts + 2 * work.batch_row + 1) / TILE);
+    __device__ __forceinline__ Tiles(const AttendArgs& a, int skipped) {
+        const Work work(a);  // made anew: kept until here, its numbers would not fit into the registers
+        const int num_tiles = (int)((u32)load_fresh(a.cache.counts + 2 * work.batch_row + 1) / TILE);
         const int share = divide(num_tiles + a.splits - 1, a.splits_inverse);
         const int end = min((work.split + 1) * share, num_tiles);
-        first = work.split * share + warp;
+        const int lane = thread_number() & 31;
+        first = work.split * share + (thread_number() >> 5);
         count = end > first ? (end - first + WARPS - 1) / WARPS : 0;
-        if (from_end) done += count;
-        const int tile = first + (done + lane) * WARPS, tiles_per_page = cache.page_size / TILE;
-        const int page_at = divide(max(tile, 0), cache.tiles_per_page_inverse);
-        int page = 0;
-        if (done + lane >= 0 && tile < end)
-            page = max(load_fresh(cache.page_table + (i64)work.batch_row * cache.table_width +
-                                  min(page_at, cache.table_width - 1)),
-                       0);
-        places = (u32)(page * cache.kv_heads + work.kv_head) * tiles_per_page + (tile - page_at * tiles_per_page);
+        tile = first + (lane - skipped) * WARPS;
+        page = page_of(a);
+        renew(a, work.kv_head);
+    }
+
+    // Takes up the 32 tiles whose pages have come. Beyond the last tile they are any pages, and unused.
+    __device__ __forceinline__ void renew(const AttendArgs& a, int kv_head) {
+        const CacheArgs& cache = a.cache;
+        int tiles_per_page = cache.page_size;
+        opaque(tiles_per_page);
+        tiles_per_page /= TILE;
+        const int in_page = tile - page_at(cache) * tiles_per_page;
+        places = (u32)(max(page, 0) * cache.kv_heads + kv_head) * tiles_per_page + max(in_page, 0);
+        tile += 32 * WARPS;
+        page = page_of(a);
+    }
+
+private:
+    int tile, page;  // of the 32 tiles to come, one a lane
+
+    __device__ __forceinline__ int page_at(const CacheArgs& cache) const {
+        return divide(max(tile, 0), cache.tiles_per_page_inverse);
+    }
+    __device__ __forceinline__ int page_of(const AttendArgs& a) const {
+        const CacheArgs& cache = a.cache;
+        const int batch_row = block_number_y() >> (int)(a.group > 8);
+        int width = cache.table_width;
+        opaque(width);
+        return load_fresh(cache.page_table + (batch_row * width + min(page_at(cache), width - 1)));
     }
 };
+
+// Asks for the block's first codes into L2 while the launch before this one still runs: one warp for all. What that
+// launch may yet write - a count, a page number, codes - is read here as a hint only.
+template <class S>
+__device__ __forceinline__ void prefetch_first_tiles(const AttendArgs& a, const Work& work) {
+    const CacheArgs& cache = a.cache;
+    const int lane = thread_number() & 31;
+    const int num_tiles = load_shared_level(cache.counts + 2 * work.batch_row + 1) / TILE;
+    const int share = divide(num_tiles + a.splits - 1, a.splits_inverse);
+    const int tile = work.split * share + lane, tiles_per_page = cache.page_size / TILE;
+    if (lane >= share || tile >= num_tiles) return;
+    const int page_at = min(divide(tile, cache.tiles_per_page_inverse), cache.table_width - 1);
+    const int page = max(load_shared_level(cache.page_table + (i64)work.batch_row * cache.table_width + page_at), 0);
+    const i64 place = (i64)(page * cache.kv_heads + work.kv_head) * tiles_per_page + tile - page_at * tiles_per_page;
+    prefetch_bulk((const u8*)cache.desc[0] + place * S::TILE_BYTES, S::TILE_BYTES);
+    prefetch_bulk((const u8*)cache.desc[1] + place * S::TILE_BYTES, S::TILE_BYTES);
+}
 
 template <class S, int HEADS>
 __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
@@ -101,6 +138,7 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
         int slot = (work.split + (WARPS - 1 - warp) * a.splits) * TILE;
         tables.request((const u8*)desc[2] + (i64)work.kv_head * S::TABLE_BYTES,
                        (const u8*)desc[3] + (i64)work.kv_head * S::TABLE_BYTES);
+        if (warp == WARPS / 2) prefetch_first_tiles<S>(a, work);
         wait_for_earlier();
         if (slot < num_slots) {
             const int line = lane * 64;  // 128 bytes: a lane each for 16 slots of 128 numbers
@@ -122,23 +160,23 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
 
     // Warps begin with different lanes so that they renew their places at different times: few wait at once.
     int cursor = 2 * (thread_number() >> 5);
-    Tiles tiles(a, work, -cursor, false);
+    Tiles tiles(a, cursor);
     const u8* key_pages = (const u8*)cache.desc[0] + lane * S::WORDS * 4;
     const u8* value_pages = (const u8*)cache.desc[1] + lane * S::WORDS * 4;
     opaque(key_pages);
     opaque(value_pages);
-    auto next_place = [&](int left) {
-        if (cursor == 32) tiles.places = Tiles(a, work, 1 - left, true).places, cursor = 0;
+    auto next_place = [&]() {
+        if (cursor == 32) tiles.renew(a, work.kv_head), cursor = 0;
         return __shfl_sync(~0u, tiles.places, cursor++);
     };
-    // Asks for a later tile into L2, 128 bytes a lane: more bytes are under way than registers could take.
+    // With eight heads 12 warps do not hide the way from memory: they ask for the tile after the next into L2. A lane
+    // takes 64 bytes, as a whole line is not sure to come. With fewer heads this costs more than it brings.
     auto ask_ahead = [&]() {
-        if (!PQ_AHEAD || S::BITS != 8) return;  // shapes of 6 bits have no register left for it
-        constexpr int LINES = (S::TILE_BYTES + 127) / 128;
-        const u32 tile = __shfl_sync(~0u, tiles.places, min(cursor + PQ_AHEAD - 2, 31));
-        const u8* pages = lane < LINES ? key_pages : value_pages;
-        if (lane < 2 * LINES)
-            prefetch_line(pages - lane * S::WORDS * 4 + (i64)tile * S::TILE_BYTES + lane % LINES * 128);
+        if (HEADS < 8) return;
+        const u32 tile = __shfl_sync(~0u, tiles.places, min(cursor, 31));
+        const int byte = lane * (S::TILE_BYTES / 16);
+        const u8* pages = byte < S::TILE_BYTES ? key_pages : value_pages - S::TILE_BYTES;
+        prefetch_line(pages - lane * S::WORDS * 4 + (i64)tile * S::TILE_BYTES + byte);
     };
     auto bias_of = [&](int i) {
         if (!PQ_MASK || lane >= TILE) return 0.f;
@@ -149,7 +187,7 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
     float bias = 0.f;
     u32 at = 0;
     if (tiles.count > 0) {
-        at = next_place(0);
+        at = next_place();
         keys.load(key_pages + (i64)at * S::TILE_BYTES);
         values.load(value_pages + (i64)at * S::TILE_BYTES);
         bias = bias_of(0);
@@ -158,7 +196,7 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
     if (tiles.count > 0) {
         attention.score_tile(keys);
         attention.apply_mask(bias);
-        at = next_place(0);
+        at = next_place();
         keys.load(key_pages + (i64)at * S::TILE_BYTES);
         bias = bias_of(1);
         attention.rescale();
@@ -167,7 +205,7 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
         // codes are asked for as soon as their registers are free. Beyond the last tile they are those of page 0, and
         // unused.
         for (int left = tiles.count - 1; left > 0; left--) {
-            const u32 next = next_place(left);
+            const u32 next = next_place();
             ask_ahead();
             attention.value_tile(values);
             values.load(value_pages + (i64)at * S::TILE_BYTES);

@@ -7,12 +7,7 @@
 #define PQ_KEY_COPIES 2  // copies of the key table, 16 banks apart; 1 where shared memory is small (two-way conflicts)
 #endif
 
-#ifndef PQ_AHEAD
-// How many tiles ahead a warp asks for codes into L2. With more heads that costs more than it brings.
-#define PQ_AHEAD (PQ_HEADS == 2 ? 2 : 0)
-#endif
-
-constexpr int WARPS = 16, THREADS = WARPS * 32;
+constexpr int WARPS = PQ_WARPS, THREADS = WARPS * 32;
 
 // DIM: numbers of a head. UNITS of WIDTH numbers each are looked up by BITS bits. Where UNITS * WIDTH is 2 * DIM, a
 // unit is one number and its table entry is padded with a zero.
@@ -27,36 +22,20 @@ struct Shape {
     static constexpr int CHUNKS = UNITS / 32, WORDS = BITS / 2;  // a lane's codes of a tile: CHUNKS times 16 codes
     static constexpr int TILE_BYTES = TILE * UNITS * BITS / 8;
     static constexpr int STEPS = WIDE / 16, SLOTS = UNITS / 8, HALVES = WIDTH / 2;
-    static constexpr int MERGE_BYTES = WARPS * 8 * (WIDE + 2) * 4 + 64 * 4 + THREADS * 24;
+    static constexpr int MERGE_BYTES = join_bytes(WARPS, WIDE);
     static constexpr int TABLES = KEY_BYTES + TABLE_BYTES + 128;
     static constexpr int BASE = 1024;  // where tables start in the shared window, see tables_at()
     static constexpr int SHARED_BYTES = BASE + (TABLES > MERGE_BYTES ? TABLES : MERGE_BYTES);
     static_assert((UNITS == 64 && WIDTH == 2) || UNITS == 32, "a table row is 64 pairs or less");
 };
 
-// What this block does; grid (splits, head blocks * batch, KV heads). Splits vary fastest and KV heads slowest: blocks
-// that run together read the same tables.
-struct Work {
-    int split, part, batch_row, kv_head, block_row, first_head, num_heads;
-
-    __device__ __forceinline__ explicit Work(const AttendArgs& a) : split(blockIdx.x), kv_head(blockIdx.z) {
-        const bool two = a.group > 8;  // a block has rows for 8 heads
-        part = two ? blockIdx.y & 1 : 0;
-        batch_row = two ? blockIdx.y >> 1 : blockIdx.y;
-        block_row = batch_row * a.cache.kv_heads + kv_head;
-        first_head = part ? (a.group + 1) / 2 : 0;
-        num_heads = two ? (part ? a.group / 2 : (a.group + 1) / 2) : a.group;
-    }
-
-    __device__ __forceinline__ int* ticket(const AttendArgs& a) const {
-        return (int*)a.cache.desc[6] + a.cache.batch + block_row * 2 + part;
-    }
-};
-
 // HEADS: query heads per KV head the rows have room for: 2, 4 or 8, so 8 / HEADS rotation classes.
 template <class S, int HEADS>
 struct Attention {
     static constexpr int CLASSES = 8 / HEADS, CLASS_MASK = CLASSES - 1;
+    // With 8 heads no spare rows undo the rotation by bit 1 of a key's token. Turning the words of codes back costs 8
+    // permutations a tile instead of 32 exchanges, and a two-way bank conflict.
+    static constexpr bool TURN_WORDS = CLASSES == 1 && S::BITS == 8;
 
     const AttendArgs& a;
     const int g, c;        // fragment coordinates: g = lane / 4, c = lane % 4
@@ -68,13 +47,13 @@ struct Attention {
     u32 value_offsets[S::BITS == 8 ? 2 : 4];
     float score[2][2];  // [8-token group][token 2c, 2c + 1]
     float sums[S::STEPS][4];
-    float reference, exponent, threshold, weight_sum;
+    float reference, exponent[CLASSES == 4 ? 2 : 1], threshold, weight_sum;
 
     __device__ __forceinline__ Attention(const AttendArgs& a_, int lane)
         : a(a_), g(lane >> 2), c(lane & 3), head((lane >> 2) / CLASSES), turn((lane >> 2) & CLASS_MASK) {
-        useful = (c & CLASS_MASK) == turn;
+        useful = (c & CLASS_MASK & 1) == (turn & 1);
         reference = NOTHING;
-        exponent = infinity();  // a useless lane keeps it: its weights are exp2(-inf) = 0 without a branch
+        for (float& x : exponent) x = infinity();  // useless tokens keep it: their weights are exp2(-inf) = 0
         threshold = useful ? NOTHING : infinity();
         weight_sum = 0.f;
 #pragma unroll
@@ -86,7 +65,7 @@ struct Attention {
     // Byte of a lane's key unit within a table row for step k & 3; what depends on k alone is added as a constant.
     __device__ __forceinline__ u32 key_offset(int k, int half, u32& upper) const {
         const int far = g >> 2;
-        const int turned = k ^ (g & 3);
+        const int turned = k ^ (g & (TURN_WORDS ? 1 : 3));
         upper = 0;
         if (S::WIDTH == 4) return 32 * turned + 8 * c;
         if (S::UNITS == 64) {
@@ -168,9 +147,10 @@ struct Attention {
         }
     };
 
-    // ---- fragments: [step][low or high half of the step] for keys, [token 2c, 2c + 1][slot][half codeword] for values
+    // ---- fragments: [step][low or high half of the step] for keys, [slot & 3][half codeword][token c, c + 4, c + 8,
+    // c + 12] for values
     typedef u32 KeyFragment[S::STEPS][2];
-    typedef u32 ValueFragment[2][S::SLOTS][S::HALVES];
+    typedef u32 ValueFragment[4][S::HALVES][4];
 
     static __device__ __forceinline__ void swap_if(bool yes, u32& x, u32& y) {
         const u32 t = yes ? y : x;
@@ -178,7 +158,15 @@ struct Attention {
         x = t;
     }
 
-    __device__ __forceinline__ void look_up_keys(const Codes& codes, int group, KeyFragment& f) const {
+    __device__ __forceinline__ void look_up_keys(const Codes& given, int group, KeyFragment& f) const {
+        Codes codes = given;
+        if (TURN_WORDS) {
+            const u32 selector = thread_number() & 8 ? 0x1032 : 0x3210;
+#pragma unroll
+            for (int i = 0; i < S::CHUNKS; i++)
+#pragma unroll
+                for (u32& word : codes.words[i]) word = pick_bytes(word, word, selector);
+        }
 #pragma unroll
         for (int k = 0; k < S::STEPS; k++) {
             if (S::WIDTH == 4) {
@@ -197,7 +185,7 @@ struct Attention {
                             S::BASE + address(codes.words[0], group * 8 + half * 4 + k, key_offsets, half, k));
             }
         }
-        if (CLASSES == 1) {  // no spare rows for the tokens' bit 1: put the steps back in order
+        if (CLASSES == 1 && !TURN_WORDS) {  // no spare rows for the tokens' bit 1: put the steps back in order
             const bool yes = g & 2;
 #pragma unroll
             for (int k = 0; k < S::STEPS; k++)
@@ -208,39 +196,40 @@ struct Attention {
         }
     }
 
-    __device__ __forceinline__ void look_up_values(const Codes& codes, int group, ValueFragment& f) const {
+    // Slots s .. s + 3.
+    __device__ __forceinline__ void look_up_values(const Codes& codes, int s, ValueFragment& f) const {
         constexpr u32 TABLE = S::BASE + S::KEY_BYTES;
 #pragma unroll
-        for (int odd = 0; odd < 2; odd++)
+        for (int k = 0; k < 4; k++)
 #pragma unroll
-            for (int s = 0; s < S::SLOTS; s++) {
+            for (int i = 0; i < 4; i++) {
+                const int group = i / 2, far = i % 2;
                 if (S::UNITS == 64) {
-                    f[odd][s][0] =
-                        load_shared(TABLE + 128 * (s >> 2) +
-                                    address(codes.words[group % S::CHUNKS], odd * 8 + s, value_offsets, 0, s));
+                    f[k][0][i] = load_shared(TABLE + 128 * (s >> 2) + address(codes.words[group % S::CHUNKS],
+                                                                              far * 8 + s + k, value_offsets, 0, k));
                 } else {
-                    const u32 at = TABLE + address(codes.words[0], group * 8 + odd * 4 + s, value_offsets, 0, s);
+                    const u32 at = TABLE + address(codes.words[0], group * 8 + far * 4 + k, value_offsets, 0, k);
                     if (S::WIDTH == 2) {
-                        f[odd][s][0] = load_shared(at);
+                        f[k][0][i] = load_shared(at);
                     } else {
                         const uint2 x = load_shared_pair(at);
-                        f[odd][s][0] = x.x, f[odd][s][S::HALVES - 1] = x.y;
+                        f[k][0][i] = x.x, f[k][S::HALVES - 1][i] = x.y;
                     }
                 }
             }
-        // spare rows cover bit 0 of the class (two classes), both bits (four) or none
+        // Spare rows cover bit 1 of the token (two classes), bits 1 and 0 (four) or none.
 #pragma unroll
         for (int bit = 2; bit >= 1; bit--)
-            if (CLASSES < 2 * bit) {
+            if (CLASSES < (bit == 2 ? 2 : 4)) {
                 const bool yes = c & bit;
 #pragma unroll
-                for (int odd = 0; odd < 2; odd++)
+                for (int k = 0; k < 4; k++)
+                    if (!(k & bit)) {
 #pragma unroll
-                    for (int s = 0; s < S::SLOTS; s++)
-                        if (!(s & bit)) {
+                        for (int h = 0; h < S::HALVES; h++)
 #pragma unroll
-                            for (int h = 0; h < S::HALVES; h++) swap_if(yes, f[odd][s][h], f[odd][s + bit][h]);
-                        }
+                            for (int i = 0; i < 4; i++) swap_if(yes, f[k][h][i], f[k + bit][h][i]);
+                    }
             }
     }
 
@@ -260,18 +249,26 @@ struct Attention {
             for (int half = 0; half < 2; half++) f[k][half] = load_pair(key, key_pair(k ^ turned, half));
     }
 
-    __device__ __forceinline__ void load_window_values(const u16* values, int first_slot, int last_slot,
+    // Slots s .. s + 3 of tokens c + 4 i, zero where bit i of `held` is not set: it might be NaN.
+    __device__ __forceinline__ void load_window_values(const u16* values, int first_slot, int last_slot, u32 held, int s,
                                                        ValueFragment& f) const {
 #pragma unroll
-        for (int odd = 0; odd < 2; odd++) {
-            const u16* value = values + (i64)min(first_slot + 2 * c + odd, last_slot) * S::DIM;
+        for (int i = 0; i < 4; i++) {
+            const u16* value = values + (i64)min(first_slot + c + 4 * i, last_slot) * S::DIM;
 #pragma unroll
-            for (int s = 0; s < S::SLOTS; s++)
+            for (int k = 0; k < 4; k++)
 #pragma unroll
-                for (int h = 0; h < S::HALVES; h++)
-                    f[odd][s][h] = load_pair(value, value_unit(s ^ (c & CLASS_MASK), g) * S::HALVES + h);
-            keep_order();
+                for (int h = 0; h < S::HALVES; h++) {
+                    const int unit = value_unit((s + k) ^ value_turn(c), g);
+                    f[k][h][i] = load_pair(value, unit * S::HALVES + h);
+                }
         }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+#pragma unroll
+                for (int h = 0; h < S::HALVES; h++) f[k][h][i] = held >> i & 1 ? halves_of(f[k][h][i]) : 0u;
     }
 
     // Pair of numbers that lane column c feeds to a half of step k.
@@ -279,6 +276,10 @@ struct Attention {
         return S::WIDTH == 4 ? 2 * (4 * k + c) + half : S::UNITS / 2 * half + 4 * k + c;
     }
 
+    // How far the slots of a value lane's tokens - or of a row of that class - are rotated, as far as rows undo it.
+    static __device__ __forceinline__ int value_turn(int lane_column) {
+        return lane_column & (CLASSES == 4 ? 3 : CLASSES == 2 ? 2 : 0);
+    }
     static __device__ __forceinline__ int value_unit(int s, int column) {
         return S::UNITS == 64 ? 8 * s + column : 16 * (column >> 2) + 4 * s + (column & 3);
     }
@@ -307,20 +308,22 @@ struct Attention {
         score[group][1] = soft_cap(a, even[3] + odd[1]);
     }
 
-    __device__ __forceinline__ void weights_of(int group, u32 (&p)[4]) {
-        const float p0 = exp2_fast(fmaf(score[group][0], a.scale_log2, -exponent));
-        const float p1 = exp2_fast(fmaf(score[group][1], a.scale_log2, -exponent));
-        weight_sum += p0 + p1;
-        p[0] = pack_halves(p0, 0.f), p[2] = pack_halves(p1, 0.f);
-        p[1] = p[0] << 16, p[3] = p[2] << 16;
+    // The weights as a sparse matrix: rows g and g + 8 have the same pair of each group.
+    __device__ __forceinline__ void weights(u32 (&p)[4]) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float p0 = exp2_fast(fmaf(score[i][0], a.scale_log2, -exponent[0]));
+            const float p1 = exp2_fast(fmaf(score[i][1], a.scale_log2, -exponent[CLASSES == 4 ? 1 : 0]));
+            weight_sum += p0 + p1;
+            p[2 * i] = pack_halves(p0, p1), p[2 * i + 1] = pack_halves_again(p0, p1);
+        }
     }
 
-    __device__ __forceinline__ void add_values(const u32 (&p)[4], const u32 (&f0)[S::SLOTS][S::HALVES],
-                                               const u32 (&f1)[S::SLOTS][S::HALVES]) {
+    __device__ __forceinline__ void add_values(const u32 (&p)[4], int s, const ValueFragment& f) {
 #pragma unroll
-        for (int s = 0; s < S::SLOTS; s++)
+        for (int k = 0; k < 4; k++)
 #pragma unroll
-            for (int h = 0; h < S::HALVES; h++) multiply(sums[s * S::HALVES + h], p, f0[s][h], f1[s][h]);
+            for (int h = 0; h < S::HALVES; h++) multiply_sparse(sums[(s + k) * S::HALVES + h], p, f[k][h]);
     }
 
     __device__ __forceinline__ void score_tile(const Codes& codes) {
@@ -333,13 +336,13 @@ struct Attention {
     }
 
     __device__ __forceinline__ void value_tile(const Codes& codes) {
+        u32 p[4];
+        weights(p);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            u32 p[4];
-            weights_of(i, p);
+        for (int s = 0; s < S::SLOTS; s += 4) {
             ValueFragment f;
-            look_up_values(codes, i, f);
-            add_values(p, f[0], f[1]);
+            look_up_values(codes, s, f);
+            add_values(p, s, f);
         }
     }
 
@@ -354,7 +357,8 @@ struct Attention {
             reference = now;
             weight_sum *= shrink;
             if (useful && now > NOTHING) {
-                exponent = now;
+                if (CLASSES < 4 || turn < 2) exponent[0] = now;
+                if (CLASSES == 4 && turn >= 2) exponent[CLASSES == 4 ? 1 : 0] = now;
                 threshold = (now + 8.f) * a.inverse_scale;
             }
 #pragma unroll
@@ -376,33 +380,25 @@ struct Attention {
             add_scores(i, f);
             keep_order();
         }
-        u32 held = 0;  // a bit for each of the lane's four slots
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int odd = 0; odd < 2; odd++) {
                 const int slot = first_slot + 8 * i + 2 * c + odd;
                 if (PQ_MASK) score[i][odd] += mask_bias(a, batch_row, start + row.token_in(slot, ring_first));
-                const bool holds = row.holds(slot, ring_first);
-                held |= (u32)holds << (2 * i + odd);
-                if (!holds) score[i][odd] = -infinity();
+                if (!row.holds(slot, ring_first)) score[i][odd] = -infinity();
             }
         rescale();
+        u32 p[4];
+        weights(p);
+        u32 held = 0;  // a bit for each of the lane's four tokens
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            u32 p[4];
-            weights_of(i, p);
+        for (int i = 0; i < 4; i++) held |= (u32)row.holds(first_slot + c + 4 * i, ring_first) << i;
+#pragma unroll
+        for (int s = 0; s < S::SLOTS; s += 4) {
             ValueFragment f;
-            load_window_values(values, first_slot + 8 * i, last_slot, f);
-#pragma unroll
-            for (int odd = 0; odd < 2; odd++) {
-                const bool holds = held >> (2 * i + odd) & 1;
-#pragma unroll
-                for (int s = 0; s < S::SLOTS; s++)
-#pragma unroll
-                    for (int h = 0; h < S::HALVES; h++) f[odd][s][h] = holds ? halves_of(f[odd][s][h]) : 0u;
-            }
-            add_values(p, f[0], f[1]);
+            load_window_values(values, first_slot, last_slot, held, s, f);
+            add_values(p, s, f);
             keep_order();
         }
     }
@@ -419,75 +415,23 @@ struct Attention {
 #endif
     }
 
-    // Joins the warps of the block: floats (heads, WIDE) in shared memory, then to the output or to `partial`.
     __device__ __forceinline__ void finish(uint4* shared) {
-        const Work work(a);
-        const int lane = thread_number() & 31, warp = thread_number() >> 5, g = lane >> 2, c = lane & 3;
-        const int head = g / CLASSES, turn = g & CLASS_MASK;
-        float* all = (float*)shared;                    // (warp, row, WIDE)
-        float* references = all + WARPS * 8 * S::WIDE;  // (warp, row)
-        float* weights = references + WARPS * 8;
-        float* tops = weights + WARPS * 8;  // (head)
-        volatile int* flag = (volatile int*)(tops + 16);
-        float4* scratch = (float4*)(tops + 64);
-        weight_sum += __shfl_xor_sync(~0u, weight_sum, 1);
-        weight_sum += __shfl_xor_sync(~0u, weight_sum, 2);
-        __syncthreads();  // the tables are no longer needed
-        if (c == 0) references[warp * 8 + g] = reference;
-        __syncthreads();
-        float top = NOTHING;
+        Join<S::WIDE, S::DIM, S::PAD, WARPS, CLASSES>::run(a, shared, reference, weight_sum, [&](float4* mine, float f) {
+            const int lane = thread_number() & 31, turn = lane >> 2 & CLASS_MASK, c = lane & 3;
 #pragma unroll
-        for (int i = c * CLASSES + turn; i < WARPS * CLASSES; i += 4 * CLASSES)
-            top = fmaxf(top, references[i / CLASSES * 8 + head * CLASSES + (i & CLASS_MASK)]);
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        if (CLASSES >= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
-        if (CLASSES >= 4) top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
-        const float f = exp2_fast(reference - top);
-        float4* mine = (float4*)all + (warp * 8 + g) * (S::WIDE / 4);
-#pragma unroll
-        for (int s = 0; s < S::SLOTS; s++) {
-            const int unit = value_unit(s ^ turn, 2 * c);  // this lane's columns: units `unit` and `unit + 1`
-            if (S::WIDTH == 2) {
-                const float (&x)[4] = sums[s];
-                mine[unit / 2] = make_float4(x[0] * f, x[2] * f, x[1] * f, x[3] * f);
-            } else {
-                const float (&x)[4] = sums[s * S::HALVES];
-                const float (&y)[4] = sums[s * S::HALVES + S::HALVES - 1];
-                mine[unit] = make_float4(x[0] * f, x[2] * f, y[0] * f, y[2] * f);
-                mine[unit + 1] = make_float4(x[1] * f, x[3] * f, y[1] * f, y[3] * f);
+            for (int s = 0; s < S::SLOTS; s++) {
+                // This lane's columns: units `unit` and `unit + 1`.
+                const int unit = value_unit(s ^ value_turn(2 * (turn & 1) + (turn >> 1)), 2 * c);
+                if (S::WIDTH == 2) {
+                    const float (&x)[4] = sums[s];
+                    mine[unit / 2] = make_float4(x[0] * f, x[2] * f, x[1] * f, x[3] * f);
+                } else {
+                    const float (&x)[4] = sums[s * S::HALVES];
+                    const float (&y)[4] = sums[s * S::HALVES + S::HALVES - 1];
+                    mine[unit] = make_float4(x[0] * f, x[2] * f, y[0] * f, y[2] * f);
+                    mine[unit + 1] = make_float4(x[1] * f, x[3] * f, y[1] * f, y[3] * f);
+                }
             }
-        }
-        if (c == 0) {
-            weights[warp * 8 + g] = weight_sum * f;
-            if (warp == 0 && turn == 0) tops[head] = top;
-        }
-        __syncthreads();
-        const Parts<S::WIDE> parts(a, work.block_row);
-        for (int i = threadIdx.x; i < work.num_heads * S::WIDE; i += THREADS) {
-            const int h = i / S::WIDE, d = i % S::WIDE;  // a warp stays within one head
-            float o = 0.f, w = 0.f;
-#pragma unroll
-            for (int j = lane; j < WARPS * CLASSES; j += 32)
-                w += weights[j / CLASSES * 8 + h * CLASSES + (j & CLASS_MASK)];
-#pragma unroll
-            for (int j = 0; j < WARPS * CLASSES; j++)
-                o += all[(j / CLASSES * 8 + h * CLASSES + (j & CLASS_MASK)) * S::WIDE + d];
-#pragma unroll
-            for (int m = 16; m; m >>= 1) w += __shfl_xor_sync(~0u, w, m);
-            const int group_head = work.first_head + h;
-            if (a.splits == 1) {
-                const float scale = normalizer(a, work.kv_head * a.group + group_head, tops[h], w);
-                if (d % S::PAD == 0)
-                    a.out[((i64)work.block_row * a.group + group_head) * S::DIM + d / S::PAD] = element_of(o * scale);
-            } else {
-                const i64 part = (i64)work.split * a.group + group_head;
-                store_shared_level(parts.sums + part * S::WIDE + d, o);
-                if (d == 0) store_shared_level(parts.weights + part, make_float2(tops[h], w));
-            }
-        }
-        if (a.splits == 1) return;
-        if (arrive_last(work.ticket(a), a.splits, flag))
-            merge_splits<S::WIDE, S::DIM, THREADS>(a, work.block_row, work.first_head, work.num_heads, scratch);
+        });
     }
 };

@@ -102,6 +102,14 @@ __device__ __forceinline__ u32 pack_halves(float low, float high) {
     return d;
 }
 
+// The same of floats that are not negative, by another instruction: the compiler keeps the two results in two registers,
+// where it would copy one for every use of both.
+__device__ __forceinline__ u32 pack_halves_again(float low, float high) {
+    u32 d;
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
 // Hides where a value comes from, so that the compiler keeps it in a register instead of recomputing it.
 __device__ __forceinline__ void opaque(u32& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void opaque(int& x) { asm volatile("" : "+r"(x)); }
@@ -111,6 +119,11 @@ __device__ __forceinline__ void opaque(const u8*& x) { asm volatile("" : "+l"(x)
 __device__ __forceinline__ int thread_number() {
     int x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+__device__ __forceinline__ int block_number_y() {
+    int x;
+    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(x));
     return x;
 }
 __device__ __forceinline__ int load_fresh(const int* p) {
@@ -130,6 +143,21 @@ __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c += a b with a (16, 32) and b (32, 8), where of every 4 neighbours in a row of a two are not zero: numbers 0 and 2 in
+// rows 0 to 7, 1 and 3 in rows 8 to 15. 9 clocks, where the two multiplications that it replaces take 15.
+__device__ __forceinline__ void multiply_sparse(float (&c)[4], const u32 (&a)[4], const u32 (&b)[4]) {
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define PQ_MMA_SPARSE "mma.sp::ordered_metadata"
+#else
+#define PQ_MMA_SPARSE "mma.sp"
+#endif
+    asm(PQ_MMA_SPARSE
+        ".sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, "
+        "{%0, %1, %2, %3}, %12, 0x0;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(0xdddd8888u));
+}
+
 // Stored for, and read by, other blocks of the same launch: past L1, which is not coherent.
 __device__ __forceinline__ void store_shared_level(float4* p, float4 v) { __stcg(p, v); }
 __device__ __forceinline__ void store_shared_level(float2* p, float2 v) { __stcg(p, v); }
@@ -137,6 +165,7 @@ __device__ __forceinline__ void store_shared_level(float* p, float v) { __stcg(p
 __device__ __forceinline__ float4 load_shared_level(const float4* p) { return __ldcg(p); }
 __device__ __forceinline__ float2 load_shared_level(const float2* p) { return __ldcg(p); }
 __device__ __forceinline__ float load_shared_level(const float* p) { return __ldcg(p); }
+__device__ __forceinline__ int load_shared_level(const int* p) { return __ldcg(p); }
 
 // Adds one with release and acquire: what this block wrote before is seen by whoever reads the count after it. Lighter
 // than two __threadfence() around a relaxed one.
@@ -186,6 +215,12 @@ __device__ __forceinline__ void copy_bulk(u32 target, const void* source, u32 by
 #else
 #define PQ_BULK_COPY 0
 #endif
+// Asks for `bytes` (a multiple of 16) into L2.
+__device__ __forceinline__ void prefetch_bulk(const void* p, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
+#endif
+}
 __device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 #endif  // PQ_EMULATOR

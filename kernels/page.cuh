@@ -90,6 +90,26 @@ struct Row {
     }
 };
 
+// What this block does; grid (splits, head blocks * batch, KV heads). Splits vary fastest and KV heads slowest: blocks
+// that run together read the same tables.
+struct Work {
+    int split, part, batch_row, kv_head, block_row, first_head, num_heads;
+
+    __device__ __forceinline__ explicit Work(const AttendArgs& a) : split(blockIdx.x), kv_head(blockIdx.z) {
+        const bool two = a.group > 8;  // a block has rows for 8 heads
+        const int y = block_number_y();
+        part = two ? y & 1 : 0;
+        batch_row = two ? y >> 1 : y;
+        block_row = batch_row * a.cache.kv_heads + kv_head;
+        first_head = part ? (a.group + 1) / 2 : 0;
+        num_heads = two ? (part ? a.group / 2 : (a.group + 1) / 2) : a.group;
+    }
+
+    __device__ __forceinline__ int* ticket(const AttendArgs& a) const {
+        return (int*)a.cache.desc[6] + a.cache.batch + block_row * 2 + part;
+    }
+};
+
 enum Order { NATURAL, UNITS_64, UNITS_32 };
 
 // Tuned shapes read codes in units that are an index into one table row: one code, or two 4-bit codes as one byte.
@@ -120,7 +140,7 @@ struct Places {
 
     __device__ __forceinline__ static int value(int token, int subspace) {
         if (ORDER == NATURAL) return token * M + subspace;
-        const int unit = subspace / SPLIT, rest = subspace % SPLIT, c = token >> 1 & 3, b = token & 1;
+        const int unit = subspace / SPLIT, rest = subspace % SPLIT, c = token & 3, b = token >> 2 & 1;
         if (ORDER == UNITS_64)
             return (((token >> 3) * 32 + (unit & 7) * 4 + c) * 16 + b * 8 + ((unit >> 3) ^ c)) * SPLIT + rest;
         const int g = (unit >> 4) * 4 + (unit & 3);

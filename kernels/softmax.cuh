@@ -68,12 +68,12 @@ __device__ __forceinline__ bool arrive_last(int* ticket, int count, volatile int
 }
 
 // The last block of a (row, kv head) joins the parts of heads first_head .. first_head + heads - 1 and writes the
-// output. DIM floats a part, of which every (DIM / OUT)-th is a number of the output. scratch: THREADS float4 and
-// THREADS float2.
-template <int DIM, int OUT, int THREADS>
+// output. DIM floats a part, of which every STEP-th is a number of the output, the first OUT of them. scratch: THREADS
+// float4 and THREADS float2.
+template <int DIM, int OUT, int STEP, int THREADS>
 __device__ __forceinline__ void merge_splits(const AttendArgs& a, int block_row, int first_head, int heads,
                                              float4* scratch) {
-    constexpr int FLIGHT = 8, COLUMNS = DIM / 4, STEP = DIM / OUT > 1 ? DIM / OUT : 1;
+    constexpr int FLIGHT = 8, COLUMNS = DIM / 4;
     const Parts<DIM> parts(a, block_row);
     float2* scratch_weights = (float2*)(scratch + THREADS);
     const int columns = heads * COLUMNS;
@@ -141,3 +141,75 @@ __device__ __forceinline__ void merge_splits(const AttendArgs& a, int block_row,
         if (teams > 1) __syncthreads();
     }
 }
+
+// Shared memory that Join takes.
+constexpr int join_bytes(int warps, int wide) { return warps * 8 * (wide + 2) * 4 + 64 * 4 + warps * 32 * 24; }
+
+// Joins the warps of a block, and the last block of a (row, KV head) joins the splits. A warp has eight rows of WIDE
+// sums, CLASSES for each head: row lane / 4 is that of the lane, and the four lanes of a row hold parts of its sum of
+// weights and columns of its sums. Every STEP-th of the WIDE columns is a number of the output, the first OUT of them.
+template <int WIDE, int OUT, int STEP, int WARPS, int CLASSES>
+struct Join {
+    static constexpr int THREADS = WARPS * 32, CLASS_MASK = CLASSES - 1;
+
+    // store(float4* row, float factor): this lane's columns, times the factor, to the row's floats.
+    template <class Store>
+    static __device__ __forceinline__ void run(const AttendArgs& a, uint4* shared, float reference, float weight_sum,
+                                               Store store) {
+        const Work work(a);
+        const int lane = thread_number() & 31, warp = thread_number() >> 5, g = lane >> 2, c = lane & 3;
+        const int head = g / CLASSES, turn = g & CLASS_MASK;
+        float* all = (float*)shared;                 // (warp, row, WIDE)
+        float* references = all + WARPS * 8 * WIDE;  // (warp, row)
+        float* weights = references + WARPS * 8;
+        float* tops = weights + WARPS * 8;  // (head)
+        volatile int* flag = (volatile int*)(tops + 16);
+        float4* scratch = (float4*)(tops + 64);
+        weight_sum += __shfl_xor_sync(~0u, weight_sum, 1);
+        weight_sum += __shfl_xor_sync(~0u, weight_sum, 2);
+        __syncthreads();  // what lies in shared memory is no longer needed
+        if (c == 0) references[warp * 8 + g] = reference;
+        __syncthreads();
+        float top = NOTHING;
+#pragma unroll
+        for (int i = c * CLASSES + turn; i < WARPS * CLASSES; i += 4 * CLASSES)
+            top = fmaxf(top, references[i / CLASSES * 8 + head * CLASSES + (i & CLASS_MASK)]);
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        if (CLASSES >= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
+        if (CLASSES >= 4) top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
+        const float f = exp2_fast(reference - top);
+        store((float4*)all + (warp * 8 + g) * (WIDE / 4), f);
+        if (c == 0) {
+            weights[warp * 8 + g] = weight_sum * f;
+            if (warp == 0 && turn == 0) tops[head] = top;
+        }
+        __syncthreads();
+        const Parts<WIDE> parts(a, work.block_row);
+        for (int i = threadIdx.x; i < work.num_heads * WIDE; i += THREADS) {
+            const int h = i / WIDE, d = i % WIDE;  // a warp stays within one head
+            float o = 0.f, w = 0.f;
+#pragma unroll
+            for (int j = lane; j < WARPS * CLASSES; j += 32)
+                w += weights[j / CLASSES * 8 + h * CLASSES + (j & CLASS_MASK)];
+#pragma unroll
+            for (int j = 0; j < WARPS * CLASSES; j++)
+                o += all[(j / CLASSES * 8 + h * CLASSES + (j & CLASS_MASK)) * WIDE + d];
+#pragma unroll
+            for (int m = 16; m; m >>= 1) w += __shfl_xor_sync(~0u, w, m);
+            const int group_head = work.first_head + h;
+            if (a.splits == 1) {
+                const float scale = normalizer(a, work.kv_head * a.group + group_head, tops[h], w);
+                if (d % STEP == 0 && d / STEP < OUT)
+                    a.out[((i64)work.block_row * a.group + group_head) * OUT + d / STEP] = element_of(o * scale);
+            } else {
+                const i64 part = (i64)work.split * a.group + group_head;
+                store_shared_level(parts.sums + part * WIDE + d, o);
+                if (d == 0) store_shared_level(parts.weights + part, make_float2(tops[h], w));
+            }
+        }
+        if (a.splits == 1) return;
+        if (arrive_last(work.ticket(a), a.splits, flag))
+            merge_splits<WIDE, OUT, STEP, THREADS>(a, work.block_row, work.first_head, work.num_heads, scratch);
+    }
+};

@@ -183,15 +183,18 @@ inline u16 bfloat_of(float x) {
     return (u16)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 inline u32 pack_halves(float low, float high) { return half_of(low) | (u32)half_of(high) << 16; }
+inline u32 pack_halves_again(float low, float high) { return pack_halves(low, high); }
 template <class T>
 void opaque(T&) {}
 inline void keep_order() {}
 inline int thread_number() { return threadIdx.x; }
+inline int block_number_y() { return emulator::block.y; }
 inline int load_fresh(const int* p) { return *p; }
 inline u32 shared_address(const void* p) {
     return (u32)((const char*)p - (const char*)emulator::memory.data()) + emulator::WINDOW;
 }
 inline void prefetch_line(const void*) {}
+inline void prefetch_bulk(const void*, u32) {}
 inline void let_next_start() {}
 inline void wait_for_earlier() {}
 template <class T>
@@ -216,6 +219,24 @@ inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         for (int k = 0; k < 16; k++)
             s += number(in[(row & 7) * 4 + (k & 7) / 2][(row >> 3) + 2 * (k >> 3)], k & 1) *
                  number(in[column * 4 + (k & 7) / 2][4 + (k >> 3)], k & 1);
+        c[o] += s;
+    }
+    emulator::meet_warp();
+}
+inline void multiply_sparse(float (&c)[4], const u32 (&a)[4], const u32 (&b)[4]) {
+    auto& in = emulator::warp().in;
+    const int lane = emulator::lane(), g = lane >> 2, q = lane & 3;
+    in[lane][0] = a[0], in[lane][1] = a[2];
+    for (int i = 0; i < 4; i++) in[lane][2 + i] = b[i];
+    emulator::meet_warp();
+    auto half = [](u32 pair, int which) { return float_of_half(pair >> (16 * which)); };
+    for (int o = 0; o < 4; o++) {
+        const int column = 2 * q + (o & 1);
+        float s = 0;
+        for (int j = 0; j < 16; j++) {  // the number kept from k = 2 j and 2 j + 1
+            const int k = 2 * j + (o >> 1);
+            s += half(in[g * 4 + j / 2 % 4][j / 8], j & 1) * half(in[column * 4 + k / 2 % 4][2 + k / 8], k & 1);
+        }
         c[o] += s;
     }
     emulator::meet_warp();
