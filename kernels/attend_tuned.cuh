@@ -20,6 +20,7 @@ __device__ __forceinline__ uint4* tables_at(uint4* dynamic) {
     return (uint4*)((char*)dynamic + (S::BASE - begin));
 }
 
+// The code tables of one block. wait_keys(vote): true if every thread of the block says so; the keys are there.
 template <class S>
 struct Tables {
     uint4* shared;
@@ -38,7 +39,10 @@ struct Tables {
         }
         __syncthreads();
     }
-    __device__ __forceinline__ void wait_keys() const { barrier_wait(BARRIER); }
+    __device__ __forceinline__ bool wait_keys(bool vote) const {
+        barrier_wait(BARRIER);
+        return PQ_MASK ? __syncthreads_and(vote) : true;
+    }
     __device__ __forceinline__ void wait_values() const { barrier_wait(BARRIER + 8); }
 #else
     __device__ __forceinline__ void request(const u8* keys, const u8* values) const {
@@ -49,7 +53,7 @@ struct Tables {
             shared[S::KEY_BYTES / 16 + i] = ((const uint4*)values)[i];
         }
     }
-    __device__ __forceinline__ void wait_keys() const { __syncthreads(); }
+    __device__ __forceinline__ bool wait_keys(bool vote) const { return __syncthreads_and(vote); }
     __device__ __forceinline__ void wait_values() const {}
 #endif
 };
@@ -127,6 +131,7 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
     Tables<S> tables;
     tables.shared = tables_at<S>(dynamic);
     const Work work(a);
+    bool is_silent = true;  // what this thread has seen of the mask over the block's coded tokens
     let_next_start();
     {
         const i64* desc = cache.desc;
@@ -150,6 +155,12 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
         attention.load_query(a.query + ((i64)work.block_row * a.group + work.first_head) * S::DIM, work.num_heads);
         const Row row(cache, work.batch_row);
         const int start = PQ_MASK ? a.starts[work.batch_row] : 0;
+        if (PQ_MASK) {
+            const int num_tiles = row.coded / TILE, share = divide(num_tiles + a.splits - 1, a.splits_inverse);
+            const int first = work.split * share, end = min(first + share, num_tiles);
+            const int column = start + cache.sink_tokens;
+            is_silent = mask_is_silent<THREADS>(a, work.batch_row, column + first * TILE, column + end * TILE);
+        }
         if (slot < num_slots) {
             const int ring_first = row.ring_first();
             for (; slot < row.used_slots(ring_first); slot += WARPS * a.splits * TILE)
@@ -178,8 +189,8 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
         const u8* pages = byte < S::TILE_BYTES ? key_pages : value_pages - S::TILE_BYTES;
         prefetch_line(pages - lane * S::WORDS * 4 + (i64)tile * S::TILE_BYTES + byte);
     };
-    auto bias_of = [&](int i) {
-        if (!PQ_MASK || lane >= TILE) return 0.f;
+    auto bias_of = [&](int i) {  // what the mask says of token `lane` of the warp's tile i
+        if (lane >= TILE) return 0.f;
         const int column = a.starts[work.batch_row] + cache.sink_tokens + tiles.first * TILE;
         return mask_bias(a, work.batch_row, column + i * WARPS * TILE + lane);
     };
@@ -190,15 +201,15 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
         at = next_place();
         keys.load(key_pages + (i64)at * S::TILE_BYTES);
         values.load(value_pages + (i64)at * S::TILE_BYTES);
-        bias = bias_of(0);
     }
-    tables.wait_keys();
+    const bool is_masked = !tables.wait_keys(is_silent) && PQ_MASK;
     if (tiles.count > 0) {
+        if (is_masked) bias = bias_of(0);
         attention.score_tile(keys);
         attention.apply_mask(bias);
         at = next_place();
         keys.load(key_pages + (i64)at * S::TILE_BYTES);
-        bias = bias_of(1);
+        if (is_masked) bias = bias_of(1);
         attention.rescale();
         tables.wait_values();
         // Values of one tile and keys of the next form one basic block: look-ups and multiplications interleave, and
@@ -213,7 +224,7 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
             keys.load(key_pages + (i64)next * S::TILE_BYTES);
             at = next;
             attention.apply_mask(bias);
-            bias = bias_of(tiles.count - left + 1);
+            if (is_masked) bias = bias_of(tiles.count - left + 1);
             attention.rescale();
         }
         attention.value_tile(values);

@@ -32,6 +32,34 @@ __device__ __forceinline__ float mask_bias(const AttendArgs& a, int row, int col
 #endif
 }
 
+// Whether the mask adds nothing in columns first .. end - 1 of a row, as far as this thread looks: all threads of the
+// block share the columns, 16 bytes at a time where they lie side by side. Generate's masks are such nearly always, and
+// asking once is much cheaper than a load for every token: kernels/NOTES.md.
+template <int THREADS>
+__device__ __forceinline__ bool mask_is_silent(const AttendArgs& a, int row, int first, int end) {
+    bool silent = true;
+#if PQ_MASK
+    end = min(end, a.mask_columns);
+    int head = end;  // columns before this one, and from `tail` on, are asked for one by one
+    int tail = end;
+    if (a.mask_column_stride == 1) {
+        constexpr int SIZE = PQ_MASK == 1 ? 1 : 2, WIDE = 16 / SIZE;
+        const u8* mask = (const u8*)a.mask + row * a.mask_row_stride * SIZE;
+        head = min(end, first + (int)(-(i64)(mask + (i64)first * SIZE) & 15) / SIZE);
+        tail = head + (end - head) / WIDE * WIDE;
+        for (int i = head + threadIdx.x * WIDE; i < tail; i += THREADS * WIDE) {
+            const uint4 x = *(const uint4*)(mask + (i64)i * SIZE);
+            // A bool is 1; anything else that is true says no here, and joins the scores one by one. -0 adds nothing.
+            silent &= PQ_MASK == 1 ? (x.x & x.y & x.z & x.w) == 0x01010101u
+                                   : ((x.x | x.y | x.z | x.w) & 0x7fff7fffu) == 0;
+        }
+    }
+    for (int i = first + threadIdx.x; i < head; i += THREADS) silent &= mask_bias(a, row, i) == 0.f;
+    for (int i = tail + threadIdx.x; i < end; i += THREADS) silent &= mask_bias(a, row, i) == 0.f;
+#endif
+    return silent;
+}
+
 __device__ __forceinline__ float soft_cap(const AttendArgs& a, float score) {
 #if PQ_SOFTCAP
     // tanh by its definition: the hardware's tanh.approx is good to 2^-11 only, too little for a score of 50.

@@ -68,8 +68,9 @@ def _attend_spec(
 @pytest.mark.parametrize("group", [1, 4, 8])
 @pytest.mark.parametrize("shape", TUNED, ids=str)
 def test_tuned_kernels_compile_without_spills(shape: tuple[int, int, int], group: int, arch: int, tmp_path: Path) -> None:
-    for tokens in (4096, 1 << 20) if group == 4 else (1 << 20,):  # few and many tokens for a block are two variants
-        report = _compile(_attend_spec(shape, "tuned", group, arch, tokens=tokens), arch, tmp_path)
+    # Few and many tokens for a block are two variants where four heads are served; the second has no register to spare.
+    for tokens, mask in ((4096, 0), (1 << 20, 0), (1 << 20, 1)) if group == 4 else ((1 << 20, 1),):
+        report = _compile(_attend_spec(shape, "tuned", group, arch, mask, tokens), arch, tmp_path)
         if report:
             assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
 
@@ -120,6 +121,46 @@ def test_masks_sinks_softcap_and_ragged_rows(name: str, dtype: torch.dtype) -> N
         assert h.relative_error(out, want) < TOLERANCE[dtype]
         assert not out[1].any(), "an empty row gives zeros"
         assert not case.tickets.any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_a_mask_is_asked_once_for_a_block_and_never_missed(kind: str) -> None:
+    """Blocks whose share of the mask says nothing do not look again: one hidden token anywhere must still be seen."""
+    lengths, starts, splits = [260, 190], [0, 21], 2
+    case = h.make_case(128, 64, 8, lengths, page_size=16, starts=starts)
+    config, total = case.view.config, max(n + s for n, s in zip(lengths, starts, strict=True))
+    q = torch.randn(2, 4, 1, 128).half()
+    tile = 16
+    silent = torch.ones(2, 1, 1, total, dtype=torch.bool)
+    silent[1, ..., : starts[1]] = False  # left padding is no token of the row
+    silent[1, ..., starts[1] + lengths[1] :] = False  # nor is what comes after it
+    hidden = set()
+    for row, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+        tiles = config.coded_tokens(length) // tile
+        share = -(-tiles // splits)
+        first = start + config.sink_tokens
+        ends = [first, first + share * tile, first + tiles * tile]  # of the blocks' shares
+        hidden |= {(row, start + 1), (row, start + length - 1), (row, ends[0] + 77)}
+        hidden |= {(row, column) for end in ends for column in (end - 1, end)}
+    masks = [silent, silent[..., :150].clone(), silent[:1, ..., 5:].clone()]
+    for row, column in sorted(hidden):
+        masks.append(silent.clone())
+        masks[-1][row, ..., column] = False
+    middle = silent.clone()
+    middle[0, ..., 60:150] = False
+    masks.append(middle)
+    for i, mask in enumerate(masks):
+        if kind == "additive":
+            no = torch.finfo(q.dtype).min
+            mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, no)
+        if i % 3 == 1:  # rows that begin anywhere in memory
+            mask = torch.nn.functional.pad(mask, (3, 2))[..., 3:-2]
+        elif i % 3 == 2:  # columns that do not lie side by side
+            mask = mask.repeat_interleave(2, dim=-1)[..., ::2]
+        out, _ = h.attend_emulated(case, q, "tuned", splits, mask)
+        want = h.reference(case, q, mask, None, 0.1, 0.0)
+        assert h.relative_error(out, want) < TOLERANCE[q.dtype], i
 
 
 @needs_compiler

@@ -102,6 +102,15 @@ static ThreadIndex threadIdx;
 #define blockIdx emulator::block
 
 inline void __syncthreads() { emulator::meet(emulator::block_gate); }
+inline int __syncthreads_and(int yes) {
+    static bool votes[1024];
+    votes[emulator::now->index] = yes;
+    __syncthreads();
+    bool all = true;
+    for (int i = 0; i < emulator::block_gate.size; i++) all &= votes[i];
+    __syncthreads();
+    return all;
+}
 inline void __syncwarp() { emulator::meet_warp(); }
 inline void __trap() { abort(); }
 inline int take_ticket(int* p) { return (*p)++; }

@@ -127,6 +127,24 @@ def test_masks_sinks_and_softcap(name: str, dtype: torch.dtype) -> None:
             check(case, q, name, mask, extra, 0.1, softcap)
 
 
+@pytest.mark.parametrize("shape", [(128, 64, 8), (128, 32, 8), (64, 64, 8)], ids=str)
+def test_a_mask_is_asked_once_for_a_block_and_never_missed(shape: tuple[int, int, int]) -> None:
+    """Masks that hide nothing change nothing; one hidden token anywhere in a block's share is seen."""
+    rng = random.Random(1)
+    case = h.make_case(*shape, [6000, 2000], page_size=64, starts=[0, 4000], device="cuda")
+    q = torch.randn(2, 4, 1, shape[0]).half().cuda()
+    silent = torch.zeros(2, 1, 1, 7000, dtype=torch.bool)  # as generate makes them: False before and after a row
+    silent[0, ..., :6000] = True
+    silent[1, ..., 4000:6000] = True
+    plain = attend(case, q, "tuned", max_tokens=7000)
+    masked = attend(case, q, "tuned", silent.cuda(), max_tokens=7000)
+    assert h.relative_error(masked, plain.double().cpu()) < 1e-4
+    for column in (4000, 4003, 4004, 5999, *(rng.randint(4004, 5900) for _ in range(5))):
+        mask = silent.clone()
+        mask[1, ..., column] = False
+        check(case, q, "tuned", mask.cuda(), max_tokens=7000)
+
+
 def test_consecutive_launches_and_graph_capture() -> None:
     case = h.make_case(128, 64, 8, [5000], kv_heads=4, device="cuda")
     q = torch.randn(1, 16, 1, 128).half().cuda()
