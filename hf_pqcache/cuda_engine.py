@@ -20,7 +20,7 @@ from hf_pqcache import jit, layout
 from hf_pqcache.errors import NoKernelError
 from hf_pqcache.pool import LayerView
 
-EngineName = Literal["tuned", "generic", "torch"]
+EngineName = Literal["tuned", "generic", "paged", "torch"]
 MAX_GROUP, MAX_HEAD_DIM, MIN_CAPABILITY = 16, 256, (8, 0)
 
 # The structs of kernels/page.cuh, as a 64-bit compiler lays them out.
@@ -48,7 +48,8 @@ class Choice(NamedTuple):
 class Geometry:
     """The sizes of one layer's storage that a launch needs; equal for all layers of most caches.
 
-    window_slots counts the ring only, without sinks.
+    window_slots counts the ring only, without sinks. num_subspaces and num_bits are 0 where pages hold the model's own
+    numbers, (max_pages, kv_heads, page_size, head_dim).
     """
 
     head_dim: int
@@ -64,11 +65,11 @@ class Geometry:
     @classmethod
     def of(cls, view: LayerView) -> Geometry:
         batch, kv_heads, slots, head_dim = view.window_keys.shape
-        config = view.config
+        config, has_codes = view.config, view.codec.needs_centroids
         return cls(
             head_dim=head_dim,
-            num_subspaces=view.num_subspaces,
-            num_bits=config.num_bits,
+            num_subspaces=view.num_subspaces if has_codes else 0,
+            num_bits=config.num_bits if has_codes else 0,
             kv_heads=kv_heads,
             batch=batch,
             page_size=config.page_size,
@@ -85,6 +86,10 @@ class Geometry:
     def max_tokens(self) -> int:
         """Most tokens that a row can hold."""
         return self.sink_tokens + self.window_slots + self.table_width * self.page_size
+
+    @property
+    def is_exact(self) -> bool:
+        return self.num_subspaces == 0
 
     @cached_property
     def tail(self) -> tuple[int, ...]:
@@ -131,6 +136,11 @@ def tuned_shared_bytes(units: int, width: int, bits: int, key_copies: int) -> in
 
 def _generic_shared_bytes(head_dim: int) -> int:
     return 256 * 24 + 4 * (16 * head_dim + 32 * (head_dim + 1) + 16 * 32 + 3 * 16) + 64
+
+
+def _paged_warps(head_dim: int) -> int:
+    """Warps of attend_paged.cu: as many as have registers for a tile of keys, one of values and the sums."""
+    return 16 if head_dim <= 64 else 12 if head_dim <= 128 else 8
 
 
 def _join_bytes(warps: int, wide: int) -> int:
@@ -208,6 +218,16 @@ def select(
     return _select((head_dim, num_subspaces, num_bits), value_dim, group, dtype, device, forced)
 
 
+def select_paged(head_dim: int, value_dim: int, group: int, dtype: torch.dtype, device: torch.device) -> Choice:
+    """The engine for a layer of exact pages: paged, else torch. HF_PQCACHE_KERNEL=torch forces the latter."""
+    if os.environ.get("HF_PQCACHE_KERNEL", "") == "torch":
+        return Choice("torch", "forced by HF_PQCACHE_KERNEL")
+    why = _why_no_cuda(head_dim, value_dim, group, dtype, device)
+    if why is None and head_dim % 8:
+        why = f"head_dim={head_dim} is no multiple of 8"
+    return Choice("paged", "kernels/attend_paged.cu") if why is None else Choice("torch", why)
+
+
 # -- preparing -------------------------------------------------------------------------------------------------------
 def _table_bytes(shape: tuple[int, int, int]) -> int:
     """Bytes of one head's table in a book; 0 for shapes without a tuned kernel."""
@@ -241,8 +261,9 @@ def make_book(centroids: Tensor) -> Tensor:
 class Prepared(NamedTuple):
     """What kernels need of one layer beside its storage; to be kept alive while the descriptor has its addresses.
 
-    tensors: key book, value book (uint8, empty for a layer without centroids) and tickets (int32, zero): with them the
-    blocks of a launch find out which of them is last; they are zero again after it. Columns 2, 3 and 6 of desc.
+    tensors: key book, value book (uint8; empty for exact pages, and before a layer has centroids) and tickets (int32,
+    zero): with them the blocks of a launch find out which of them is last; they are zero again after it. Columns 2, 3 and
+    6 of desc.
     """
 
     geometry: Geometry
@@ -262,7 +283,7 @@ def prepare_layer(view: LayerView, books: tuple[Tensor, Tensor] | None = None) -
     window = view.window_keys
     batch, kv_heads = window.shape[:2]
     tickets = torch.zeros(batch + 2 * batch * kv_heads, dtype=torch.int32, device=window.device)
-    if not view.is_coded:
+    if not (view.is_coded and view.codec.needs_centroids):
         none = torch.empty(0, dtype=torch.uint8, device=window.device)
         return Prepared(Geometry.of(view), (none, none, tickets))
     key_book, value_book = books or (make_book(view.key_centroids), make_book(view.value_centroids))
@@ -279,16 +300,16 @@ class AttendPlan(NamedTuple):
     partial_floats: int
 
 
-def num_splits(blocks: int, tokens: int, slots: int) -> int:
+def num_splits(blocks: int, tokens: int, slots: int, fixed_tokens: int = 1500) -> int:
     """Parts to cut each sequence into: the fewest that nearly minimize waves * (fixed + tokens of a part).
 
-    blocks: thread blocks without splits. slots: thread blocks the device runs at once. A block's fixed cost (tables,
-    merging) is about that of 1500 tokens, measured on an H200.
+    blocks: thread blocks without splits. slots: thread blocks the device runs at once. fixed_tokens: what a block costs
+    without tokens (tables, merging), in tokens; measured on an H200.
     """
     best, best_cost = 1, float("inf")
     for splits in range(1, max(1, min(slots, tokens // 64)) + 1):
         waves = -(-blocks * splits // slots)
-        cost = waves * (1500 + tokens / splits) + 4 * splits
+        cost = waves * (fixed_tokens + tokens / splits) + 4 * splits
         if cost < best_cost * 0.99:
             best, best_cost = splits, cost
     return best
@@ -316,6 +337,15 @@ def attend_plan(
         shared = tuned_shared_bytes(units, width, bits, copies)
         spec = jit.KernelSpec(source, "attend", warps * 32, shared, tuple(defines.items()), overlaps=True)
         row = units * width + 2
+    elif name == "paged":
+        head_dim, warps, wide = geometry.head_dim, _paged_warps(geometry.head_dim), -(-geometry.head_dim // 64) * 64
+        defines |= {"PQ_DIM": head_dim, "PQ_WARPS": warps}
+        spec = jit.KernelSpec(
+            "attend_paged.cu", "attend", warps * 32, _join_bytes(warps, wide), tuple(defines.items()), overlaps=True
+        )
+        blocks *= -(-group // 8)
+        splits = num_splits(blocks, max_tokens, device.num_sms, fixed_tokens=40000 // head_dim)
+        row = wide + 2
     else:
         head_dim, num_subspaces, num_bits = geometry.shape
         defines |= {"PQ_DIM": head_dim, "PQ_SUBSPACES": num_subspaces, "PQ_BITS": num_bits}
@@ -413,7 +443,7 @@ def attend(
         sinks: None or (Hq) in q's dtype, logits that join the softmax and attend to nothing.
         scale: positive factor of the scores. softcap: 0, or the cap c of c * tanh(score / c).
         max_tokens: upper bound of row lengths that the host knows; fixes the launch, longer rows stay correct.
-        name: "tuned" or "generic", as `select` says.
+        name: "tuned" or "generic", as `select` says, or "paged" for exact pages.
 
     Returns:
         (B, 1, Hq, d) in q's dtype; zeros for a row that attends to nothing.
@@ -487,6 +517,18 @@ def encode_plan(shape: tuple[int, int, int], bf16: bool, source: str, is_aligned
     return EncodePlan(spec, tokens)
 
 
+def append_spec(shape: tuple[int, int, int], bf16: bool) -> jit.KernelSpec:
+    """append.cu, or append_paged.cu for exact pages, where bits are copied as they are."""
+    if shape[1]:
+        return encode_plan(shape, bf16, "append.cu").spec
+    return _copying_spec(shape[0])
+
+
+@cache
+def _copying_spec(head_dim: int) -> jit.KernelSpec:
+    return jit.KernelSpec("append_paged.cu", "append", 256, 0, (("PQ_DIM", head_dim),), overlaps=True)
+
+
 def append_values(
     k: Tensor,
     v: Tensor,
@@ -525,16 +567,16 @@ def append(
 ) -> None:
     """Store one token's k and v (B, H, 1, d) of every row and advance counts (B, 2): one launch.
 
-    When the window has become a page too long, that page is encoded into page_table[row, coded / page_size]. If there
-    is no such page (-1, or the table is too narrow) the row stays as it was, length included, and flags[0] |= 1.
+    When the window has become a page too long, that page is encoded into page_table[row, coded / page_size], or copied
+    there if the geometry says exact pages. If there is no such page (-1, or the table is too narrow) the row stays as it
+    was, counts included, and flags[0] |= 1.
     """
     expected = (geometry.batch, geometry.kv_heads, 1, geometry.head_dim)
     if tuple(k.shape) != expected or tuple(v.shape) != expected:
         raise ValueError(f"k, v: expected {expected}, got {tuple(k.shape)} and {tuple(v.shape)}")
     k, v = k.contiguous(), v.contiguous()
     index = k.device.index
-    plan = encode_plan(geometry.shape, k.dtype == torch.bfloat16, "append.cu")
-    jit.load(plan.spec, index, APPEND_ARGS).launch(
+    jit.load(append_spec(geometry.shape, k.dtype == torch.bfloat16), index, APPEND_ARGS).launch(
         append_grid(geometry),
         torch._C._cuda_getCurrentRawStream(index),
         *append_values(k, v, desc, layer, counts, page_table, flags, geometry),

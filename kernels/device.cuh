@@ -158,6 +158,14 @@ __device__ __forceinline__ void multiply_sparse(float (&c)[4], const u32 (&a)[4]
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(0xdddd8888u));
 }
 
+// As multiply, with a and b in bf16.
+__device__ __forceinline__ void multiply_bfloats(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Stored for, and read by, other blocks of the same launch: past L1, which is not coherent.
 __device__ __forceinline__ void store_shared_level(float4* p, float4 v) { __stcg(p, v); }
 __device__ __forceinline__ void store_shared_level(float2* p, float2 v) { __stcg(p, v); }
@@ -229,9 +237,15 @@ __device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("pre
 #if PQ_BF16
 __device__ __forceinline__ float float_of(u16 x) { return __int_as_float((int)((u32)x << 16)); }
 __device__ __forceinline__ u16 element_of(float x) { return bfloat_of(x); }
+__device__ __forceinline__ void multiply_elements(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    multiply_bfloats(c, a, b0, b1);
+}
 #else
 __device__ __forceinline__ float float_of(u16 x) { return float_of_half(x); }
 __device__ __forceinline__ u16 element_of(float x) { return half_of(x); }
+__device__ __forceinline__ void multiply_elements(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    multiply(c, a, b0, b1);
+}
 #endif
 
 // Two neighbouring elements as fp16. bf16 has fewer digits than fp16, so only its range is cut: at 65504.

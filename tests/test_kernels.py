@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import harness as h
 import pytest
 import torch
 
 from hf_pqcache import cuda_engine, jit, layout, nvrtc
 from hf_pqcache.errors import NoKernelError
 
-
-def _load_harness() -> ModuleType:
-    if "kernel_harness" in sys.modules:
-        return sys.modules["kernel_harness"]
-    path = Path(__file__).parent / "emulator" / "harness.py"
-    spec = importlib.util.spec_from_file_location("kernel_harness", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_harness"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-h = _load_harness()
 TUNED = sorted(jit.tuned_shapes())
 #: Rounding of P and of the output to the model's dtype: fp16 has 11 digits, bf16 has 8.
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -81,6 +64,17 @@ def test_other_kernels_compile(arch: int, tmp_path: Path) -> None:
         _compile(_attend_spec(shape, "generic", 16, arch, mask=2), arch, tmp_path)
         for source in ("append.cu", "encode.cu"):
             _compile(cuda_engine.encode_plan(shape, True, source).spec, arch, tmp_path)
+    _compile(cuda_engine.append_spec((128, 0, 0), True), arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
+def test_kernels_of_exact_pages_compile_without_spills(head_dim: int, arch: int, tmp_path: Path) -> None:
+    for mask in (0, 1):
+        report = _compile(_attend_spec((head_dim, 0, 0), "paged", 4, arch, mask), arch, tmp_path)
+        if not report:
+            continue
+        assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
 
 
 # -- attention on the emulator ---------------------------------------------------------------------------------------
@@ -99,7 +93,7 @@ def test_tuned_attention_matches_float64(shape: tuple[int, int, int], group: int
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["tuned", "generic"])
+@pytest.mark.parametrize("name", ["tuned", "generic", "paged"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_masks_sinks_softcap_and_ragged_rows(name: str, dtype: torch.dtype) -> None:
     case = h.make_case(128, 64, 8, [150, 0, 60], kv_heads=2, page_size=16, dtype=dtype, starts=[0, 7, 3], extra_slots=9)
@@ -110,6 +104,8 @@ def test_masks_sinks_softcap_and_ragged_rows(name: str, dtype: torch.dtype) -> N
     no = torch.tensor(torch.finfo(dtype).min)
     additive = torch.where(torch.rand(1, 1, 1, 400) > 0.3, torch.randn(1, 1, 1, 400), no).to(dtype)[..., ::2]
     sinks = torch.randn(2 * group).to(dtype)
+    if name == "paged":
+        case = h.make_case(128, 0, 0, [150, 0, 60], kv_heads=2, page_size=16, dtype=dtype, starts=[0, 7, 3], extra_slots=9)
     for mask, extra, softcap, splits in (
         (None, None, 0.0, 3),
         (boolean, None, 0.0, 2),
@@ -124,11 +120,13 @@ def test_masks_sinks_softcap_and_ragged_rows(name: str, dtype: torch.dtype) -> N
 
 
 @needs_compiler
+@pytest.mark.parametrize("name", ["tuned", "paged"])
 @pytest.mark.parametrize("kind", ["bool", "additive"])
-def test_a_mask_is_asked_once_for_a_block_and_never_missed(kind: str) -> None:
+def test_a_mask_is_asked_once_for_a_block_and_never_missed(name: str, kind: str) -> None:
     """Blocks whose share of the mask says nothing do not look again: one hidden token anywhere must still be seen."""
+    shape = (128, 64, 8) if name == "tuned" else (128, 0, 0)
     lengths, starts, splits = [260, 190], [0, 21], 2
-    case = h.make_case(128, 64, 8, lengths, page_size=16, starts=starts)
+    case = h.make_case(*shape, lengths, page_size=16, starts=starts)
     config, total = case.view.config, max(n + s for n, s in zip(lengths, starts, strict=True))
     q = torch.randn(2, 4, 1, 128).half()
     tile = 16
@@ -158,7 +156,7 @@ def test_a_mask_is_asked_once_for_a_block_and_never_missed(kind: str) -> None:
             mask = torch.nn.functional.pad(mask, (3, 2))[..., 3:-2]
         elif i % 3 == 2:  # columns that do not lie side by side
             mask = mask.repeat_interleave(2, dim=-1)[..., ::2]
-        out, _ = h.attend_emulated(case, q, "tuned", splits, mask)
+        out, _ = h.attend_emulated(case, q, name, splits, mask)
         want = h.reference(case, q, mask, None, 0.1, 0.0)
         assert h.relative_error(out, want) < TOLERANCE[q.dtype], i
 
@@ -178,6 +176,59 @@ def test_one_key_copy_is_right_where_shared_memory_is_small() -> None:
     q = torch.randn(1, 4, 1, 128).half()
     out, _ = h.attend_emulated(case, q, "tuned", splits=1, copies=1)
     assert h.relative_error(out, h.reference(case, q, None, None, 0.1, 0.0)) < TOLERANCE[q.dtype]
+
+
+# -- exact pages -----------------------------------------------------------------------------------------------------
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 256])
+def test_attention_over_exact_pages_matches_float64(head_dim: int, dtype: torch.dtype) -> None:
+    for group, page_size, sinks, recent, splits in ((1, 16, 0, 1, 3), (11, 48, 4, 24, 2), (8, 64, 0, 24, 1)):
+        case = h.make_case(
+            head_dim, 0, 0, [300, 0, 37], kv_heads=2, page_size=page_size, sink_tokens=sinks, recent=recent, dtype=dtype
+        )
+        q = torch.randn(3, 2 * group, 1, head_dim).to(dtype)
+        out, _ = h.attend_emulated(case, q, "paged", splits, scale=head_dim**-0.5)
+        want = h.reference(case, q, None, None, head_dim**-0.5, 0.0)
+        assert h.relative_error(out, want) < TOLERANCE[dtype]
+        assert not out[1].any(), "an empty row gives zeros"
+        assert not case.tickets.any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attention_over_exact_pages_with_any_number_of_query_heads(head_dim: int) -> None:
+    case = h.make_case(head_dim, 0, 0, [90, 41], page_size=16, starts=[0, 49], dtype=torch.bfloat16)
+    padded = torch.arange(90) >= torch.tensor([0, 49])[:, None]
+    for group in range(1, 17):
+        q = torch.randn(2, group, 1, head_dim).bfloat16()
+        mask = padded[:, None, None] if group % 2 else None
+        out, _ = h.attend_emulated(case, q, "paged", 2, mask, scale=head_dim**-0.5)
+        want = h.reference(case, q, mask, None, head_dim**-0.5, 0.0)
+        assert h.relative_error(out, want) < TOLERANCE[torch.bfloat16]
+
+
+@needs_compiler
+@pytest.mark.parametrize("page_size", [16, 48])
+def test_append_copies_pages_that_leave_the_window(page_size: int) -> None:
+    sinks, recent = 2, 5
+    full = sinks + recent + 3 * page_size - 1  # one more token makes the third page
+    case = h.make_case(
+        80, 0, 0, [full, 1, full], kv_heads=2, page_size=page_size, sink_tokens=sinks, recent=recent, dtype=torch.bfloat16
+    )
+    view = case.view
+    view.page_table[0, 2] = min(set(range(view.key_pages.shape[0])) - set(view.page_table.flatten().tolist()))
+    before = {which: [h.exact(case, row, which) for row in range(3)] for which in ("key", "value")}
+    k, v = (torch.randn(3, 2, 1, 80).bfloat16() for _ in range(2))
+    flags = torch.zeros(4, dtype=torch.int32)
+    h.append_emulated(case, k, v, flags)
+    assert view.lengths.tolist() == [full + 1, 2, full], "row 2 had no page"
+    assert flags.tolist() == [1, 0, 0, 0]
+    assert not case.tickets.any()
+    for which, new in (("key", k), ("value", v)):
+        for row in range(3):
+            added = [] if row == 2 else [new[row].double()]
+            assert torch.equal(h.exact(case, row, which), torch.cat([before[which][row], *added], dim=1))
 
 
 # -- writing codes ---------------------------------------------------------------------------------------------------

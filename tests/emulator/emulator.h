@@ -215,22 +215,27 @@ T load_shared_level(const T* p) {
     return *p;
 }
 
-inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+inline float float_of_bfloat(u16 x) { return __int_as_float((int)((u32)x << 16)); }
+
+// mma.m16n8k16 with numbers of 16 bits that `number` reads.
+inline void multiply_fragments(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, float (*number)(u16)) {
     auto& in = emulator::warp().in;
     const int lane = emulator::lane(), g = lane >> 2, q = lane & 3;
     for (int i = 0; i < 4; i++) in[lane][i] = a[i];
     in[lane][4] = b0, in[lane][5] = b1;
     emulator::meet_warp();
-    auto number = [](u32 pair, int high) { return float_of_half((u16)(pair >> (16 * high))); };
     for (int o = 0; o < 4; o++) {
         const int row = g + (o >> 1) * 8, column = 2 * q + (o & 1);
         float s = 0;
         for (int k = 0; k < 16; k++)
-            s += number(in[(row & 7) * 4 + (k & 7) / 2][(row >> 3) + 2 * (k >> 3)], k & 1) *
-                 number(in[column * 4 + (k & 7) / 2][4 + (k >> 3)], k & 1);
+            s += number(in[(row & 7) * 4 + (k & 7) / 2][(row >> 3) + 2 * (k >> 3)] >> (16 * (k & 1))) *
+                 number(in[column * 4 + (k & 7) / 2][4 + (k >> 3)] >> (16 * (k & 1)));
         c[o] += s;
     }
     emulator::meet_warp();
+}
+inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    multiply_fragments(c, a, b0, b1, float_of_half);
 }
 inline void multiply_sparse(float (&c)[4], const u32 (&a)[4], const u32 (&b)[4]) {
     auto& in = emulator::warp().in;
@@ -249,4 +254,7 @@ inline void multiply_sparse(float (&c)[4], const u32 (&a)[4], const u32 (&b)[4])
         c[o] += s;
     }
     emulator::meet_warp();
+}
+inline void multiply_bfloats(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    multiply_fragments(c, a, b0, b1, float_of_bfloat);
 }

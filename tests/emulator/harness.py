@@ -18,12 +18,20 @@ from torch import Tensor
 
 from hf_pqcache import cuda_engine, jit, layout, pq
 from hf_pqcache.config import PQConfig
+from hf_pqcache.pages import CODED, EXACT
 from hf_pqcache.pool import LayerView
 from hf_pqcache.state import descriptor_row
 
 HERE = Path(__file__).parent
 #: The shared memory and multiprocessors of the device that is emulated: an H200.
 EMULATED = cuda_engine._Device((9, 0), 132, 232448)
+
+
+STRUCTS = {
+    cuda_engine.ATTEND_ARGS: "AttendArgs",
+    cuda_engine.APPEND_ARGS: "AppendArgs",
+    cuda_engine.ENCODE_ARGS: "EncodeArgs",
+}
 
 
 @dataclass
@@ -54,11 +62,15 @@ def make_case(
     extra_slots: int = 0,
     starts: list[int] | None = None,
 ) -> Case:
-    """Rows of the given lengths; unused window slots, unused pages and table entries are poisoned."""
+    """Rows of the given lengths; unused window slots, unused pages and table entries are poisoned.
+
+    num_subspaces = num_bits = 0: pages of exact tokens.
+    """
     batch = len(lengths)
+    codec = CODED if num_subspaces else EXACT
     config = PQConfig(
-        num_subspaces=num_subspaces,
-        num_bits=num_bits,
+        num_subspaces=num_subspaces or 64,
+        num_bits=num_bits or 8,
         page_size=page_size,
         sink_tokens=sink_tokens,
         extended_residual=recent,
@@ -75,9 +87,15 @@ def make_case(
     page_bytes = page_size * num_subspaces * num_bits // 8
 
     def pages() -> Tensor:
+        if codec is EXACT:
+            pool = torch.full((max_pages, kv_heads, page_size, head_dim), float("nan"), dtype=dtype)
+            pool[order[:used]] = torch.randn(used, kv_heads, page_size, head_dim).to(dtype)
+            return pool
         return torch.randint(0, 256, (max_pages, kv_heads, page_bytes), dtype=torch.uint8)
 
     def centroids() -> Tensor:
+        if codec is EXACT:
+            return torch.empty(0)
         return torch.randn(kv_heads, num_subspaces, 1 << num_bits, head_dim // num_subspaces).half()
 
     slots = config.window_slots + extra_slots
@@ -100,11 +118,12 @@ def make_case(
         counts=torch.tensor([[n, config.coded_tokens(n)] for n in lengths], dtype=torch.int32, device=device),
         starts=torch.tensor(starts or [0] * batch, dtype=torch.int32, device=device),
         page_table=table.to(device),
+        codec=codec,
     )
-    kept = cuda_engine.prepare_layer(view).tensors
+    geometry, kept = cuda_engine.prepare_layer(view)
     desc = torch.zeros(2, 8, dtype=torch.int64)
     desc[1] = torch.tensor(descriptor_row(view, kept))  # layer 1 of 2: layer 0 must not be read
-    return Case(view, cuda_engine.Geometry.of(view), desc.to(device), kept)
+    return Case(view, geometry, desc.to(device), kept)
 
 
 def window_tokens(config: PQConfig, length: int, slots: int) -> list[tuple[int, int]]:
@@ -123,15 +142,18 @@ def exact(case: Case, row: int, which: str) -> Tensor:
         if which == "key"
         else (view.value_pages, view.value_centroids, view.window_values)
     )
-    order_of = layout.key_order if which == "key" else layout.value_order
-    order = order_of(config.page_size, view.num_subspaces, config.num_bits)
     out = torch.zeros(window.shape[1], length, window.shape[3], dtype=torch.float64)
     for slot, token in window_tokens(config, length, view.window_slots):
         out[:, token] = window[row, :, slot].double().cpu()
     coded = config.coded_tokens(length)
     ids = view.page_table[row, : coded // config.page_size].long()
-    codes = layout.unpack_pages(pages[ids].cpu(), order, view.num_subspaces, config.num_bits)
-    decoded = pq.decode(codes.transpose(0, 1).flatten(1, 2), centroids.cpu(), dtype=torch.float64)
+    if case.geometry.is_exact:
+        decoded = pages[ids].transpose(0, 1).flatten(1, 2).double().cpu()
+    else:
+        order_of = layout.key_order if which == "key" else layout.value_order
+        order = order_of(config.page_size, view.num_subspaces, config.num_bits)
+        codes = layout.unpack_pages(pages[ids].cpu(), order, view.num_subspaces, config.num_bits)
+        decoded = pq.decode(codes.transpose(0, 1).flatten(1, 2), centroids.cpu(), dtype=torch.float64)
     out[:, config.sink_tokens : config.sink_tokens + coded] = decoded
     return out
 
@@ -223,7 +245,7 @@ def attend_emulated(
         spec = dataclasses.replace(spec, shared_bytes=shared, defines=defines)
     out = torch.full((q.shape[0], 1, q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype)
     rows = q.shape[0] * geometry.kv_heads * splits * group
-    partial = torch.full((rows * (2 * q.shape[3] + 8),), float("nan"))
+    partial = torch.full((rows * (2 * max(q.shape[3], 32) + 8),), float("nan"))
     values = cuda_engine.attend_values(
         q, out, partial, case.desc, 1, case.view.counts, case.view.starts, case.view.page_table, mask, sinks,
         geometry, splits, scale, softcap,
@@ -232,12 +254,22 @@ def attend_emulated(
     return out, wavefronts
 
 
+class EmulatedKernel:
+    """Stands for `jit.Kernel`: launches run on the CPU."""
+
+    def __init__(self, spec: jit.KernelSpec, device: Any, layout_: Any) -> None:
+        self.spec, self.layout = spec, layout_
+
+    def launch(self, grid: tuple[int, int, int], stream: int, *values: Any) -> None:
+        emulate(self.spec, STRUCTS[self.layout], self.layout, grid, values)
+
+
 def append_emulated(case: Case, k: Tensor, v: Tensor, flags: Tensor) -> None:
-    """append.cu on the CPU."""
-    plan = cuda_engine.encode_plan(case.geometry.shape, k.dtype == torch.bfloat16, "append.cu")
+    """append.cu or append_paged.cu on the CPU."""
+    spec = cuda_engine.append_spec(case.geometry.shape, k.dtype == torch.bfloat16)
     view = case.view
     values = cuda_engine.append_values(k, v, case.desc, 1, view.counts, view.page_table, flags, case.geometry)
-    emulate(plan.spec, "AppendArgs", cuda_engine.APPEND_ARGS, cuda_engine.append_grid(case.geometry), values)
+    emulate(spec, "AppendArgs", cuda_engine.APPEND_ARGS, cuda_engine.append_grid(case.geometry), values)
 
 
 def encode_emulated(case: Case, x: Tensor, which: str, page_ids: Tensor, first_token: Tensor) -> None:

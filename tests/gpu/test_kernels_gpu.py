@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
-from types import ModuleType
 
+import harness as h
 import pytest
 import torch
 
@@ -19,20 +16,6 @@ pytestmark = [
 ]
 
 
-def _load_harness() -> ModuleType:
-    if "kernel_harness" in sys.modules:
-        return sys.modules["kernel_harness"]
-    path = Path(__file__).parents[1] / "emulator" / "harness.py"
-    spec = importlib.util.spec_from_file_location("kernel_harness", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_harness"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-h = _load_harness()
 TUNED = sorted(jit.tuned_shapes())
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
@@ -93,6 +76,52 @@ def test_attention(shape: tuple[int, int, int], name: str) -> None:
             check(case, q, name, max_tokens=max_tokens)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
+def test_attention_over_exact_pages(head_dim: int, dtype: torch.dtype) -> None:
+    rng = random.Random(head_dim)
+    for group in (1, 3, 4, 8, 11, 16):
+        case = h.make_case(
+            head_dim,
+            0,
+            0,
+            [rng.choice([0, 1, 3, 40]), rng.randint(1, 3000), rng.randint(1, 6000)],
+            kv_heads=2,
+            page_size=rng.choice([16, 48, 64, 512]),
+            sink_tokens=rng.choice([0, 4]),
+            recent=rng.choice([1, 24, 128]),
+            dtype=dtype,
+            device="cuda",
+        )
+        q = (torch.randn(3, 2 * group, 1, head_dim) * rng.choice([0.5, 1.0, 3.0])).to(dtype).cuda()
+        for max_tokens in (64, 8192):
+            check(case, q, "paged", None, None, head_dim**-0.5, 0.0, max_tokens=max_tokens)
+
+
+def test_append_to_exact_pages_step_by_step() -> None:
+    sinks, page = 2, 16
+    case = h.make_case(80, 0, 0, [100, 0, 70], page_size=page, kv_heads=2, sink_tokens=sinks, recent=1, device="cuda")
+    view = case.view
+    table, pool = view.page_table.cpu(), view.key_pages.shape[0]
+    free = sorted(set(range(pool)) - set(table.flatten().tolist()))
+    table[0, (table[0] >= 0).sum()] = free.pop()
+    view.page_table.copy_(table)
+    flags = torch.zeros(4, dtype=torch.int32, device="cuda")
+    history = {which: [h.exact(case, row, which) for row in range(3)] for which in ("key", "value")}
+    for _ in range(20):
+        before = view.lengths.tolist()
+        k, v = (torch.randn(3, 2, 1, 80).half().cuda() for _ in range(2))
+        cuda_engine.append(k, v, case.desc, 1, view.counts, view.page_table, flags, case.geometry)
+        for row, length in enumerate(view.lengths.tolist()):
+            for which, new in (("key", k), ("value", v)):
+                if length > before[row]:
+                    history[which][row] = torch.cat([history[which][row], new[row].double().cpu()], dim=1)
+                assert torch.equal(h.exact(case, row, which), history[which][row])
+    assert view.lengths.tolist()[0] == 120
+    assert flags[0].item() == 1, "some row ran out of pages"
+    check(case, torch.randn(3, 4, 1, 80).half().cuda(), "paged")
+
+
 @pytest.mark.parametrize("shape", [(80, 40, 5), (96, 24, 7), (256, 128, 4), (40, 40, 8), (128, 8, 8)], ids=str)
 def test_generic_attention_of_other_shapes(shape: tuple[int, int, int]) -> None:
     case = h.make_case(*shape, [1000, 37, 2500], page_size=32, kv_heads=2, device="cuda")
@@ -100,12 +129,11 @@ def test_generic_attention_of_other_shapes(shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["tuned", "generic"])
+@pytest.mark.parametrize("name", ["tuned", "generic", "paged"])
 def test_masks_sinks_and_softcap(name: str, dtype: torch.dtype) -> None:
     case = h.make_case(
         128,
-        64,
-        8,
+        *((0, 0) if name == "paged" else (64, 8)),
         [1500, 0, 900],
         kv_heads=2,
         page_size=16,
@@ -127,22 +155,23 @@ def test_masks_sinks_and_softcap(name: str, dtype: torch.dtype) -> None:
             check(case, q, name, mask, extra, 0.1, softcap)
 
 
-@pytest.mark.parametrize("shape", [(128, 64, 8), (128, 32, 8), (64, 64, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(128, 64, 8), (128, 32, 8), (64, 64, 8), (128, 0, 0), (256, 0, 0)], ids=str)
 def test_a_mask_is_asked_once_for_a_block_and_never_missed(shape: tuple[int, int, int]) -> None:
     """Masks that hide nothing change nothing; one hidden token anywhere in a block's share is seen."""
     rng = random.Random(1)
     case = h.make_case(*shape, [6000, 2000], page_size=64, starts=[0, 4000], device="cuda")
+    name = "tuned" if shape[1] else "paged"
     q = torch.randn(2, 4, 1, shape[0]).half().cuda()
     silent = torch.zeros(2, 1, 1, 7000, dtype=torch.bool)  # as generate makes them: False before and after a row
     silent[0, ..., :6000] = True
     silent[1, ..., 4000:6000] = True
-    plain = attend(case, q, "tuned", max_tokens=7000)
-    masked = attend(case, q, "tuned", silent.cuda(), max_tokens=7000)
+    plain = attend(case, q, name, max_tokens=7000)
+    masked = attend(case, q, name, silent.cuda(), max_tokens=7000)
     assert h.relative_error(masked, plain.double().cpu()) < 1e-4
     for column in (4000, 4003, 4004, 5999, *(rng.randint(4004, 5900) for _ in range(5))):
         mask = silent.clone()
         mask[1, ..., column] = False
-        check(case, q, "tuned", mask.cuda(), max_tokens=7000)
+        check(case, q, name, mask.cuda(), max_tokens=7000)
 
 
 def test_consecutive_launches_and_graph_capture() -> None:
