@@ -323,13 +323,16 @@ class PagedKVCache(PagedCache):
         config: the model's config (`model.config`).
         page_size: tokens a page holds; a multiple of 16 from 16 to 512.
         max_pages: pages of the preallocated pool, shared by all sequences of the cache.
-        compile: whether `generate` may compile the decode step, where the model's attention can be reached in compiled
-            code.
+        compile: whether `generate` may compile the decode step. None means as for PagedPQCache.
     """
 
-    def __init__(self, config: PreTrainedConfig, *, page_size: int = 64, max_pages: int = 1000, compile: bool = False) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, *, page_size: int = 64, max_pages: int = 1000, compile: bool | None = None
+    ) -> None:
         settings = PQConfig(page_size=page_size, max_pages=max_pages, sink_tokens=0, extended_residual=1)
         layers: list[Any] = DynamicCache(config=config).layers
+        if compile is None:
+            compile = _kernels_serve(config.get_text_config(decoder=True), None)
         self._settings, self._compile = settings, compile
         storage = Storage(settings, None, len(layers), learn_layer, EXACT)
         super().__init__(config, layers, _full_attention(layers), storage, compile)
@@ -344,8 +347,11 @@ def _full_attention(layers: Sequence[Any]) -> list[int]:
     return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
 
 
-def _kernels_serve(text_config: PreTrainedConfig, settings: PQConfig) -> bool:
-    """Whether decode attention of this model would run on CUDA kernels here, as far as its config tells."""
+def _kernels_serve(text_config: PreTrainedConfig, settings: PQConfig | None) -> bool:
+    """Whether decode attention of this model would run on CUDA kernels here, as far as its config tells.
+
+    settings: what decides the shape of codes; None for exact pages.
+    """
     if not torch.cuda.is_available():
         return False
     heads = text_config.num_attention_heads
@@ -353,8 +359,11 @@ def _kernels_serve(text_config: PreTrainedConfig, settings: PQConfig) -> bool:
     group = heads // (getattr(text_config, "num_key_value_heads", None) or heads)
     dtype = getattr(text_config, "dtype", None) or torch.float16
     device = torch.device("cuda", torch.cuda.current_device())
+    if settings is None:
+        return cuda_engine.select_paged(head_dim, head_dim, group, dtype, device).name != "torch"
     try:
-        shape = head_dim, head_dim, settings.subspaces(head_dim), settings.num_bits
+        num_subspaces = settings.subspaces(head_dim)
     except ValueError:  # this head_dim cannot be cut so; the layers will say it
         return False
-    return cuda_engine.select(*shape, group, dtype, device).name != "torch"
+    choice = cuda_engine.select(head_dim, head_dim, num_subspaces, settings.num_bits, group, dtype, device)
+    return choice.name != "torch"

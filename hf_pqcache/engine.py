@@ -10,7 +10,7 @@ import logging
 import torch
 from torch import Tensor
 
-from hf_pqcache import cuda_engine, pages, torch_engine
+from hf_pqcache import cuda_engine, torch_engine
 from hf_pqcache.pages import Which
 from hf_pqcache.pool import LayerView
 from hf_pqcache.state import DeviceState
@@ -21,18 +21,11 @@ logger = logging.getLogger(__name__)
 
 def _select(view: LayerView, group: int) -> cuda_engine.Choice:
     """The engine for a layer with `group` query heads per KV head."""
-    if view.codec is pages.EXACT:
-        return cuda_engine.Choice("torch", "pages hold exact tokens")
-    window = view.window_keys
-    return cuda_engine.select(
-        window.shape[3],
-        view.window_values.shape[3],
-        view.num_subspaces,
-        view.config.num_bits,
-        group,
-        window.dtype,
-        window.device,
-    )
+    window, value_dim = view.window_keys, view.window_values.shape[3]
+    head_dim = window.shape[3]
+    if not view.codec.needs_centroids:
+        return cuda_engine.select_paged(head_dim, value_dim, group, window.dtype, window.device)
+    return cuda_engine.select(head_dim, value_dim, view.num_subspaces, view.config.num_bits, group, window.dtype, window.device)
 
 
 def publish(state: DeviceState, layer: int, view: LayerView) -> None:
@@ -70,7 +63,7 @@ def _choose(state: DeviceState, layer: int, view: LayerView, query: Tensor) -> c
     choice = _select(view, group)
     if choice not in state.choices.values():
         level = logging.WARNING if choice.name == "torch" and query.is_cuda else logging.INFO
-        logger.log(level, "attention over codes runs on the %s engine: %s", choice.name, choice.reason)
+        logger.log(level, "attention over pages runs on the %s engine: %s", choice.name, choice.reason)
     state.choices[layer, group] = choice
     return choice
 
@@ -128,8 +121,8 @@ def append(state: DeviceState, layer: int, counts: Tensor, keys: Tensor, values:
 
 
 def encode_pages(view: LayerView, which: Which, x: Tensor, ids: Tensor) -> None:
-    """Write x (H, n * page_size, d) into the n pages whose numbers are in `ids` (n) int32."""
-    if view.kernels is not None:
+    """Write x (H, n * page_size, d) into the n pages whose numbers are in `ids` (n) int32. Waits for no device."""
+    if view.kernels is not None and view.codec.needs_centroids:  # exact pages are a copy, which torch makes as fast
         cuda_engine.encode_pages(view, which, x, ids)
     else:
         torch_engine.encode_pages(view, which, x, ids.long())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from hf_pqcache import PagedPQCache
+from hf_pqcache import PagedKVCache, PagedPQCache, engine
 from hf_pqcache.codebook import Codebook, LayerCodebook
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -111,6 +111,38 @@ def test_learning_between_compiled_steps(model: Any) -> None:
     assert out.sequences.shape[1] == 184
     exact = generate(model, DynamicCache(config=model.config), [64], new=16)
     assert torch.equal(out.sequences[:, :80], exact.sequences[:, :80])
+
+
+@pytest.mark.parametrize("lengths", [[150], [150, 90, 20]], ids=str)
+@pytest.mark.parametrize("compile", [False, None])
+def test_exact_pages_equal_an_exact_cache(model: Any, lengths: list[int], compile: bool | None) -> None:
+    torch.compiler.reset()
+    cache = PagedKVCache(model.config, page_size=16, max_pages=64, compile=compile)
+    assert cache.is_compileable == (compile is None), "generate compiles by itself where kernels serve"
+    ours = generate(model, cache, lengths)
+    stats = cache.stats()
+    assert set(stats["calls"]) == {"append/cuda", "attend/paged"}, stats["calls"]
+    assert stats["pages_used"] >= sum((n + 39 - 1) // 16 for n in lengths)
+    exact = generate(model, DynamicCache(config=model.config), lengths)
+    assert first_difference(ours, exact) < (0.02 if model.dtype == torch.float16 else 0.08)
+    width = max(lengths)
+    assert torch.equal(ours.sequences[:, : width + 4], exact.sequences[:, : width + 4])
+
+
+def test_writing_exact_pages_does_not_wait_for_the_device(model: Any) -> None:
+    cache = PagedKVCache(model.config, page_size=16, max_pages=200)
+    shape = (1, KV_HEADS, 100 * 16, HEAD_DIM)
+    keys, values = (torch.randn(shape, device="cuda", dtype=model.dtype) for _ in range(2))
+    cache.update(keys[:, :, :1], values[:, :, :1], 0)
+    view = cache.storage.views[0]
+    ids = torch.arange(100, dtype=torch.int32, device="cuda").flip(0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.encode_pages(view, "key", keys[0], ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(view.key_pages[ids.long()].transpose(0, 1).flatten(1, 2), keys[0])
 
 
 def test_prefill_memory_does_not_grow_with_the_prompt(model: Any) -> None:

@@ -1,0 +1,88 @@
+"""How an unchanged generate gets to the kernels, without a GPU: launches run on the emulator."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import harness
+import pytest
+import torch
+from tiny_models import SMALL, build, codebook_of, padded
+from transformers import DynamicCache
+
+from hf_pqcache import PagedKVCache, PagedPQCache, cuda_engine, jit
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is built with g++")
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels serve CPU tensors, as if they lay on an H200."""
+    monkeypatch.delenv("HF_PQCACHE_KERNEL", raising=False)
+    monkeypatch.setattr(cuda_engine, "_why_no_cuda", lambda *_: None)
+    monkeypatch.setattr(cuda_engine, "_device", lambda _: harness.EMULATED)
+    monkeypatch.setattr(jit, "load", harness.EmulatedKernel)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
+    cuda_engine._select.cache_clear()
+    yield
+    cuda_engine._select.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return copy.deepcopy(build("llama")).half()
+
+
+def generate(model: Any, cache: Any) -> Any:
+    inputs, _ = padded(2, 40)
+    options = {"max_new_tokens": 14, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(**inputs, past_key_values=cache, **options)
+
+
+def first_difference(a: Any, b: Any) -> float:
+    """Largest relative distance of logits up to the first token that differs."""
+    worst = 0.0
+    for x, y, ours, others in zip(a.logits, b.logits, a.sequences.T[-14:], b.sequences.T[-14:], strict=True):
+        worst = max(worst, float((x.float() - y.float()).norm() / y.float().norm()))
+        if not torch.equal(ours, others):
+            break
+    return worst
+
+
+def test_exact_pages_run_on_their_kernels_and_equal_an_exact_cache(model: Any, kernels: None) -> None:
+    cache = PagedKVCache(model.config, page_size=16, max_pages=16)
+    ours = generate(model, cache)
+    stats = cache.stats()
+    assert set(stats["calls"]) == {"append/cuda", "attend/paged"}
+    assert {engine["name"] for engine in stats["engines"].values()} == {"paged"}
+    assert stats["pages_used"] == sum((length - 1) // 16 for length in (40 + 13, 33 + 13))
+    exact = generate(model, DynamicCache(config=model.config))
+    assert first_difference(ours, exact) < 0.02
+    assert torch.equal(ours.sequences[:, :41], exact.sequences[:, :41])
+
+
+def test_coded_pages_run_on_their_kernels_and_equal_plain_torch(
+    model: Any, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = PagedPQCache(model.config, codebook_of("llama"), SMALL)
+    ours = generate(model, fast)
+    assert set(fast.stats()["calls"]) == {"append/cuda", "attend/generic"}
+    monkeypatch.setenv("HF_PQCACHE_KERNEL", "torch")
+    slow = PagedPQCache(model.config, codebook_of("llama"), SMALL)
+    plain = generate(model, slow)
+    assert set(slow.stats()["calls"]) == {"append/torch", "attend/torch"}
+    assert first_difference(ours, plain) < 0.02
+
+
+def test_exact_pages_need_no_more_than_a_model_dtype_and_rows_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = cuda_engine.select_paged
+    monkeypatch.delenv("HF_PQCACHE_KERNEL", raising=False)
+    assert choose(128, 128, 4, torch.float16, torch.device("cpu")) == ("torch", "the cache is on cpu")
+    monkeypatch.setattr(cuda_engine, "_why_no_cuda", lambda *_: None)
+    assert choose(80, 80, 4, torch.float16, torch.device("cpu")).name == "paged"
+    assert choose(84, 84, 4, torch.float16, torch.device("cpu")).name == "torch"
+    monkeypatch.setenv("HF_PQCACHE_KERNEL", "torch")
+    assert choose(80, 80, 4, torch.float16, torch.device("cpu")).name == "torch"
