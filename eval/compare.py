@@ -21,7 +21,10 @@ DEFAULT_CACHES = ("dynamic", "fp8", "quanto:4", "quanto:2", "hqq:4", "hqq:3", "h
 
 @dataclass(frozen=True)
 class Line:
-    """One cache's line of the table; None where the cache could not be measured, `note` says why."""
+    """One cache's line of the table; None where the cache could not be measured, `note` says why.
+
+    `change` (of the perplexity) and `slowdown` (time per token over) are against the dynamic cache, if it came before.
+    """
 
     cache: str
     perplexity: float | None = None
@@ -32,6 +35,7 @@ class Line:
     codebook_bytes: int | None = None
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    slowdown: float | None = None
     note: str = ""
 
 
@@ -60,7 +64,7 @@ def compare(
     """
     lines: list[Line] = []
     rows: list[Row] = []
-    exact: float | None = None
+    exact: dict[str, float] = {}
     with tqdm(specs, desc="caches", unit="cache", disable=not session.progress, leave=False) as bar:
         for spec in bar:
             bar.set_postfix_str(spec.label)
@@ -74,18 +78,19 @@ def compare(
             rows += found
             value = {row.metric: row.value for row in found if row.task != "recall"}
             grid = [row.value for row in found if row.task == "recall"]
-            exact = value["perplexity"] if spec.name == "dynamic" else exact
+            exact = value if spec.name == "dynamic" else exact
             lines.append(
                 Line(
                     cache=one.cache.label,
                     perplexity=value["perplexity"],
-                    change=None if exact is None else value["perplexity"] / exact - 1,
+                    change=value["perplexity"] / exact["perplexity"] - 1 if exact else None,
                     recall=sum(grid) / len(grid) if grid else None,
                     bits=next(row.true_bits for row in found if row.metric == "kv_bytes"),
                     kv_bytes=int(value["kv_bytes"]),
                     codebook_bytes=int(value["codebook_bytes"]),
                     ttft_ms=value["ttft"],
                     tpot_ms=value["tpot"],
+                    slowdown=value["tpot"] / exact["tpot"] if exact else None,
                 )
             )
     return lines, rows
@@ -110,15 +115,28 @@ def _measure(
     return rows + tasks.get("speed").run(session, lengths=(tokens,), new_tokens=new_tokens)
 
 
+#: heading -> (field of a line, format) of the table's figures, in its order.
+COLUMNS = {
+    "perplexity": ("perplexity", ".3f"),
+    "change": ("change", "+.2%"),
+    "recall": ("recall", ".0%"),
+    "bits": ("bits", ".2f"),
+    "KV bytes": ("kv_bytes", ",d"),
+    "codebooks": ("codebook_bytes", ",d"),
+    "TTFT ms": ("ttft_ms", ".0f"),
+    "ms/token": ("tpot_ms", ".1f"),
+    "slower": ("slowdown", ".2f"),
+}
+
+
+def cells(line: Line, empty: str = "") -> list[str]:
+    """The line's figures as people read them, in the order of COLUMNS."""
+    values = [(getattr(line, name), form) for name, form in COLUMNS.values()]
+    return [empty if value is None else format(value, form) for value, form in values]
+
+
 def markdown(lines: Sequence[Line]) -> str:
     """The table for a README."""
-
-    def cell(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
-    rows = ["| cache | perplexity | change | recall | bits | KV bytes | TTFT ms | ms/token |", "|---" + "|--:" * 7 + "|"]
-    for x in lines:
-        figures = (x.perplexity, x.change, x.recall, x.bits, x.kv_bytes, x.ttft_ms, x.tpot_ms)
-        forms = (".3f", "+.2%", ".0%", ".2f", ",", ".0f", ".1f")
-        rows.append(" | ".join([f"| {x.cache}", *map(cell, figures, forms)]) + " |")
+    rows = [f"| cache | {' | '.join(COLUMNS)} |", "|---" + "|--:" * len(COLUMNS) + "|"]
+    rows += [" | ".join([f"| {line.cache}", *cells(line, "–")]) + " |" for line in lines]
     return "\n".join(rows) + "\n"

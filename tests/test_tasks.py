@@ -219,6 +219,7 @@ def test_compare_puts_caches_side_by_side(tmp_path: Path, monkeypatch: pytest.Mo
     command("compare", "--model", str(MODEL), *options.split(), *files, "--quiet", "--results", str(tmp_path / "r.jsonl"))
     dynamic, missing, ours = json.loads((tmp_path / "table.json").read_text())["table"]
     assert (dynamic["change"], dynamic["bits"]) == (0, 16)
+    assert (dynamic["slowdown"], ours["slowdown"]) == (1, ours["tpot_ms"] / dynamic["tpot_ms"])
     assert "pip install hqq" in missing["note"]
     assert ours["kv_bytes"] < dynamic["kv_bytes"]
     assert ours["perplexity"] > dynamic["perplexity"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def command(
     Example:  pqcache compare --model tiny --caches dynamic,hqq:4,pq:4,pq:2 --tokens 1024
     """
     from hf_pqcache.eval.caches import CacheSpec, head_dim
-    from hf_pqcache.eval.compare import DEFAULT_CACHES, compare, markdown
+    from hf_pqcache.eval.compare import COLUMNS, DEFAULT_CACHES, cells, compare, markdown
     from hf_pqcache.eval.setup import text_of
 
     with _options.friendly_errors():
@@ -60,15 +61,13 @@ def command(
             recall_count=recall_count,
             new_tokens=new_tokens,
         )
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     table = Table(title=f"{session.model_name}, {tokens} tokens, {session.device_name}, {session.model.dtype}, text {name}")
-    for heading in ("cache", "perplexity", "change", "recall", "bits", "KV bytes", "codebooks", "TTFT ms", "ms/token", ""):
-        table.add_column(heading, justify="left" if heading in ("cache", "") else "right")
+    has_notes = any(line.note for line in lines)
+    for heading in ("cache", *COLUMNS, *([""] if has_notes else [])):
+        table.add_column(heading, justify="left" if heading in ("cache", "") else "right", overflow="fold")
     for line in lines:
-        figures = (line.perplexity, line.change, line.recall, line.bits, line.kv_bytes, line.codebook_bytes, line.ttft_ms)
-        forms = (".3f", "+.2%", ".0%", ".2f", ",", ",", ".0f")
-        cells = ["" if x is None else format(x, form) for x, form in zip(figures, forms, strict=True)]
-        table.add_row(line.cache, *cells, "" if line.tpot_ms is None else f"{line.tpot_ms:.1f}", line.note)
+        table.add_row(line.cache, *cells(line), *([line.note] if has_notes else []))
     console.print(table)
     if markdown_file is not None:
         markdown_file.write_text(markdown(lines), encoding="utf-8")
