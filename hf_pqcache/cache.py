@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from hf_pqcache import attention, cuda_engine
+from hf_pqcache import attention, cuda_engine, parallel
 from hf_pqcache.calibrate import learn_layer
 from hf_pqcache.codebook import Codebook, most_bytes
 from hf_pqcache.config import PQConfig
@@ -240,6 +240,8 @@ class PagedPQCache(PagedCache):
         pq_config: shape of the cache; None means PQConfig(). A codebook decides num_subspaces and num_bits.
         compile: whether `generate` may compile the decode step. None means yes where a CUDA device is there and kernels
             serve the model's shape; models whose attention cannot be reached in compiled code never are.
+        tp_rank: under tensor parallelism, this process's rank among those that share the model's KV heads: which heads
+            of the codebook are its own. None takes torch.distributed's rank, if all its processes share them.
         **overrides: single settings of PQConfig, e.g. `max_pages=4000`.
 
     Raises:
@@ -253,6 +255,7 @@ class PagedPQCache(PagedCache):
         pq_config: PQConfig | None = None,
         *,
         compile: bool | None = None,
+        tp_rank: int | None = None,
         **overrides: Any,
     ) -> None:
         text_config = config.get_text_config(decoder=True)
@@ -265,7 +268,8 @@ class PagedPQCache(PagedCache):
         if compile is None:
             compile = _kernels_serve(text_config, settings)
         self._settings, self._compile = settings, compile
-        super().__init__(config, layers, chosen, Storage(settings, codebook, len(layers), learn_layer), compile)
+        storage = Storage(settings, codebook, len(layers), learn_layer, tp_rank=tp_rank)
+        super().__init__(config, layers, chosen, storage, compile)
 
     def _why_unfit(self, keys: Tensor, values: Tensor) -> str | None:
         try:
@@ -287,6 +291,7 @@ class PagedPQCache(PagedCache):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         compile: bool | None = None,
+        tp_rank: int | None = None,
         **overrides: Any,
     ) -> PagedPQCache:
         """A cache for `model` (or its config) with a published codebook and the settings that came with it.
@@ -295,6 +300,7 @@ class PagedPQCache(PagedCache):
             folder_or_repo_id: a folder that `Codebook.save_pretrained` wrote, or a repository of the Hub.
             revision: commit, branch or tag; pin a commit to be sure of the same codebook tomorrow.
             compile, **overrides: as in the constructor; they win over the published settings.
+            tp_rank: as in the constructor; None takes it from the model's device mesh, if it has one.
 
         Raises what `Codebook.from_pretrained` and the constructor raise. Nothing larger than a codebook of this model
         can be is downloaded.
@@ -308,10 +314,12 @@ class PagedPQCache(PagedCache):
             local_files_only=local_files_only,
             max_bytes=most_bytes(config),
         )
-        return cls(config, codebook, codebook.config, compile=compile, **overrides)
+        tp_rank = parallel.rank_of(model) if tp_rank is None else tp_rank
+        return cls(config, codebook, codebook.config, compile=compile, tp_rank=tp_rank, **overrides)
 
     def _empty_twin(self) -> PagedPQCache:
-        return type(self)(self._model_config, self.storage.codebook, self._settings, compile=self._compile)
+        codebook, tp_rank = self.storage.codebook, self.storage.tp_rank
+        return type(self)(self._model_config, codebook, self._settings, compile=self._compile, tp_rank=tp_rank)
 
 
 class PagedKVCache(PagedCache):

@@ -15,6 +15,8 @@ from pathlib import Path
 from struct import Struct
 from typing import Any
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 # A wheel carries kernels/ inside the package; a checkout has it beside the package.
@@ -132,6 +134,7 @@ class Kernel:
             self._function = self._raw.kernel.ptr
         self.registers, self.local_bytes = self._raw.num_regs, self._raw.local_size_bytes
         self.spec = spec
+        self._device = device
         self._layout = layout
         self._buffers = _Buffers(layout.size)
         self._launch = _driver().cuLaunchKernelEx
@@ -152,7 +155,12 @@ class Kernel:
         _CONFIG.pack_into(
             buffers.config, 0, *grid, spec.threads, 1, 1, spec.shared_bytes, stream, buffers.attribute_address, number
         )
-        status = self._launch(buffers.config_address, self._function, buffers.address, None)
+        # A model spread over several GPUs leaves the first one current, and a launch goes to the current one only.
+        if torch._C._cuda_getDevice() == self._device:
+            status = self._launch(buffers.config_address, self._function, buffers.address, None)
+        else:
+            with torch.cuda.device(self._device):
+                status = self._launch(buffers.config_address, self._function, buffers.address, None)
         if status:
             raise RuntimeError(f"launching {spec.source} failed with CUDA driver error {status}")
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pqcache import engine, torch_engine
+from hf_pqcache import engine, parallel, torch_engine
 from hf_pqcache.codebook import Codebook, LayerCodebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.errors import CacheOutOfMemoryError, PagesExhaustedError, WindowOverflowError
@@ -52,16 +52,24 @@ class Storage:
         num_layers: layers of the model, compressed or not.
         learner: makes the codebook of a layer from its keys and values (H, N, d); used without a codebook only.
         codec: what pages hold.
+        tp_rank: this process's rank among those that share the KV heads; None asks torch.distributed if it matters.
     """
 
     def __init__(
-        self, config: PQConfig, codebook: Codebook | None, num_layers: int, learner: Learner, codec: PageCodec = CODED
+        self,
+        config: PQConfig,
+        codebook: Codebook | None,
+        num_layers: int,
+        learner: Learner,
+        codec: PageCodec = CODED,
+        tp_rank: int | None = None,
     ) -> None:
         self.config = config
         self.codebook = codebook
         self.num_layers = num_layers
         self.learner = learner
         self.codec = codec
+        self.tp_rank = tp_rank
         self.allocator = PageAllocator(config.max_pages)
         self.table = PageTable(self.allocator, 0)
         self.starts: list[int] = []
@@ -156,7 +164,7 @@ class Storage:
         if self.codec.needs_centroids:
             num_subspaces = self.config.subspaces(key_dim, value_dim)
             config = config.replace(num_subspaces=num_subspaces)
-        book = self._book(layer)
+        book = self._book(layer, num_heads)
         slots = self.config.sink_tokens + self.window_slots
         with _out_of_memory_as_pqc004("the exact window"):
             window_keys = keys.new_zeros(batch, num_heads, slots, key_dim)
@@ -199,8 +207,8 @@ class Storage:
                 "for them, or reset() the cache before generate"
             )
 
-    def _book(self, layer: int) -> LayerCodebook | None:
-        """The layer's centroids, None where they are learnt or not needed. Raises ValueError if the codebook lacks them."""
+    def _book(self, layer: int, num_heads: int) -> LayerCodebook | None:
+        """The centroids of a layer's heads here, None where they are learnt or not needed. Raises ValueError without any."""
         if self.codebook is None:
             return None
         if layer not in self.codebook.layers:
@@ -208,7 +216,7 @@ class Storage:
                 f"the codebook has no centroids for layer {layer}, only for layers {sorted(self.codebook.layers)}; calibrate "
                 "one for this model"
             )
-        return self.codebook.layers[layer]
+        return parallel.local_part(self.codebook.layers[layer], num_heads, layer, self.tp_rank)
 
     def _device_state(self, window_keys: Tensor, window_values: Tensor) -> DeviceState:
         """The state of the device where the windows of a layer lie; the first layer there stands for the shape of all."""
@@ -581,7 +589,7 @@ class Storage:
         """An independent copy: same contents, own pages, own addresses."""
         if self.is_stale:
             self._refresh()
-        new = Storage(self.config, self.codebook, self.num_layers, self.learner, self.codec)
+        new = Storage(self.config, self.codebook, self.num_layers, self.learner, self.codec, self.tp_rank)
         new.table = PageTable(new.allocator, self.batch)
         copies: dict[int, int] = {}
         for row, pages in enumerate(self.table.rows):

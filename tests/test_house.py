@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: {"config", "errors", "layout", "pq", "kmeans", "hub", "handles"},
     1: {"codebook", "pages", "plan", "pool", "state", "jit"},
-    2: {"torch_engine", "cuda_engine", "nvrtc"},
+    2: {"torch_engine", "cuda_engine", "nvrtc", "parallel"},
     3: {"engine", "attention", "calibrate", "reference", "diagnose"},
     4: {"ops", "storage"},
     5: {"steps"},

@@ -1,0 +1,173 @@
+"""Several GPUs: a model whose layers are spread over two, and one whose heads are, both with the kernels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tp_worker
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from hf_pqcache import Codebook, PagedKVCache, PagedPQCache, jit
+from hf_pqcache.codebook import LayerCodebook
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.device_count() < 2 or jit.why_unavailable() is not None,
+        reason="needs two GPUs and CuPy",
+    ),
+]
+LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 8, 2, 64
+SETTINGS = {"page_size": 16, "extended_residual": 32, "max_pages": 64}
+#: Layers 0 and 1 on the first GPU, 2 and 3 on the second.
+SPREAD = {
+    "model.embed_tokens": 0,
+    "model.layers.0": 0,
+    "model.layers.1": 0,
+    "model.layers.2": 1,
+    "model.layers.3": 1,
+    "model.norm": 1,
+    "model.rotary_emb": 0,
+    "lm_head": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    """A random model, a codebook for it, and the settings of the caches."""
+    path: Path = tmp_path_factory.mktemp("spread")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        vocab_size=500,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).half().save_pretrained(path / "model")
+    generator = torch.Generator().manual_seed(1)
+    shape = (KV_HEADS, 32, 64, 2)
+    layers = {i: LayerCodebook(*(torch.randn(shape, generator=generator).half() for _ in range(2))) for i in range(LAYERS)}
+    Codebook(layers, num_bits=6, num_subspaces=32).save_pretrained(path / "codebook")
+    settings = {**SETTINGS, "num_bits": 6, "num_subspaces": 32}
+    (path / "settings.json").write_text(json.dumps({"dtype": "float16", "cache": settings}))
+    return path
+
+
+def load(folder: Path, device_map: Any) -> Any:
+    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float16, device_map=device_map).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+def coded(model: Any, folder: Path, **options: Any) -> PagedPQCache:
+    return PagedPQCache(model.config, Codebook.from_pretrained(folder / "codebook"), **SETTINGS, **options)
+
+
+def generate(model: Any, cache: Any, **options: Any) -> Any:
+    ids = torch.randint(3, 500, (2, 150), generator=torch.Generator().manual_seed(2)).to(0)
+    mask = torch.ones_like(ids)
+    mask[1, :60] = 0
+    settings = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, **(settings | options))
+
+
+def first_difference(a: Any, b: Any) -> float:
+    """Largest relative distance of logits up to the first token that differs."""
+    worst, steps = 0.0, len(a.logits)
+    for x, y, tokens, others in zip(a.logits, b.logits, a.sequences.T[-steps:], b.sequences.T[-steps:], strict=True):
+        worst = max(worst, float((x.cpu().float() - y.cpu().float()).norm() / y.cpu().float().norm()))
+        if not torch.equal(tokens.cpu(), others.cpu()):
+            break
+    return worst
+
+
+def assert_placed(cache: Any) -> None:
+    """What a layer stores and counts is on the layer's device; the page table is the same on both."""
+    storage = cache.storage
+    devices = [torch.device("cuda", i // 2) for i in range(LAYERS)]
+    assert set(storage.states) == set(devices)
+    for layer, device in enumerate(devices):
+        view = storage.views[layer]
+        kept = [
+            view.key_pages,
+            view.value_pages,
+            view.window_keys,
+            view.window_values,
+            view.counts,
+            view.page_table,
+            view.starts,
+        ]
+        assert {x.device for x in kept} == {device}
+        assert view.page_table is storage.states[device].page_table
+    tables = [state.page_table.cpu() for state in storage.states.values()]
+    assert torch.equal(*tables)
+    assert torch.equal(tables[0], storage.table.to_tensor(tables[0].shape[1]))
+
+
+def test_layers_on_two_gpus(folder: Path) -> None:
+    """Kernels are launched on the layer's device, also while the other one is the current device."""
+    alone = generate(one := load(folder, {"": 0}), coded(one, folder, compile=False))
+    model = load(folder, SPREAD)
+    for current in (0, 1):
+        with torch.cuda.device(current):
+            cache = coded(model, folder, compile=False)
+            spread = generate(model, cache)
+        assert_placed(cache)
+        stats = cache.stats()
+        assert set(stats["calls"]) == {"append/cuda", "attend/tuned"}, stats["calls"]
+        assert stats["pages_used"] > 0
+        assert first_difference(spread, alone) < 0.02
+    beams = generate(model, cache := coded(model, folder, compile=False), num_beams=3, max_new_tokens=20)
+    assert_placed(cache)
+    assert beams.sequences.shape == (2, 170)
+
+
+def test_compiled_or_not_on_two_gpus(folder: Path) -> None:
+    """As `generate` does it by itself."""
+    model = load(folder, SPREAD)
+    eager = generate(model, coded(model, folder, compile=False))
+    cache = coded(model, folder)
+    assert first_difference(generate(model, cache), eager) < 0.02
+    assert_placed(cache)
+    assert cache.get_seq_length() == 150 + 39
+
+
+def test_exact_pages_on_two_gpus(folder: Path) -> None:
+    model = load(folder, SPREAD)
+    cache = PagedKVCache(model.config, page_size=16, max_pages=64)
+    paged = generate(model, cache)
+    assert_placed(cache)
+    assert first_difference(paged, generate(model, DynamicCache(config=model.config))) < 0.02
+
+
+def test_heads_on_two_gpus(folder: Path) -> None:
+    """Tensor parallelism over NCCL: each process has one KV head and its half of the codebook."""
+    ranks = tp_worker.torchrun(folder, 2)
+    with torch.inference_mode():
+        alone = tp_worker.run(load(folder, {"": 0}), folder)
+    whole = Codebook.from_pretrained(folder / "codebook").layers[0].keys
+    for rank, results in enumerate(ranks):
+        facts = results["facts"]
+        assert facts["heads"] == 1
+        assert facts["pages"] == alone["facts"]["pages"] > 0
+        assert 2 * facts["code_bytes"] == alone["facts"]["code_bytes"]
+        assert set(facts["calls"]) == {"append/cuda", "attend/tuned"}
+        assert torch.equal(results["centroids"], whole[rank : rank + 1])
+        for mode in ("greedy", "from_pretrained", "exact pages"):
+            assert torch.equal(results[mode][0], ranks[0][mode][0]), "ranks agree on every token"
+            first, want = results[mode][1][0], alone[mode][1][0]
+            assert float((first - want).norm() / want.norm()) < 0.02, mode
+            step, want = results[mode][1][1], alone[mode][1][1]
+            if torch.equal(first.argmax(-1), alone[mode][1][0].argmax(-1)):
+                assert float((step - want).norm() / want.norm()) < 0.02, mode

@@ -1,0 +1,95 @@
+"""Tensor parallelism in tests: what each process does, also alone for what is expected, and how processes are started.
+
+A folder holds `model`, `codebook` and `settings.json`: {"dtype": ..., "cache": settings of the cache}. Rank r of torchrun
+writes its results to `rank<r>.pt` there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hf_pqcache import Codebook, PagedKVCache, PagedPQCache
+
+PROMPT, NEW = 60, 24
+
+
+def torchrun(folder: Path, processes: int) -> list[dict[str, Any]]:
+    """Run this file in several processes -> the results of every rank."""
+    here = Path(__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    path = os.pathsep.join([str(here.parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(here), str(folder)], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
+
+
+def load(folder: Path, **options: Any) -> Any:
+    dtype = getattr(torch, json.loads((folder / "settings.json").read_text())["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype, **options).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+def inputs(model: Any) -> dict[str, Tensor]:
+    """Two rows, the second one padded on the left."""
+    ids = torch.randint(3, model.config.vocab_size, (2, PROMPT), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[1, :17], mask[1, :17] = 0, 0
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def generate(model: Any, cache: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(**inputs(model), past_key_values=cache, **(settings | options))
+    return out.sequences.cpu(), torch.stack(out.logits).float().cpu()
+
+
+def run(model: Any, folder: Path) -> dict[str, Any]:
+    """Everything that is compared, of this process."""
+    settings = json.loads((folder / "settings.json").read_text())["cache"]
+    book = Codebook.from_pretrained(folder / "codebook")
+    settings = {k: v for k, v in settings.items() if k not in ("num_bits", "num_subspaces")}
+    cache = PagedPQCache(model.config, book, **settings, compile=False)
+    results: dict[str, Any] = {"greedy": generate(model, cache)}
+    stats = cache.stats()
+    results["facts"] = {
+        "heads": cache.storage.views[0].window_keys.shape[1],
+        "code_bytes": stats["bytes"]["codes"],
+        "codebook_bytes": stats["bytes"]["codebooks"],
+        "pages": stats["pages_used"],
+        "tokens": stats["tokens"],
+        "calls": stats["calls"],
+    }
+    results["centroids"] = cache.storage.views[0].key_centroids.cpu().clone()
+    cache.reset()
+    results["beams, after reset"] = generate(model, cache, num_beams=3)
+    published = PagedPQCache.from_pretrained(folder / "codebook", model, **settings, compile=False)
+    results["from_pretrained"] = generate(model, published)
+    results["exact pages"] = generate(model, PagedKVCache(model.config, page_size=16, max_pages=64))
+    learning = PagedPQCache(model.config, None, num_bits=book.num_bits, **{**settings, "learn_tokens": 140}, compile=False)
+    results["learnt"] = generate(model, learning)
+    results["learnt keys"] = learning.storage.learned[0].keys.cpu()
+    return results
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    model = load(folder, tp_plan="auto")
+    with torch.inference_mode():
+        results = run(model, folder)
+    torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""A model spread over devices: each layer's pages, counters and page table live where its layer does, and stay in step.
+
+There is no second device here, so tensors of the lower layer are told to say `cpu:1`. What torch computes with them is
+computed on the CPU; what the cache keeps for them must be kept apart. tests/gpu/test_devices_gpu.py has real ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import SMALL, build, codebook_of, padded, tokens
+from torch import Tensor
+
+from hf_pqcache import PagedKVCache, PagedPQCache
+from hf_pqcache.errors import PagesExhaustedError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+HERE, THERE = torch.device("cpu"), torch.device("cpu", 1)
+
+
+class Elsewhere(Tensor):
+    """A tensor that says it is on `cpu:1`, as does all that is made of it."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return THERE
+
+
+@pytest.fixture
+def spread() -> Any:
+    """A model whose second layer works with tensors of another device."""
+    model = copy.deepcopy(build("llama"))
+    attention = model.model.layers[1].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(attention, name).register_forward_hook(lambda module, args, out: out.as_subclass(Elsewhere))
+    attention.o_proj.register_forward_hook(lambda module, args, out: out.as_subclass(Tensor))
+    return model
+
+
+def make(kind: str, model: Any, **options: Any) -> Any:
+    if kind == "exact":
+        return PagedKVCache(model.config, page_size=16, max_pages=64, **options)
+    book = None if kind == "learning" else codebook_of("llama")
+    more = {"learn_tokens": 70} if kind == "learning" else {}
+    return PagedPQCache(model.config, book, SMALL, **{**more, **options})
+
+
+def generate(model: Any, cache: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    settings = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(**padded(2, 50)[0], past_key_values=cache, **(settings | options))
+    return out.sequences, torch.stack(out.logits)
+
+
+def assert_in_step(cache: Any) -> None:
+    """Two states, each with its own layer; what all layers share is the same in both."""
+    storage = cache.storage
+    assert set(storage.states) == {HERE, THERE}
+    here, there = storage.states[HERE], storage.states[THERE]
+    assert (set(here.views), set(there.views)) == ({0}, {1})
+    for layer, state in ((0, here), (1, there)):
+        view = storage.views[layer]
+        assert storage.state(layer) is state
+        assert state.views[layer] is view
+        assert view.page_table is state.page_table
+        assert view.starts is state.starts
+        assert view.counts.data_ptr() == state.counts[layer].data_ptr()
+        assert view.window_keys.device == view.window_values.device == state.device
+    assert here.desc.data_ptr() != there.desc.data_ptr()
+    assert torch.equal(here.page_table, there.page_table)
+    assert torch.equal(here.page_table, storage.table.to_tensor(here.page_table.shape[1]))
+    assert torch.equal(here.starts, there.starts)
+    assert torch.equal(here.counts[0], there.counts[1])
+
+
+@pytest.mark.parametrize("kind", ["coded", "exact", "learning"])
+def test_two_devices_equal_one(kind: str, spread: Any) -> None:
+    expected = generate(build("llama"), make(kind, spread))
+    cache = make(kind, spread)
+    got = generate(spread, cache)
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-5)
+    assert_in_step(cache)
+    stats = cache.stats()
+    assert stats["pages_used"] > 0
+    assert set(stats["engines"]) == {0, 1}
+    assert stats["calls"]["attend/torch"] == 2 * 23, "calls of both devices"
+
+
+@pytest.mark.parametrize("kind", ["coded", "exact"])
+def test_rows_move_on_every_device(kind: str, spread: Any) -> None:
+    cache = make(kind, spread)
+    expected = generate(build("llama"), make(kind, spread), num_beams=3, num_return_sequences=2)
+    assert torch.equal(generate(spread, cache, num_beams=3, num_return_sequences=2)[0], expected[0])
+    assert_in_step(cache)
+    twin = copy.deepcopy(cache)
+    assert_in_step(twin)
+    twin.crop(-20)
+    twin.batch_select_indices(torch.tensor([3, 0, 1]))
+    assert_in_step(twin)
+    assert_in_step(cache)
+    twin.reset()
+    assert_in_step(twin)
+    assert (twin.stats()["pages_used"], twin.storage.states[THERE].counts.any()) == (0, False)
+
+
+def test_an_exhausted_pool_leaves_every_device_as_it_was(spread: Any) -> None:
+    cache = make("coded", spread, max_pages=4)
+    with torch.no_grad():
+        spread(tokens(2, 40), past_key_values=cache)
+        used = cache.stats()["pages_used"]
+        with pytest.raises(PagesExhaustedError):
+            spread(tokens(2, 60), past_key_values=cache)
+        assert (cache.get_seq_length(), cache.stats()["pages_used"]) == (40, used)
+        assert_in_step(cache)
+        spread(tokens(2, 1), past_key_values=cache)
+    assert_in_step(cache)
+    assert cache.get_seq_length() == 41
+
+
+def test_a_states_memory_is_taken_over_on_its_own_device(spread: Any) -> None:
+    """A next cache of the same shape gets the addresses that captured graphs hold, each on its device."""
+    cache = make("coded", spread)
+    generate(spread, cache, max_new_tokens=2)
+    addresses = {device: state.desc.data_ptr() for device, state in cache.storage.states.items()}
+    del cache
+    again = make("coded", spread)
+    generate(spread, again, max_new_tokens=2)
+    assert {device: state.desc.data_ptr() for device, state in again.storage.states.items()} == addresses
+
+
+def test_sequences_check_the_device_of_their_tokens(spread: Any) -> None:
+    cache = make("exact", spread)
+    cache.allocate_sequence("a")
+    keys = torch.randn(2, 20, 16)
+    cache.append_tokens("a", 0, keys, keys)
+    cache.append_tokens("a", 1, keys.as_subclass(Elsewhere), keys.as_subclass(Elsewhere))
+    assert_in_step(cache)
+    with pytest.raises(ValueError, match=r"on cpu:1, got .* on cpu"):
+        cache.append_tokens("a", 1, keys, keys)
