@@ -43,7 +43,7 @@ _OF_CACHE = {"calibrated_on", "merged"}
 #: Settings that say how a perplexity was computed, not of what.
 HOW = {"mode", "chunk"}
 #: Settings that keep measurements apart and that nobody wants to read.
-UNREAD = {"text_sha256", "contexts_sha256"}
+UNREAD = {"text_sha256", "contexts_sha256", "harness_version"}
 
 
 def labels(rows: Sequence[Row]) -> dict[str, str]:

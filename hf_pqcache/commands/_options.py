@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,22 +133,39 @@ def finish(rows: Sequence[Row], json_file: Path | None, title: str) -> None:
 
     if not is_main():
         return
+    shared, names = _common([row.settings for row in rows]), labels(rows)
+    caches = {key: name.partition(",")[0] for key, name in names.items()}
+    columns = {
+        "task": [row.task for row in rows],
+        "metric": [row.metric for row in rows],
+        "value": [_value(row) for row in rows],
+        "unit": [row.unit for row in rows],
+        "cache": [caches[row.key] if len(set(caches.values())) > 1 else "" for row in rows],
+        "bits": ["" if row.true_bits is None else f"{row.true_bits:.2f}" for row in rows],
+        "settings": [settings_text({k: v for k, v in row.settings.items() if k not in {*shared, *UNREAD}}) for row in rows],
+    }
+    columns = {heading: texts for heading, texts in columns.items() if any(texts)}
     table = Table(title=title)
-    for heading in ("task", "metric", "value", "unit", "cache", "bits", "settings"):
+    for heading in columns:
         justify: Any = "right" if heading in ("value", "bits") else "left"
         table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading not in ("task", "settings"))
-    shared, names = _common([row.settings for row in rows]), labels(rows)
-    for row in rows:
-        own = settings_text({k: v for k, v in row.settings.items() if k not in {*shared, *UNREAD}})
-        bits = "" if row.true_bits is None else f"{row.true_bits:.2f}"
-        value = f"{row.value:,.0f}" if row.unit == "bytes" else f"{row.value:,.4g}" if row.unit else f"{row.value:.4f}"
-        table.add_row(row.task, row.metric, value, row.unit, names[row.key].partition(",")[0], bits, own)
-    console = Console()
+    for texts in zip(*columns.values(), strict=True):
+        table.add_row(*texts)
+    console = new_console()
     console.print(table)
     if told := settings_text({k: v for k, v in shared.items() if k not in UNREAD}):
         console.print(told, style="dim", markup=False)
     if json_file is not None:
         write_json(json_file, {"rows": [row.to_dict() for row in rows]})
+
+
+def new_console() -> Console:
+    """For tables: as wide as the terminal, and 110 columns in a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else 110)
+
+
+def _value(row: Row) -> str:
+    return f"{row.value:,.0f}" if row.unit == "bytes" else f"{row.value:,.4g}" if row.unit else f"{row.value:.4f}"
 
 
 def _common(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from hf_pqcache.commands import _options
@@ -61,7 +59,7 @@ def command(
             recall_count=recall_count,
             new_tokens=new_tokens,
         )
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = _options.new_console()
     table = Table(title=f"{session.model_name}, {tokens} tokens, {session.device_name}, {session.model.dtype}, text {name}")
     has_notes = any(line.note for line in lines)
     for heading in ("cache", *COLUMNS, *([""] if has_notes else [])):
