@@ -40,7 +40,8 @@ class PagedCache(SequenceCache, Cache):
         implementation = text_config._attn_implementation
         self._exact = {i: why_exact(layer) for i, layer in enumerate(layers) if i not in chosen}
         self._reads_codes = attention.goes_through_interface(text_config)
-        can_compile = should_compile and self._reads_codes and all(layers[i].is_compileable for i in self._exact)
+        self._eager_because = self._why_eager(should_compile, [layers[i] for i in self._exact], storage)
+        can_compile = self._eager_because is None
         self.storage = storage
         self._steps = Steps(storage)
         self._compressed = chosen
@@ -51,6 +52,16 @@ class PagedCache(SequenceCache, Cache):
         self._attention = SingleAttention(config, len(layers))
         self._model_config = config
         attention.install(implementation)
+
+    def _why_eager(self, should_compile: bool, exact_layers: list[Any], storage: Storage) -> str | None:
+        """Why `generate` does not compile decode steps with this cache, if so."""
+        if storage.offload is not None:
+            return "offload=True: pages come from host memory step by step, which a captured graph cannot do"
+        if not self._reads_codes:
+            return DECODED
+        if stock := sorted({type(layer).__name__ for layer in exact_layers if not layer.is_compileable}):
+            return f"transformers' {', '.join(stock)} cannot be compiled"
+        return None if should_compile else "compile=False, the default where no kernels serve the model"
 
     def _empty_twin(self) -> PagedCache:
         """A new cache of the same settings without tokens."""
@@ -187,7 +198,9 @@ class PagedCache(SequenceCache, Cache):
     def stats(self) -> dict[str, Any]:
         """Tokens, pages, true bytes by kind, the bytes an fp16 cache takes, which engine attends and why, and how often.
 
-        `calls` counts launches from the host; replays of a captured CUDA graph do not pass there.
+        `calls` counts launches from the host; replays of a captured CUDA graph do not pass there. `eager_because` says why
+        decode steps are not compiled, None where they may be. With offload=True the pages, `codes` or `pages`, lie on the
+        host, and `staging` is what the device holds of them; without, `bytes_host` is 0.
         """
         self._steps.settle()
         storage = self.storage
@@ -216,16 +229,21 @@ class PagedCache(SequenceCache, Cache):
             for (operation, engine), count in state.calls.items():
                 calls[f"{operation}/{engine}"] = calls.get(f"{operation}/{engine}", 0) + count
         kind = "codes" if storage.codec.needs_centroids else "pages"
+        staging = 0 if storage.offload is None else used * storage.offload.page_bytes()
+        total, on_host = pages + codebooks + windows + tables + staging, 0 if storage.offload is None else pages
         return {
             "tokens": next((layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)), 0),
             "pages_used": used,
             "pages_free": storage.allocator.num_free,
-            "bytes": {kind: pages, "codebooks": codebooks, "window": windows, "tables": tables},
-            "bytes_total": pages + codebooks + windows + tables,
+            "bytes": {kind: pages, "staging": staging, "codebooks": codebooks, "window": windows, "tables": tables},
+            "bytes_total": total,
+            "bytes_device": total - on_host,
+            "bytes_host": on_host,
             "bytes_fp16": 2 * numbers,
             "compressed_layers": list(self._compressed),
             "exact_layers": sorted(self._exact),
             "engines": engines,
+            "eager_because": self._eager_because,
             "calls": calls,
         }
 
@@ -239,7 +257,11 @@ class PagedPQCache(PagedCache):
             that the cache sees, and stays exact until there are enough.
         pq_config: shape of the cache; None means PQConfig(). A codebook decides num_subspaces and num_bits.
         compile: whether `generate` may compile the decode step. None means yes where a CUDA device is there and kernels
-            serve the model's shape; models whose attention cannot be reached in compiled code never are.
+            serve the model's shape; models whose attention cannot be reached in compiled code never are, nor is anything
+            with `offload`.
+        offload: keep the pages in pinned host memory and bring a layer's to the device ahead of its turn: results are
+            the same, the device needs room for the pages of two layers only, and every token costs a transfer of all
+            codes; see offload.py.
         tp_rank: under tensor parallelism, this process's rank among those that share the model's KV heads: which heads
             of the codebook are its own. None takes torch.distributed's rank, if all its processes share them.
         **overrides: single settings of PQConfig, e.g. `max_pages=4000`.
@@ -255,6 +277,7 @@ class PagedPQCache(PagedCache):
         pq_config: PQConfig | None = None,
         *,
         compile: bool | None = None,
+        offload: bool = False,
         tp_rank: int | None = None,
         **overrides: Any,
     ) -> None:
@@ -268,7 +291,7 @@ class PagedPQCache(PagedCache):
         if compile is None:
             compile = _kernels_serve(text_config, settings)
         self._settings, self._compile = settings, compile
-        storage = Storage(settings, codebook, len(layers), learn_layer, tp_rank=tp_rank)
+        storage = Storage(settings, codebook, len(layers), learn_layer, tp_rank=tp_rank, offload=offload)
         super().__init__(config, layers, chosen, storage, compile)
 
     def _why_unfit(self, keys: Tensor, values: Tensor) -> str | None:
@@ -291,6 +314,7 @@ class PagedPQCache(PagedCache):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         compile: bool | None = None,
+        offload: bool = False,
         tp_rank: int | None = None,
         **overrides: Any,
     ) -> PagedPQCache:
@@ -299,7 +323,7 @@ class PagedPQCache(PagedCache):
         Args:
             folder_or_repo_id: a folder that `Codebook.save_pretrained` wrote, or a repository of the Hub.
             revision: commit, branch or tag; pin a commit to be sure of the same codebook tomorrow.
-            compile, **overrides: as in the constructor; they win over the published settings.
+            compile, offload, **overrides: as in the constructor; they win over the published settings.
             tp_rank: as in the constructor; None takes it from the model's device mesh, if it has one.
 
         Raises what `Codebook.from_pretrained` and the constructor raise. Nothing larger than a codebook of this model
@@ -315,11 +339,18 @@ class PagedPQCache(PagedCache):
             max_bytes=most_bytes(config),
         )
         tp_rank = parallel.rank_of(model) if tp_rank is None else tp_rank
-        return cls(config, codebook, codebook.config, compile=compile, tp_rank=tp_rank, **overrides)
+        return cls(config, codebook, codebook.config, compile=compile, offload=offload, tp_rank=tp_rank, **overrides)
 
     def _empty_twin(self) -> PagedPQCache:
-        codebook, tp_rank = self.storage.codebook, self.storage.tp_rank
-        return type(self)(self._model_config, codebook, self._settings, compile=self._compile, tp_rank=tp_rank)
+        storage = self.storage
+        return type(self)(
+            self._model_config,
+            storage.codebook,
+            self._settings,
+            compile=self._compile,
+            offload=storage.offload is not None,
+            tp_rank=storage.tp_rank,
+        )
 
 
 class PagedKVCache(PagedCache):
@@ -332,22 +363,35 @@ class PagedKVCache(PagedCache):
         page_size: tokens a page holds; a multiple of 16 from 16 to 512.
         max_pages: pages of the preallocated pool, shared by all sequences of the cache.
         compile: whether `generate` may compile the decode step. None means as for PagedPQCache.
+        offload: keep the pages in pinned host memory, as in PagedPQCache.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, *, page_size: int = 64, max_pages: int = 1000, compile: bool | None = None
+        self,
+        config: PreTrainedConfig,
+        *,
+        page_size: int = 64,
+        max_pages: int = 1000,
+        compile: bool | None = None,
+        offload: bool = False,
     ) -> None:
         settings = PQConfig(page_size=page_size, max_pages=max_pages, sink_tokens=0, extended_residual=1)
         layers: list[Any] = DynamicCache(config=config).layers
         if compile is None:
             compile = _kernels_serve(config.get_text_config(decoder=True), None)
         self._settings, self._compile = settings, compile
-        storage = Storage(settings, None, len(layers), learn_layer, EXACT)
+        storage = Storage(settings, None, len(layers), learn_layer, EXACT, offload=offload)
         super().__init__(config, layers, _full_attention(layers), storage, compile)
 
     def _empty_twin(self) -> PagedKVCache:
         settings = self._settings
-        return type(self)(self._model_config, page_size=settings.page_size, max_pages=settings.max_pages, compile=self._compile)
+        return type(self)(
+            self._model_config,
+            page_size=settings.page_size,
+            max_pages=settings.max_pages,
+            compile=self._compile,
+            offload=self.storage.offload is not None,
+        )
 
 
 def _full_attention(layers: Sequence[Any]) -> list[int]:

@@ -85,6 +85,7 @@ def attend(
         state.calls["attend", "torch"] += 1
         return torch_engine.attend(view, query, mask, sinks, scale, softcap, counts[:, 0].tolist(), state.starts.tolist())
     state.calls["attend", name] += 1
+    view.bring()
     geometry = view.kernels.geometry
     return cuda_engine.attend(
         query,
@@ -107,6 +108,7 @@ def append(state: DeviceState, layer: int, counts: Tensor, keys: Tensor, values:
     """Store one decode step's keys, values (B, H, T, d) of all rows and advance `counts` (B, 2). Pages must be reserved."""
     view = state.views[layer]
     if view.kernels is not None and keys.shape[2] == 1:
+        view.bring()
         state.calls["append", "cuda"] += 1
         geometry = view.kernels.geometry
         cuda_engine.append(keys, values, state.desc, layer, counts, state.page_table, state.flags, geometry)
@@ -122,6 +124,7 @@ def append(state: DeviceState, layer: int, counts: Tensor, keys: Tensor, values:
 
 def encode_pages(view: LayerView, which: Which, x: Tensor, ids: Tensor) -> None:
     """Write x (H, n * page_size, d) into the n pages whose numbers are in `ids` (n) int32. Waits for no device."""
+    view.bring()
     if view.kernels is not None and view.codec.needs_centroids:  # exact pages are a copy, which torch makes as fast
         cuda_engine.encode_pages(view, which, x, ids)
     else:

@@ -77,8 +77,10 @@ class PagedLayer(CacheLayerMixin):
         self.storage.open(self.index, keys, values)
         self.dtype, self.device = keys.dtype, keys.device
         self.batch_size = self.storage.batch
-        # Plain torch reads lengths on the host, which a CUDA graph cannot: there a compiled model breaks its graph here.
-        self._is_traceable = keys.device.type == "cpu" or self.storage.views[self.index].kernels is not None
+        # Plain torch reads lengths on the host, and pages in host memory are moved by the host, which a CUDA graph cannot:
+        # there a compiled model breaks its graph here.
+        has_kernels = self.storage.views[self.index].kernels is not None
+        self._is_traceable = (keys.device.type == "cpu" or has_kernels) and self.storage.offload is None
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -144,8 +146,8 @@ class PagedLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         raise NotImplementedError(
-            "a layer in pages does not move to the host as a whole: layers share their pages; for more room lower max_pages, "
-            "or num_bits or num_subspaces where pages hold codes"
+            "a layer in pages does not move to the host by itself: layers share their pages. Build the cache with "
+            "offload=True, which keeps the pages of all layers there"
         )
 
     prefetch = offload

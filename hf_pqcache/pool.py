@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_pqcache.config import PQConfig
 from hf_pqcache.errors import PagesExhaustedError
+from hf_pqcache.offload import HostPages
 from hf_pqcache.pages import CODED, PageCodec
 
 
@@ -158,6 +159,8 @@ class LayerView:
         codebook: the `LayerCodebook` that the centroids are from, None before there is one.
         kernels: what the CUDA engine prepared for this layer (`cuda_engine.Prepared`), None where plain torch serves it.
         codec: what a page holds.
+        host: the pages in host memory if they lie there; key_pages and value_pages are then shared with other layers, and
+            hold this layer's after `bring`.
     """
 
     config: PQConfig
@@ -175,6 +178,17 @@ class LayerView:
     codebook: Any = None
     kernels: Any = None
     codec: PageCodec = CODED
+    host: HostPages | None = None
+
+    def bring(self) -> None:
+        """To be called before pages are read or written."""
+        if self.host is not None:
+            self.host.bring()
+
+    def keep(self, pages: Sequence[int]) -> None:
+        """To be called after `pages` have been written."""
+        if self.host is not None and pages:
+            self.host.keep(pages)
 
     @property
     def lengths(self) -> Tensor:

@@ -22,6 +22,7 @@ from hf_pqcache import engine, parallel, torch_engine
 from hf_pqcache.codebook import Codebook, LayerCodebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.errors import CacheOutOfMemoryError, PagesExhaustedError, WindowOverflowError
+from hf_pqcache.offload import Offload
 from hf_pqcache.pages import CODED, PageCodec, Which
 from hf_pqcache.pool import LayerView, PageAllocator, PageTable
 from hf_pqcache.state import FLAG_PAGES_EXHAUSTED, DeviceState
@@ -36,10 +37,12 @@ def _out_of_memory_as_pqc004(what: str) -> Any:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # so says the CPU
+        # The CPU and pinned memory have no error class of their own.
+        says_so = any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+        if not says_so and not isinstance(error, torch.OutOfMemoryError):
             raise
         raise CacheOutOfMemoryError(
-            f"the device has no memory left for {what}; lower max_pages, use fewer bits, or free memory. ({error})"
+            f"there is no memory left for {what}; lower max_pages, use fewer bits, or free memory. ({error})"
         ) from error
 
 
@@ -53,6 +56,7 @@ class Storage:
         learner: makes the codebook of a layer from its keys and values (H, N, d); used without a codebook only.
         codec: what pages hold.
         tp_rank: this process's rank among those that share the KV heads; None asks torch.distributed if it matters.
+        offload: whether pages lie in host memory, see offload.py.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Storage:
         learner: Learner,
         codec: PageCodec = CODED,
         tp_rank: int | None = None,
+        offload: bool = False,
     ) -> None:
         self.config = config
         self.codebook = codebook
@@ -71,6 +76,7 @@ class Storage:
         self.codec = codec
         self.tp_rank = tp_rank
         self.allocator = PageAllocator(config.max_pages)
+        self.offload = Offload(self.allocator.references) if offload else None
         self.table = PageTable(self.allocator, 0)
         self.starts: list[int] = []
         self.states: dict[torch.device, DeviceState] = {}
@@ -237,8 +243,14 @@ class Storage:
         """Let a layer write pages: its share of the page pool and, where pages hold codes, its centroids."""
         if book is not None:
             self._check_book(layer, view, book)
+        windows = view.window_keys, view.window_values
         with _out_of_memory_as_pqc004(f"a pool of {self.config.max_pages} pages"):
-            pages = [self.codec.new_pages(w, view.config, view.num_subspaces) for w in (view.window_keys, view.window_values)]
+            if self.offload is None:
+                pages = [self.codec.new_pages(w, view.config, view.num_subspaces) for w in windows]
+            else:
+                like = [self.codec.new_pages(w.to("meta"), view.config, view.num_subspaces) for w in windows]
+                view.host = self.offload.open(layer, view.window_keys.device, like)
+                pages = view.host.staging
         view.key_pages, view.value_pages = pages
         view.codebook, view.is_coded = book, True  # `publish` brings the centroids to the device
 
@@ -275,14 +287,19 @@ class Storage:
                 if self.allocator.references(pages[i]) - leaving[pages[i]] > 1:
                     leaving[pages[i]] += 1
                     shared.append((row, i))
-        staged: list[tuple[Tensor, Tensor]] = []
+        staged: list[tuple[LayerView, Tensor, Tensor]] = []
         for other in self.views.values() if shared else ():
             if other.is_coded:
                 sources = torch.tensor([self.table.rows[r][i] for r, i in shared], device=other.key_pages.device)
-                staged += [(pool, pool[sources]) for pool in (other.key_pages, other.value_pages)]
+                other.bring()
+                staged.append((other, other.key_pages[sources], other.value_pages[sources]))
         new = self.table.reserve(counts, shared)
-        for pool, contents in staged:
-            pool.index_copy_(0, torch.tensor(new, device=pool.device), contents)
+        for other, keys, values in staged:
+            other.bring()
+            ids = torch.tensor(new, device=keys.device)
+            other.key_pages.index_copy_(0, ids, keys)
+            other.value_pages.index_copy_(0, ids, values)
+            other.keep(new)
         for state in self.states.values():
             state.sync_table(self.table)
 
@@ -348,7 +365,9 @@ class Storage:
 
     def advance(self, layer: int, count: int) -> None:
         """Record `count` positions that an op has stored and counted on the device itself."""
-        self._count(layer, [position + count for position in self._positions[layer]])
+        before = self._positions[layer]
+        self._count(layer, [position + count for position in before])
+        self._keep(layer, before)
         self._padding_known = max(self._padding_known, self.tokens(layer))
 
     def _new_tokens(self, layer: int, keys: Tensor, values: Tensor) -> NewTokens:
@@ -365,6 +384,7 @@ class Storage:
             self._reserve_rows(layer, self._lengths_at(positions))
             for row, (keys, values) in new.items():
                 engine.encode_row(view, row, keys, values, lengths[row])
+            self._keep(layer, self._positions[layer], positions)
         for row, (keys, values) in new.items():
             engine.keep_row(view, row, keys, values, lengths[row])
         self._count(layer, positions)
@@ -399,12 +419,24 @@ class Storage:
                 self._reserve_rows(layer, lengths)
                 for row, length in enumerate(lengths):
                     engine.encode_window(view, row, length)
+                self._keep(layer, self.starts)
         except BaseException:
             vars(view).update(vars(before))
             self.state(layer).add_view(layer, view, () if view.kernels is None else view.kernels.tensors)
             raise
         self.learned[layer] = book
         self._publish_lengths(layer)
+
+    def _keep(self, layer: int, before: Sequence[int], after: Sequence[int] | None = None) -> None:
+        """The rows' pages between positions `before` and `after` (None: those there are) have just been written."""
+        view = self.views[layer]
+        if view.host is None:
+            return
+        counts = [
+            [view.coded_tokens(length) // self.config.page_size for length in self._lengths_at(positions)]
+            for positions in (before, self._positions[layer] if after is None else after)
+        ]
+        view.keep([page for row, a, b in zip(self.table.rows, *counts, strict=True) for page in row[a:b]])
 
     @contextmanager
     def _pages_given_back_on_failure(self) -> Any:
@@ -589,7 +621,9 @@ class Storage:
         """An independent copy: same contents, own pages, own addresses."""
         if self.is_stale:
             self._refresh()
-        new = Storage(self.config, self.codebook, self.num_layers, self.learner, self.codec, self.tp_rank)
+        new = Storage(
+            self.config, self.codebook, self.num_layers, self.learner, self.codec, self.tp_rank, self.offload is not None
+        )
         new.table = PageTable(new.allocator, self.batch)
         copies: dict[int, int] = {}
         for row, pages in enumerate(self.table.rows):
@@ -606,17 +640,23 @@ class Storage:
             state = new._device_state(view.window_keys, view.window_values)
             twin = dataclasses.replace(
                 view,
-                key_pages=torch.empty_like(view.key_pages),
-                value_pages=torch.empty_like(view.value_pages),
+                key_pages=view.key_pages.new_empty(0),
+                value_pages=view.value_pages.new_empty(0),
                 window_keys=view.window_keys.clone(),
                 window_values=view.window_values.clone(),
                 counts=state.counts[layer],
                 starts=state.starts,
                 page_table=state.page_table,
+                host=None,
             )
+            if view.is_coded:
+                new._give_pages(layer, twin, view.codebook)
             if copies and view.is_coded:
                 old, here = torch.tensor([list(copies), list(copies.values())], device=view.key_pages.device)
+                view.bring()
+                twin.bring()
                 twin.key_pages[here], twin.value_pages[here] = view.key_pages[old], view.value_pages[old]
+                twin.keep(list(copies.values()))
             engine.publish(state, layer, twin)
             new.views[layer] = twin
             new._positions[layer], new._reused[layer] = list(self._positions[layer]), list(self._reused[layer])

@@ -40,6 +40,7 @@ def decode_pages(view: LayerView, which: Which, pages: Tensor) -> Tensor:
     store, centroids, window = _side(view, which)
     if not pages.numel():
         return window.new_empty(window.shape[1], 0, window.shape[3])
+    view.bring()
     parts = [view.codec.decode(store[ids], centroids, view.config, which, window.dtype) for ids in pages.split(PAGES_PER_CHUNK)]
     return torch.cat(parts, dim=1)
 

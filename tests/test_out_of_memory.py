@@ -52,6 +52,7 @@ def make(kind: str) -> Any:
     if kind == "exact":
         return PagedKVCache(CONFIG, page_size=16, max_pages=60)
     options: dict[str, Any] = {"page_size": 16, "max_pages": 60, "sink_tokens": 2, "extended_residual": 8}
+    options["offload"] = kind == "offloaded"
     generator = torch.Generator().manual_seed(0)
     sides = [torch.randn(HEADS, 8, 16, 2, generator=generator).half() for _ in range(2 * LAYERS)]
     layers = {i: LayerCodebook(*sides[2 * i : 2 * i + 2]) for i in range(LAYERS)}
@@ -118,8 +119,11 @@ SCENES: dict[str, tuple[Action, Action]] = {
 }
 
 
-@pytest.mark.parametrize("scene", SCENES)
-@pytest.mark.parametrize("kind", ["exact", "codes", "learning"])
+CASES = [(kind, scene) for kind in ("exact", "codes", "learning") for scene in SCENES]
+CASES += [("offloaded", scene) for scene in ("step that fills a page", "crop", "append")]
+
+
+@pytest.mark.parametrize(("kind", "scene"), CASES)
 @pytest.mark.parametrize("lasting", [False, True])
 def test_out_of_memory_at_every_allocation(kind: str, scene: str, lasting: bool) -> None:
     prepare, action = SCENES[scene]

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 from transformers import LlamaConfig
 
-from hf_pqcache import Codebook, PagedKVCache, PagedPQCache, pq
+from hf_pqcache import Codebook, PagedKVCache, PagedPQCache, offload, pq
 from hf_pqcache.codebook import LayerCodebook
 from hf_pqcache.errors import PagesExhaustedError
 from hf_pqcache.pool import PageAllocator
@@ -68,14 +68,11 @@ DECODED = torch.stack(
         for i, book in BOOK.layers.items()
     ]
 )
-CODED = Kind(
-    lambda: PagedPQCache(CONFIG, BOOK, page_size=PAGE, max_pages=MAX_PAGES, sink_tokens=2, extended_residual=5),
-    2,
-    5,
-    VECTORS,
-    DECODED,
-)
-EXACT = Kind(lambda: PagedKVCache(CONFIG, page_size=PAGE, max_pages=MAX_PAGES), 0, 1, VECTORS, VECTORS)
+POOL = {"page_size": PAGE, "max_pages": MAX_PAGES}
+RECENT = {"sink_tokens": 2, "extended_residual": 5}
+CODED = Kind(lambda: PagedPQCache(CONFIG, BOOK, **POOL, **RECENT), 2, 5, VECTORS, DECODED)
+OFFLOADED = Kind(lambda: PagedPQCache(CONFIG, BOOK, **POOL, **RECENT, offload=True), 2, 5, VECTORS, DECODED)
+EXACT = Kind(lambda: PagedKVCache(CONFIG, **POOL), 0, 1, VECTORS, VECTORS)
 
 
 @dataclass
@@ -376,9 +373,15 @@ class Batch(CacheMachine):
 MACHINES = {
     f"{base.__name__}-{name}": type(f"{base.__name__}{name}", (base,), {"kind": kind})
     for base in (Sequences, Batch)
-    for name, kind in (("codes", CODED), ("exact", EXACT))
+    for name, kind in (("codes", CODED), ("exact", EXACT), ("offloaded", OFFLOADED))
 }
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+
+
+@pytest.fixture(autouse=True)
+def one_staging_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one for two layers, offloaded pages must come and go all the time."""
+    monkeypatch.setattr(offload, "NUM_STAGING", 1)
 
 
 @pytest.mark.slow
@@ -388,9 +391,9 @@ def test_random_histories_equal_plain_lists(name: str) -> None:
     run_state_machine_as_test(
         MACHINES[name],
         # Shrinking a history of a hundred steps takes minutes; the seed that pytest prints repeats it as it was.
-        settings=settings(max_examples=60, stateful_step_count=100, phases=[Phase.generate], **QUICK),
+        settings=settings(max_examples=50, stateful_step_count=100, phases=[Phase.generate], **QUICK),
     )
-    assert CacheMachine.steps - before >= 4000, "four machines are to make well over 10,000 steps"
+    assert CacheMachine.steps - before >= 3000, "six machines are to make 18,000 steps at least"
 
 
 # -- a test of the tests: each of these mistakes, planted, must be found ------------------------------------------------
@@ -446,11 +449,23 @@ def _share_what_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Storage, "_reserve_rows", reserve)
 
 
+def _forget_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written pages are not copied to the host."""
+    monkeypatch.setattr(Storage, "_keep", lambda self, layer, before, after=None: None)
+
+
+def _bring_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that takes over the staging pool finds the pages of the layer before."""
+    monkeypatch.setattr(offload._Group, "_copy", lambda self, place: setattr(self.staging[0], "owner", place))
+
+
 PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]] = {
     "a page freed twice": (_free_twice, tuple(MACHINES)),
     "a page lost": (_lose_a_page, tuple(MACHINES)),
     "crop off by one": (_crop_off_by_one, tuple(MACHINES)),
     "restoring off by one": (_restore_off_by_one, ("Sequences-codes", "Batch-codes")),
+    "no copy on the host": (_forget_a_copy, ("Sequences-offloaded", "Batch-offloaded")),
+    "pages of another layer": (_bring_nothing_new, ("Sequences-offloaded", "Batch-offloaded")),
     "no copy on write": (_share_what_is_written_to, ("Sequences-codes", "Sequences-exact")),
 }
 

@@ -44,6 +44,8 @@ def _config(name: str) -> tuple[type, Any]:
         case "llama":
             groups = {"num_attention_heads": 4, "num_key_value_heads": 2}
             return tf.LlamaForCausalLM, tf.LlamaConfig(**{**COMMON, **heads, **groups})
+        case "llama_deep":
+            return tf.LlamaForCausalLM, tf.LlamaConfig(**{**COMMON, **heads, "num_hidden_layers": 5})
         case "qwen3":
             return tf.Qwen3ForCausalLM, tf.Qwen3Config(**COMMON, **heads)
         case "mistral":

@@ -1,0 +1,107 @@
+"""Pages in pinned host memory on a GPU: the same bits as without, however late a transfer is, and less device memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_pqcache import PagedKVCache, PagedPQCache, offload
+from hf_pqcache.codebook import Codebook, LayerCodebook
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+LAYERS, KV_HEADS, HEAD_DIM = 5, 2, 64
+KINDS = pytest.mark.parametrize("kind", ["codes", "exact"])
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        vocab_size=500,
+        initializer_range=0.2,
+        max_position_embeddings=8192,
+        dtype=torch.float16,
+    )
+    return LlamaForCausalLM(config).to("cuda", torch.float16).eval()
+
+
+def make_cache(model: Any, kind: str, max_pages: int = 300, **options: Any) -> Any:
+    if kind == "exact":
+        return PagedKVCache(model.config, page_size=16, max_pages=max_pages, **options)
+    generator = torch.Generator().manual_seed(1)
+    shape = (KV_HEADS, 64, 256, 1)
+    layers = {i: LayerCodebook(*(torch.randn(shape, generator=generator).half() for _ in range(2))) for i in range(LAYERS)}
+    book = Codebook(layers, num_bits=8, num_subspaces=64)
+    return PagedPQCache(model.config, book, page_size=16, extended_residual=32, max_pages=max_pages, compile=False, **options)
+
+
+def generate(model: Any, cache: Any, length: int = 1500, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(1, 500, (2, length), generator=torch.Generator().manual_seed(2)).cuda()
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 40}
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **(settings | options),
+    )
+    return out.sequences, torch.stack(out.logits)
+
+
+def assert_equal(got: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+@KINDS
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 400}], ids=str)
+def test_results_are_those_without(model: Any, kind: str, options: dict[str, Any]) -> None:
+    expected = generate(model, make_cache(model, kind), **options)
+    cache = make_cache(model, kind, offload=True)
+    assert_equal(generate(model, cache, **options), expected)
+    assert all(pool.is_pinned() for view in cache.storage.views.values() for pool in view.host.pools)
+    assert not cache.is_compileable
+    cache.reset()
+    assert_equal(generate(model, cache, **options), expected)
+
+
+@KINDS
+def test_late_transfers_are_waited_for(model: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every transfer starts some milliseconds late: whoever does not wait for it reads the pages of another layer."""
+    expected = generate(model, make_cache(model, kind), max_new_tokens=20)
+    whole = offload._Group._copy
+
+    def copy_late(self: Any, place: int) -> None:
+        torch.cuda._sleep(5_000_000)
+        whole(self, place)
+
+    monkeypatch.setattr(offload._Group, "_copy", copy_late)
+    assert_equal(generate(model, make_cache(model, kind, offload=True), max_new_tokens=20), expected)
+
+
+@KINDS
+def test_the_device_needs_room_for_two_layers(model: Any, kind: str) -> None:
+    used = []
+    for options in ({}, {"offload": True}):
+        cache = make_cache(model, kind, max_pages=4000, **options)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            model(torch.ones(1, 100, dtype=torch.long, device="cuda"), past_key_values=cache, logits_to_keep=1)
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_allocated() - before)
+        view = cache.storage.views[0]
+        layer_bytes = view.key_pages.nbytes + view.value_pages.nbytes
+        del cache, view
+    assert used[0] - used[1] == pytest.approx((LAYERS - 2) * layer_bytes, rel=0.1)

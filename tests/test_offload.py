@@ -1,0 +1,198 @@
+"""Pages in host memory: the numbers are those of a cache on the device, bit for bit, and the device holds two layers only."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scenarios import SCENARIOS, Run, assert_same
+from tiny_models import SMALL, build, codebook_of, tokens
+from torch import Tensor
+from transformers import LlamaConfig
+
+from hf_pqcache import PagedKVCache, PagedPQCache, offload
+from hf_pqcache.errors import CacheOutOfMemoryError, PagesExhaustedError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NAME = "llama_deep"
+LAYERS = 5
+KINDS = pytest.mark.parametrize("kind", ["codes", "exact", "learning"])
+
+
+def make(kind: str, **options: Any) -> Any:
+    config = build(NAME).config
+    if kind == "exact":
+        return PagedKVCache(config, page_size=16, max_pages=64, **options)
+    if kind == "learning":
+        return PagedPQCache(config, None, SMALL, learn_tokens=64, **options)
+    return PagedPQCache(config, codebook_of(NAME), SMALL, **options)
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_runs_are_all_pages_in_as_few_ranges_as_can_be(pages: set[int]) -> None:
+    found = offload.runs(pages)
+    assert [page for run in found for page in range(run.start, run.stop)] == sorted(pages)
+    assert all(a.stop < b.start for a, b in pairwise(found))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("kind", ["codes", "exact"])
+def test_results_are_those_without(kind: str, scenario: str) -> None:
+    ours = Run(NAME, "sdpa", lambda starts: make(kind, offload=True))
+    theirs = Run(NAME, "sdpa", lambda starts: make(kind))
+    assert_same(SCENARIOS[scenario], ours, theirs, tolerance=0)
+
+
+@pytest.mark.parametrize("scenario", ["greedy, padded", "beams, padded", "turns", "reset", "deep copies"])
+def test_results_are_those_without_where_centroids_are_learnt(scenario: str) -> None:
+    ours = Run(NAME, "sdpa", lambda starts: make("learning", offload=True))
+    theirs = Run(NAME, "sdpa", lambda starts: make("learning"))
+    assert_same(SCENARIOS[scenario], ours, theirs, tolerance=0)
+
+
+def pools(cache: Any) -> dict[int, int]:
+    """Bytes of every page pool on the device, by address."""
+    views = cache.storage.views.values()
+    return {x.data_ptr(): x.nbytes for view in views for x in (view.key_pages, view.value_pages)}
+
+
+@KINDS
+def test_the_device_holds_the_pages_of_two_layers(kind: str) -> None:
+    found = []
+    for options in ({}, {"offload": True}):
+        cache = make(kind, **options)
+        with torch.no_grad():
+            build(NAME)(tokens(2, 70), past_key_values=cache)
+        found.append((sum(pools(cache).values()), cache.stats(), cache))
+    (whole, plain, _), (staged, stats, cache) = found
+    assert stats["pages_used"] == plain["pages_used"] > 0
+    assert staged * LAYERS == whole * 2
+    name = "pages" if kind == "exact" else "codes"
+    assert stats["bytes"] == plain["bytes"] | {"staging": plain["bytes"][name] * 2 // LAYERS}
+    assert plain["bytes_host"] == plain["bytes"]["staging"] == 0
+    assert plain["bytes_device"] == plain["bytes_total"]
+    assert stats["bytes_host"] == stats["bytes"][name]
+    assert stats["bytes_device"] + stats["bytes_host"] == stats["bytes_total"]
+    assert plain["bytes_device"] - stats["bytes_device"] == plain["bytes"][name] * (LAYERS - 2) // LAYERS
+    hosts = [view.host for view in cache.storage.views.values()]
+    assert sum(pool.nbytes for host in hosts for pool in host.pools) == whole
+
+
+def transfers(cache: Any, monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]) -> list[int]:
+    """Places of the layers whose pages came to the device during `action`."""
+    seen = []
+    whole = offload._Group._copy
+
+    def copy_and_note(self: Any, place: int) -> None:
+        seen.append(place)
+        whole(self, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offload._Group, "_copy", copy_and_note)
+        action()
+    return seen
+
+
+def test_every_layer_comes_once_a_step_and_ahead_of_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, model = make("codes", offload=True), build(NAME)
+
+    def step() -> None:
+        with torch.no_grad():
+            model(tokens(1, 1), past_key_values=cache)
+
+    with torch.no_grad():
+        model(tokens(1, 100), past_key_values=cache)
+    step()
+    assert transfers(cache, monkeypatch, step) == [0, 1, 2, 3, 4]
+
+    staging: list[Tensor | None] = []
+    for layer in model.model.layers:  # what is there already when a layer begins
+        place = layer.self_attn.layer_idx
+        layer.register_forward_pre_hook(
+            lambda *_, place=place: staging.append(cache.storage.views[0].host.group.staging[place % 2].owner == place)
+        )
+    try:
+        step()
+    finally:
+        for layer in model.model.layers:
+            layer._forward_pre_hooks.clear()
+    assert staging == [False, True, True, True, True], "an odd layer is last: its pool cannot take the first layer's"
+
+
+def test_pages_that_nobody_refers_to_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make("exact", offload=True)
+    with torch.no_grad():
+        build(NAME)(tokens(2, 200), past_key_values=cache)
+    host = cache.storage.views[3].host
+    assert len(host.group.layers[host.place].kept) == 2 * 12
+    cache.batch_select_indices(torch.tensor([0]))
+    cache.crop(-100)
+    with torch.no_grad():
+        build(NAME)(tokens(1, 1), past_key_values=cache)
+    assert len(host.group.layers[host.place].kept) == 6
+
+
+def test_writing_out_of_turn_is_noticed() -> None:
+    cache = make("exact", offload=True)
+    with torch.no_grad():
+        build(NAME)(tokens(1, 50), past_key_values=cache)
+    hosts = [view.host for view in cache.storage.views.values()]
+    hosts[0].bring()
+    with pytest.raises(RuntimeError, match="while another layer's pages were on the device"):
+        hosts[4].keep([0])
+
+
+@KINDS
+def test_sequences_and_copies(kind: str) -> None:
+    def history(cache: Any) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        cache.allocate_sequence("a")
+        seen = []
+        for i in range(12):
+            name = "a" if i < 6 or i % 2 else "b"
+            if i == 6:
+                cache.fork_sequence("a", "b")
+            for layer in range(LAYERS):
+                count = 13 + (layer if i == 5 else 0)  # layers that are ahead of others when the sequence is forked
+                k, v = torch.randn(2, 1, count, 16, generator=generator)
+                cache.append_tokens(name, layer, k, v)
+            if i == 9:
+                cache.crop_sequence("b", 40)
+            if i == 10:
+                cache = copy.deepcopy(cache)
+            seen += [x for layer in range(LAYERS) for x in cache.get_kv(name, layer)]
+        return seen
+
+    got, expected = history(make(kind, offload=True)), history(make(kind))
+    assert all(map(torch.equal, got, expected))
+
+
+def test_it_runs_eagerly_and_says_so() -> None:
+    for options in ({"compile": True}, {"compile": None}, {}):
+        cache = PagedPQCache(build(NAME).config, codebook_of(NAME), SMALL, offload=True, **options)
+        assert not cache.is_compileable
+        assert "offload=True" in cache.stats()["eager_because"]
+    assert make("codes").stats()["eager_because"].startswith("compile=False")
+    assert make("codes", compile=True).stats()["eager_because"] is None
+    assert copy.deepcopy(make("exact", offload=True)).stats()["eager_because"].startswith("offload=True")
+
+
+def test_what_runs_out_is_said_and_leaves_the_cache_usable() -> None:
+    cache = make("exact", offload=True)
+    with torch.no_grad():
+        build(NAME)(tokens(1, 500), past_key_values=cache)
+        with pytest.raises(PagesExhaustedError, match="PQC001"):
+            build(NAME)(tokens(1, 600), past_key_values=cache)
+        cache.crop(-100)
+        build(NAME)(tokens(1, 90), past_key_values=cache)
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=64, head_dim=256)
+    huge = PagedKVCache(config, page_size=512, max_pages=1 << 21, offload=True)
+    k = torch.zeros(1, 64, 3, 256)
+    with pytest.raises(CacheOutOfMemoryError, match=r"PQC004.*lower max_pages"):
+        huge.update(k, k, 0)
