@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_pqcache import cuda_engine, jit, layout
+from hf_pqcache import cuda_engine, jit, kernel_plan, layout
 from hf_pqcache.config import PQConfig
 from hf_pqcache.pool import LayerView
 from hf_pqcache.state import descriptor_row
@@ -145,7 +145,7 @@ class Layers:
         ]
         self.books = cuda_engine.prepare_layer(self.views[0]).tensors
         self.desc = torch.tensor([descriptor_row(view, self.books) for view in self.views], device="cuda")
-        self.geometry = cuda_engine.Geometry.of(self.views[0])
+        self.geometry = kernel_plan.Geometry.of(self.views[0])
         heads = case.kv_heads * case.group
         self.query = torch.randn(case.batch, heads, 1, case.head_dim, device="cuda").to(dtype)
         self.bytes_moved = self.coded_bytes + 4 * case.batch * case.kv_heads * (case.tokens - coded) * case.head_dim

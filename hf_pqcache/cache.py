@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from hf_pqcache import attention, cuda_engine, parallel
+from hf_pqcache import attention, kernel_plan, parallel
 from hf_pqcache.calibrate import learn_layer
 from hf_pqcache.codebook import Codebook, most_bytes
 from hf_pqcache.config import PQConfig
@@ -412,10 +412,10 @@ def _kernels_serve(text_config: PreTrainedConfig, settings: PQConfig | None) -> 
     dtype = getattr(text_config, "dtype", None) or torch.float16
     device = torch.device("cuda", torch.cuda.current_device())
     if settings is None:
-        return cuda_engine.select_paged(head_dim, head_dim, group, dtype, device).name != "torch"
+        return kernel_plan.select_paged(head_dim, head_dim, group, dtype, device).name != "torch"
     try:
         num_subspaces = settings.subspaces(head_dim)
     except ValueError:  # this head_dim cannot be cut so; the layers will say it
         return False
-    choice = cuda_engine.select(head_dim, head_dim, num_subspaces, settings.num_bits, group, dtype, device)
+    choice = kernel_plan.select(head_dim, head_dim, num_subspaces, settings.num_bits, group, dtype, device)
     return choice.name != "torch"

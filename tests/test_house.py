@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: {"config", "errors", "layout", "pq", "kmeans", "hub", "handles", "offload"},
     1: {"codebook", "pages", "plan", "pool", "state", "jit"},
-    2: {"torch_engine", "cuda_engine", "nvrtc", "parallel"},
+    2: {"torch_engine", "kernel_plan", "cuda_engine", "nvrtc", "parallel"},
     3: {"engine", "attention", "calibrate", "reference", "diagnose"},
     4: {"ops", "storage"},
     5: {"steps"},
@@ -20,7 +20,7 @@ FLOORS = {
     10: {"cli"},
 }
 #: Files of one floor that may know a sibling.
-SIBLINGS = {("cuda_engine", "jit"), ("pool", "pages"), ("state", "pool"), ("jit", "pool")}
+SIBLINGS = {("cuda_engine", "kernel_plan"), ("pool", "pages"), ("state", "pool"), ("jit", "pool")}
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 
 

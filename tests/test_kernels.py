@@ -11,7 +11,7 @@ import harness as h
 import pytest
 import torch
 
-from hf_pqcache import cuda_engine, jit, layout, nvrtc
+from hf_pqcache import jit, kernel_plan, layout, nvrtc
 from hf_pqcache.errors import NoKernelError
 
 TUNED = sorted(jit.tuned_shapes())
@@ -35,16 +35,16 @@ def _compile(spec: jit.KernelSpec, arch: int, tmp_path: Path) -> str:
     return ""
 
 
-def _geometry(shape: tuple[int, int, int]) -> cuda_engine.Geometry:
-    return cuda_engine.Geometry(*shape, 8, 1, 64, 4, 192, 100)
+def _geometry(shape: tuple[int, int, int]) -> kernel_plan.Geometry:
+    return kernel_plan.Geometry(*shape, 8, 1, 64, 4, 192, 100)
 
 
 def _attend_spec(
     shape: tuple[int, int, int], name: str, group: int, arch: int, mask: int = 0, tokens: int = 4096
 ) -> jit.KernelSpec:
     shared = {80: 166912, 90: 232448}[arch]
-    device = cuda_engine._Device(divmod(arch, 10), 132, shared)
-    return cuda_engine.attend_plan(_geometry(shape), group, name, False, mask, False, tokens, device).spec
+    device = kernel_plan.Device(divmod(arch, 10), 132, shared)
+    return kernel_plan.attend_plan(_geometry(shape), group, name, False, mask, False, tokens, device).spec
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -63,8 +63,8 @@ def test_other_kernels_compile(arch: int, tmp_path: Path) -> None:
     for shape in ((128, 64, 8), (256, 32, 5), (40, 40, 7)):
         _compile(_attend_spec(shape, "generic", 16, arch, mask=2), arch, tmp_path)
         for source in ("append.cu", "encode.cu"):
-            _compile(cuda_engine.encode_plan(shape, True, source).spec, arch, tmp_path)
-    _compile(cuda_engine.append_spec((128, 0, 0), True), arch, tmp_path)
+            _compile(kernel_plan.encode_plan(shape, True, source).spec, arch, tmp_path)
+    _compile(kernel_plan.append_spec((128, 0, 0), True), arch, tmp_path)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -288,14 +288,14 @@ def test_layout_orders_are_permutations() -> None:
 def test_a_cpu_cache_goes_to_torch_and_forcing_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (128, 128, 64, 8, 4, torch.float16, torch.device("cpu"))
     monkeypatch.delenv("HF_PQCACHE_KERNEL", raising=False)
-    assert cuda_engine.select(*arguments) == ("torch", "the cache is on cpu")
+    assert kernel_plan.select(*arguments) == ("torch", "the cache is on cpu")
     monkeypatch.setenv("HF_PQCACHE_KERNEL", "tuned")
     with pytest.raises(NoKernelError, match="PQC002"):
-        cuda_engine.select(*arguments)
+        kernel_plan.select(*arguments)
 
 
 def test_splits_fill_the_device_and_stop_at_short_sequences() -> None:
-    assert cuda_engine.num_splits(8, 131072, 132) == 16
-    assert cuda_engine.num_splits(64, 32768, 132) == 2
-    assert cuda_engine.num_splits(8, 16, 132) == 1
-    assert cuda_engine.num_splits(1000, 131072, 132) <= 3
+    assert kernel_plan.num_splits(8, 131072, 132) == 16
+    assert kernel_plan.num_splits(64, 32768, 132) == 2
+    assert kernel_plan.num_splits(8, 16, 132) == 1
+    assert kernel_plan.num_splits(1000, 131072, 132) <= 3

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pqcache import cuda_engine, jit, layout, pq
+from hf_pqcache import cuda_engine, jit, kernel_plan, layout, pq
 from hf_pqcache.config import PQConfig
 from hf_pqcache.pages import CODED, EXACT
 from hf_pqcache.pool import LayerView
@@ -24,7 +24,7 @@ from hf_pqcache.state import descriptor_row
 
 HERE = Path(__file__).parent
 #: The shared memory and multiprocessors of the device that is emulated: an H200.
-EMULATED = cuda_engine._Device((9, 0), 132, 232448)
+EMULATED = kernel_plan.Device((9, 0), 132, 232448)
 
 
 STRUCTS = {
@@ -39,7 +39,7 @@ class Case:
     """A layer with random contents and all that a call of its kernels takes."""
 
     view: LayerView
-    geometry: cuda_engine.Geometry
+    geometry: kernel_plan.Geometry
     desc: Tensor
     kept: tuple[Tensor, ...]  # books and tickets, addressed by desc
 
@@ -237,10 +237,10 @@ def attend_emulated(
     geometry = case.geometry
     group = q.shape[1] // geometry.kv_heads
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-    plan = cuda_engine.attend_plan(geometry, group, name, q.dtype == torch.bfloat16, kind, softcap != 0, 1, EMULATED)
+    plan = kernel_plan.attend_plan(geometry, group, name, q.dtype == torch.bfloat16, kind, softcap != 0, 1, EMULATED)
     spec = plan.spec
     if name == "tuned":  # a plan for so few tokens has one copy of the key table
-        shared = cuda_engine.tuned_shared_bytes(*jit.table_shape(spec.source), key_copies=copies)
+        shared = kernel_plan.tuned_shared_bytes(*jit.table_shape(spec.source), key_copies=copies)
         defines = tuple((dict(spec.defines) | {"PQ_KEY_COPIES": copies}).items())
         spec = dataclasses.replace(spec, shared_bytes=shared, defines=defines)
     out = torch.full((q.shape[0], 1, q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype)
@@ -266,18 +266,18 @@ class EmulatedKernel:
 
 def append_emulated(case: Case, k: Tensor, v: Tensor, flags: Tensor) -> None:
     """append.cu or append_paged.cu on the CPU."""
-    spec = cuda_engine.append_spec(case.geometry.shape, k.dtype == torch.bfloat16)
+    spec = kernel_plan.append_spec(case.geometry.shape, k.dtype == torch.bfloat16)
     view = case.view
     values = cuda_engine.append_values(k, v, case.desc, 1, view.counts, view.page_table, flags, case.geometry)
-    emulate(spec, "AppendArgs", cuda_engine.APPEND_ARGS, cuda_engine.append_grid(case.geometry), values)
+    emulate(spec, "AppendArgs", cuda_engine.APPEND_ARGS, kernel_plan.append_grid(case.geometry), values)
 
 
 def encode_emulated(case: Case, x: Tensor, which: str, page_ids: Tensor, first_token: Tensor) -> None:
     """encode.cu on the CPU."""
-    plan = cuda_engine.encode_plan(case.geometry.shape, x.dtype == torch.bfloat16, "encode.cu", cuda_engine.is_aligned(x))
+    plan = kernel_plan.encode_plan(case.geometry.shape, x.dtype == torch.bfloat16, "encode.cu", cuda_engine.is_aligned(x))
     pages, book = (case.view.key_pages, case.kept[0]) if which == "key" else (case.view.value_pages, case.kept[1])
     values = cuda_engine.encode_values(x, pages, book, page_ids, first_token, which, case.geometry)
-    grid = cuda_engine.encode_grid(case.geometry, x.shape[0], page_ids.shape[1], plan)
+    grid = kernel_plan.encode_grid(case.geometry, x.shape[0], page_ids.shape[1], plan)
     emulate(plan.spec, "EncodeArgs", cuda_engine.ENCODE_ARGS, grid, values)
 
 

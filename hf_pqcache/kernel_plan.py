@@ -1,0 +1,341 @@
+"""Which CUDA kernel serves a shape, and how it is launched: what depends on sizes only; touches no tensor's contents."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from hf_pqcache import jit, layout
+from hf_pqcache.errors import NoKernelError
+from hf_pqcache.pool import LayerView
+
+EngineName = Literal["tuned", "generic", "paged", "torch"]
+MAX_GROUP, MAX_HEAD_DIM, MIN_CAPABILITY = 16, 256, (8, 0)
+
+
+def inverse(divisor: int) -> int:
+    """ceil(2**32 / divisor), 0 for 1: what `divide` of kernels/page.cuh multiplies with."""
+    return -(-(1 << 32) // divisor) if divisor > 1 else 0
+
+
+class Choice(NamedTuple):
+    """Which engine serves a shape, and why."""
+
+    name: EngineName
+    reason: str
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of one layer's storage that a launch needs; equal for all layers of most caches.
+
+    window_slots counts the ring only, without sinks. num_subspaces and num_bits are 0 where pages hold the model's own
+    numbers, (max_pages, kv_heads, page_size, head_dim).
+    """
+
+    head_dim: int
+    num_subspaces: int
+    num_bits: int
+    kv_heads: int
+    batch: int
+    page_size: int
+    sink_tokens: int
+    window_slots: int
+    table_width: int
+
+    @classmethod
+    def of(cls, view: LayerView) -> Geometry:
+        batch, kv_heads, slots, head_dim = view.window_keys.shape
+        config, has_codes = view.config, view.codec.needs_centroids
+        return cls(
+            head_dim=head_dim,
+            num_subspaces=view.num_subspaces if has_codes else 0,
+            num_bits=config.num_bits if has_codes else 0,
+            kv_heads=kv_heads,
+            batch=batch,
+            page_size=config.page_size,
+            sink_tokens=config.sink_tokens,
+            window_slots=slots - config.sink_tokens,
+            table_width=view.page_table.shape[1],
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.head_dim, self.num_subspaces, self.num_bits
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that a row can hold."""
+        return self.sink_tokens + self.window_slots + self.table_width * self.page_size
+
+    @property
+    def is_exact(self) -> bool:
+        return self.num_subspaces == 0
+
+    @cached_property
+    def tail(self) -> tuple[int, ...]:
+        """The integers at the end of CacheArgs."""
+        return (
+            self.batch,
+            self.kv_heads,
+            self.table_width,
+            self.page_size,
+            self.sink_tokens,
+            self.window_slots,
+            inverse(self.page_size // layout.TILE_TOKENS),
+        )
+
+
+# -- choosing --------------------------------------------------------------------------------------------------------
+class Device(NamedTuple):
+    capability: tuple[int, int]
+    num_sms: int
+    shared_bytes: int  # most that a block may ask for
+
+
+@cache
+def device_of(index: int) -> Device:
+    p: Any = torch.cuda.get_device_properties(index)
+    return Device((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)
+
+
+def _tuned_warps(rows: int, tokens: int, capability: tuple[int, int]) -> int:
+    """Warps of a tuned kernel's block that has rows for so many heads and gets so many tokens.
+
+    Sixteen hide more of the way to memory, which pays for four heads and long sequences; twelve have more registers each,
+    are joined faster, and do as well elsewhere.
+    """
+    return 16 if rows == 4 and tokens > 4096 and capability >= (9, 0) else 12
+
+
+def tuned_shared_bytes(units: int, width: int, bits: int, key_copies: int) -> int:
+    """Shared memory of a tuned kernel; kernels/attend_tuned.cuh checks when compiled that it is enough."""
+    table = (1 << bits) * 256
+    keys = 2 * table + 128 if units == 64 and key_copies == 2 else table
+    return 1024 + max(keys + table + 128, _join_bytes(16, units * width))
+
+
+def _generic_shared_bytes(head_dim: int) -> int:
+    return 256 * 24 + 4 * (16 * head_dim + 32 * (head_dim + 1) + 16 * 32 + 3 * 16) + 64
+
+
+def _paged_warps(head_dim: int) -> int:
+    """Warps of attend_paged.cu: as many as have registers for a tile of keys, one of values and the sums."""
+    return 16 if head_dim <= 64 else 12 if head_dim <= 128 else 8
+
+
+def _join_bytes(warps: int, wide: int) -> int:
+    """join_bytes of kernels/softmax.cuh."""
+    return warps * 8 * (wide + 2) * 4 + 256 + warps * 32 * 24
+
+
+def _why_not_tuned(shape: tuple[int, int, int], available: int) -> str | None:
+    source = jit.tuned_shapes().get(shape)
+    if source is None:
+        return "no tuned kernel for head_dim={}, M={}, num_bits={}".format(*shape)
+    needed = tuned_shared_bytes(*jit.table_shape(source), key_copies=1)
+    if needed > available:
+        return f"the tuned kernel needs {needed} bytes of shared memory and the device gives a block {available}"
+    return None
+
+
+def _why_no_cuda(head_dim: int, value_dim: int, group: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the cache is on {device.type}"
+    if (missing := jit.why_unavailable()) is not None:
+        return missing
+    if torch.version.cuda is None:
+        return "torch is not built for CUDA"
+    if (capability := device_of(device.index or 0).capability) < MIN_CAPABILITY:
+        return f"compute capability {capability} is below {MIN_CAPABILITY}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"kernels take float16 or bfloat16, the model is {dtype}"
+    if not 1 <= group <= MAX_GROUP:
+        return f"{group} query heads for each KV head are more than {MAX_GROUP}"
+    if head_dim > MAX_HEAD_DIM or head_dim % 4:
+        return f"head_dim={head_dim} is above {MAX_HEAD_DIM} or no multiple of 4"
+    if value_dim != head_dim:
+        return f"value_dim={value_dim} differs from head_dim={head_dim}"
+    return None
+
+
+@cache
+def _select(
+    shape: tuple[int, int, int], value_dim: int, group: int, dtype: torch.dtype, device: torch.device, forced: str
+) -> Choice:
+    if forced not in ("", "tuned", "generic", "torch"):
+        raise ValueError(f"HF_PQCACHE_KERNEL={forced!r} is none of tuned, generic, torch")
+    if forced == "torch":
+        return Choice("torch", "forced by HF_PQCACHE_KERNEL")
+    why = _why_no_cuda(shape[0], value_dim, group, dtype, device)
+    if why is not None:
+        if forced:
+            raise NoKernelError(f"HF_PQCACHE_KERNEL={forced}, but {why}; unset it to use plain torch")
+        return Choice("torch", why)
+    why = _why_not_tuned(shape, device_of(device.index or 0).shared_bytes)
+    if forced == "generic":
+        return Choice("generic", "forced by HF_PQCACHE_KERNEL")
+    if why is None:
+        return Choice("tuned", "forced by HF_PQCACHE_KERNEL" if forced else f"kernels/{jit.tuned_shapes()[shape]}")
+    if forced == "tuned":
+        raise NoKernelError(f"HF_PQCACHE_KERNEL=tuned, but {why}; unset it to use the generic kernel")
+    return Choice("generic", why)
+
+
+def select(
+    head_dim: int,
+    value_dim: int,
+    num_subspaces: int,
+    num_bits: int,
+    group: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Choice:
+    """The engine for a layer: tuned, else generic, else torch. HF_PQCACHE_KERNEL forces one.
+
+    Raises NoKernelError (PQC002) if the forced one does not serve this shape.
+    """
+    forced = os.environ.get("HF_PQCACHE_KERNEL", "")
+    return _select((head_dim, num_subspaces, num_bits), value_dim, group, dtype, device, forced)
+
+
+def select_paged(head_dim: int, value_dim: int, group: int, dtype: torch.dtype, device: torch.device) -> Choice:
+    """The engine for a layer of exact pages: paged, else torch. HF_PQCACHE_KERNEL=torch forces the latter."""
+    if os.environ.get("HF_PQCACHE_KERNEL", "") == "torch":
+        return Choice("torch", "forced by HF_PQCACHE_KERNEL")
+    why = _why_no_cuda(head_dim, value_dim, group, dtype, device)
+    if why is None and head_dim % 8:
+        why = f"head_dim={head_dim} is no multiple of 8"
+    return Choice("paged", "kernels/attend_paged.cu") if why is None else Choice("torch", why)
+
+
+# -- planning --------------------------------------------------------------------------------------------------------
+def table_bytes(shape: tuple[int, int, int]) -> int:
+    """Bytes of one head's table in a book; 0 for shapes without a tuned kernel."""
+    source = jit.tuned_shapes().get(shape)
+    return 0 if source is None else (1 << jit.table_shape(source)[2]) * 256
+
+
+class AttendPlan(NamedTuple):
+    """A kernel and its launch: what depends on shapes only."""
+
+    spec: jit.KernelSpec
+    splits: int
+    grid: tuple[int, int, int]
+    partial_floats: int
+
+
+def num_splits(blocks: int, tokens: int, slots: int, fixed_tokens: int = 1500) -> int:
+    """Parts to cut each sequence into: the fewest that nearly minimize waves * (fixed + tokens of a part).
+
+    blocks: thread blocks without splits. slots: thread blocks the device runs at once. fixed_tokens: what a block costs
+    without tokens (tables, merging), in tokens; measured on an H200.
+    """
+    best, best_cost = 1, float("inf")
+    for splits in range(1, max(1, min(slots, tokens // 64)) + 1):
+        waves = -(-blocks * splits // slots)
+        cost = waves * (fixed_tokens + tokens / splits) + 4 * splits
+        if cost < best_cost * 0.99:
+            best, best_cost = splits, cost
+    return best
+
+
+@lru_cache(maxsize=4096)
+def attend_plan(
+    geometry: Geometry, group: int, name: str, bf16: bool, mask: int, softcap: bool, max_tokens: int, device: Device
+) -> AttendPlan:
+    """The launch for sequences of at most max_tokens. mask: 0 none, 1 bool, 2 additive."""
+    defines = {"PQ_BF16": int(bf16), "PQ_MASK": mask, "PQ_SOFTCAP": int(softcap)}
+    blocks = geometry.batch * geometry.kv_heads
+    if name == "tuned":
+        source = jit.tuned_shapes()[geometry.shape]
+        units, width, bits = jit.table_shape(source)
+        blocks *= -(-group // 8)
+        splits = num_splits(blocks, max_tokens, device.num_sms)
+        # The second copy of the key table costs 1 us to load and pays where a block has many tiles.
+        fits = tuned_shared_bytes(units, width, bits, 2) <= device.shared_bytes
+        copies = 2 if fits and max_tokens > 1024 * splits else 1
+        heads = min(-(-group // -(-group // 8)), 8)  # of one block
+        rows = 2 if heads <= 2 else 4 if heads <= 4 else 8
+        warps = _tuned_warps(rows, max_tokens // splits, device.capability)
+        defines |= {"PQ_HEADS": rows, "PQ_KEY_COPIES": copies, "PQ_WARPS": warps}
+        shared = tuned_shared_bytes(units, width, bits, copies)
+        spec = jit.KernelSpec(source, "attend", warps * 32, shared, tuple(defines.items()), overlaps=True)
+        row = units * width + 2
+    elif name == "paged":
+        head_dim, warps, wide = geometry.head_dim, _paged_warps(geometry.head_dim), -(-geometry.head_dim // 64) * 64
+        defines |= {"PQ_DIM": head_dim, "PQ_WARPS": warps}
+        spec = jit.KernelSpec(
+            "attend_paged.cu", "attend", warps * 32, _join_bytes(warps, wide), tuple(defines.items()), overlaps=True
+        )
+        blocks *= -(-group // 8)
+        splits = num_splits(blocks, max_tokens, device.num_sms, fixed_tokens=40000 // head_dim)
+        row = wide + 2
+    else:
+        head_dim, num_subspaces, num_bits = geometry.shape
+        defines |= {"PQ_DIM": head_dim, "PQ_SUBSPACES": num_subspaces, "PQ_BITS": num_bits}
+        defines["PQ_TABLE_BYTES"] = table_bytes(geometry.shape)
+        shared = _generic_shared_bytes(head_dim)
+        spec = jit.KernelSpec("attend_generic.cu", "attend", 256, shared, tuple(defines.items()))
+        splits = num_splits(blocks, max_tokens, 4 * device.num_sms)
+        row = head_dim + 2
+    partial = geometry.batch * geometry.kv_heads * splits * group * row if splits > 1 else 0
+    grid = (splits, blocks // geometry.kv_heads, geometry.kv_heads)
+    return AttendPlan(spec, splits, grid, partial)
+
+
+class EncodePlan(NamedTuple):
+    """An encoding kernel and the tokens that one of its blocks takes."""
+
+    spec: jit.KernelSpec
+    tokens: int
+
+
+@cache
+def encode_plan(shape: tuple[int, int, int], bf16: bool, source: str, is_aligned: bool = False) -> EncodePlan:
+    """Plan of encode.cu or append.cu: as many warps as their centroid tables leave room for, eight at most."""
+    head_dim, num_subspaces, num_bits = shape
+    width = head_dim // num_subspaces
+    table = (1 << num_bits) * (width + 1) * 4
+    a_lane = 1 if source == "append.cu" else 8 if width <= 4 else 4 if width <= 8 else 2 if width <= 16 else 1
+    tokens = 32 * a_lane
+    warps = next(w for w in (8, 4, 2) if w * table + tokens * num_subspaces <= 96 * 1024 or w == 2)
+    defines = {"PQ_BF16": int(bf16), "PQ_DIM": head_dim, "PQ_SUBSPACES": num_subspaces, "PQ_BITS": num_bits}
+    defines |= {"PQ_TABLE_BYTES": table_bytes(shape), "PQ_WARPS": warps, "PQ_VECTOR": int(is_aligned)}
+    shared = warps * table + tokens * num_subspaces
+    entry = source.removesuffix(".cu")
+    spec = jit.KernelSpec(source, entry, warps * 32, shared, tuple(defines.items()), overlaps=source == "append.cu")
+    return EncodePlan(spec, tokens)
+
+
+def append_spec(shape: tuple[int, int, int], bf16: bool) -> jit.KernelSpec:
+    """append.cu, or append_paged.cu for exact pages, where bits are copied as they are."""
+    if shape[1]:
+        return encode_plan(shape, bf16, "append.cu").spec
+    return _copying_spec(shape[0])
+
+
+@cache
+def _copying_spec(head_dim: int) -> jit.KernelSpec:
+    return jit.KernelSpec("append_paged.cu", "append", 256, 0, (("PQ_DIM", head_dim),), overlaps=True)
+
+
+def append_grid(geometry: Geometry) -> tuple[int, int, int]:
+    return geometry.batch * geometry.kv_heads * 2 * (-(-geometry.page_size // 32)), 1, 1
+
+
+def encode_grid(geometry: Geometry, rows: int, pages_per_row: int, plan: EncodePlan) -> tuple[int, int, int]:
+    return rows * geometry.kv_heads * -(-pages_per_row * geometry.page_size // plan.tokens), 1, 1
+
+
+def specs(shape: tuple[int, int, int], capability: tuple[int, int], shared_bytes: int) -> list[jit.KernelSpec]:
+    """The kernels that a layer of (head_dim, M, num_bits) uses on such a device: to attend, to append, to encode."""
+    device = Device(capability, 132, shared_bytes)
+    name = "tuned" if _why_not_tuned(shape, shared_bytes) is None else "generic"
+    geometry = Geometry(*shape, kv_heads=8, batch=1, page_size=64, sink_tokens=4, window_slots=192, table_width=1000)
+    attending = attend_plan(geometry, 4, name, False, 0, False, 4096, device).spec
+    return [attending, *(encode_plan(shape, False, source).spec for source in ("append.cu", "encode.cu"))]
