@@ -22,6 +22,8 @@ Status = Literal["ok", "note", "fail"]
 ARCHITECTURES = {(8, 0): 166_912, (9, 0): 232_448}
 #: A shape without a tuned kernel, so that the generic one is compiled as well.
 GENERIC_SHAPE = (80, 40, 5)
+#: head_dim of exact pages, and no codes.
+PAGED_SHAPE = (128, 0, 0)
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "huggingface_hub", "datasets")
 _CUPY = {"cupy-cuda12x": 12, "cupy-cuda13x": 13, "cupy": 0}
 
@@ -161,10 +163,10 @@ def _kernels() -> Iterator[Finding]:
         targets = {(p.major, p.minor): p.shared_memory_per_block_optin}
     else:
         targets = ARCHITECTURES
-    for shape in [*sorted(jit.tuned_shapes()), GENERIC_SHAPE]:
+    for shape in [*sorted(jit.tuned_shapes()), GENERIC_SHAPE, PAGED_SHAPE]:
         errors = kernel_errors(shape, targets)
-        kind = "tuned" if shape in jit.tuned_shapes() else "generic"
-        name = "kernels d={} M={} n={}".format(*shape)
+        kind = "exact pages" if shape == PAGED_SHAPE else "tuned" if shape in jit.tuned_shapes() else "generic"
+        name = f"kernels d={shape[0]}" + ("" if shape == PAGED_SHAPE else " M={} n={}".format(*shape[1:]))
         where = ", ".join(f"sm_{major}{minor}" for major, minor in targets)
         if errors:
             yield Finding(name, "fail", errors[0], "pip install --upgrade --force-reinstall hf-pqcache nvidia-cuda-nvrtc-cu12")
@@ -175,6 +177,7 @@ def _kernels() -> Iterator[Finding]:
 def kernel_errors(shape: tuple[int, int, int], targets: Mapping[tuple[int, int], int]) -> list[str]:
     """Compile what a layer of (head_dim, M, num_bits) uses, with NVRTC -> what failed, and the compiler's first words.
 
+    shape: M = num_bits = 0 for exact pages.
     targets: compute capability -> bytes of shared memory that a block may have.
     """
     return [

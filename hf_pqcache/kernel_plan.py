@@ -333,9 +333,13 @@ def encode_grid(geometry: Geometry, rows: int, pages_per_row: int, plan: EncodeP
 
 
 def specs(shape: tuple[int, int, int], capability: tuple[int, int], shared_bytes: int) -> list[jit.KernelSpec]:
-    """The kernels that a layer of (head_dim, M, num_bits) uses on such a device: to attend, to append, to encode."""
+    """The kernels that a layer of (head_dim, M, num_bits) uses on such a device: to attend, to append, to encode.
+
+    (head_dim, 0, 0) is a layer of exact pages, which torch fills at prefill.
+    """
     device = Device(capability, 132, shared_bytes)
-    name = "tuned" if _why_not_tuned(shape, shared_bytes) is None else "generic"
+    name = "paged" if not shape[1] else "tuned" if _why_not_tuned(shape, shared_bytes) is None else "generic"
     geometry = Geometry(*shape, kv_heads=8, batch=1, page_size=64, sink_tokens=4, window_slots=192, table_width=1000)
     attending = attend_plan(geometry, 4, name, False, 0, False, 4096, device).spec
-    return [attending, *(encode_plan(shape, False, source).spec for source in ("append.cu", "encode.cu"))]
+    encoding = [encode_plan(shape, False, "encode.cu").spec] if shape[1] else []
+    return [attending, append_spec(shape, False), *encoding]
