@@ -1,6 +1,7 @@
-"""Times decode attention over codes against every fp16 path of torch; knows kernels and storage, no models.
+"""Times decode attention over pages against every fp16 path of torch; knows kernels and storage, no models.
 
-One run measures the copy bandwidth first, checks each case against float64, then times ours and SDPA (flash, cuDNN,
+One run measures the copy bandwidth first, checks each case against float64, then times ours - also with a mask that hides
+nothing, as compiled generate passes one - and SDPA (flash, cuDNN,
 memory-efficient; the query as (B, Hq, 1, d) with enable_gqa and as (B, H, G, d)) by CUDA graphs over inputs that
 rotate through more memory than the L2 cache holds.
 """
@@ -21,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_pqcache import cuda_engine, jit, kernel_plan, layout
+from hf_pqcache import cuda_engine, jit, layout
 from hf_pqcache.config import PQConfig
+from hf_pqcache.pages import CODED, EXACT
 from hf_pqcache.pool import LayerView
 from hf_pqcache.state import descriptor_row
 
@@ -36,7 +38,10 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One decode step of one layer: `tokens` held by each of `batch` rows, window included."""
+    """One decode step of one layer: `tokens` held by each of `batch` rows, window included.
+
+    num_subspaces = num_bits = 0: pages of exact tokens, as in PagedKVCache.
+    """
 
     batch: int
     kv_heads: int
@@ -48,8 +53,19 @@ class Case:
     page_size: int = 64
     dtype: str = "float16"
 
+    @property
+    def is_exact(self) -> bool:
+        return self.num_subspaces == 0
+
+    @property
+    def cache_config(self) -> PQConfig:
+        if self.is_exact:
+            return PQConfig(page_size=self.page_size, sink_tokens=0, extended_residual=1)
+        return PQConfig(num_subspaces=self.num_subspaces, num_bits=self.num_bits, page_size=self.page_size)
+
     def __str__(self) -> str:
-        shape = f"d={self.head_dim} M={self.num_subspaces} n={self.num_bits}"
+        codes = "exact pages" if self.is_exact else f"M={self.num_subspaces} n={self.num_bits}"
+        shape = f"d={self.head_dim} {codes}"
         return f"({self.batch}, {self.kv_heads}, {self.group}, {self.tokens}) {shape}"
 
 
@@ -66,6 +82,8 @@ DEFAULT_CASES = (
     Case(1, 32, 1, 2048),
     Case(1, 8, 8, 2048),
     Case(16, 8, 4, 2048),
+    Case(1, 8, 4, 32768, num_subspaces=0, num_bits=0),
+    Case(8, 8, 4, 32768, num_subspaces=0, num_bits=0),
 )
 
 
@@ -112,27 +130,31 @@ class Layers:
     """Storage of one case, as `sets` layers that share a pool but no page, filled at random."""
 
     def __init__(self, case: Case) -> None:
-        config = PQConfig(num_subspaces=case.num_subspaces, num_bits=case.num_bits, page_size=case.page_size)
+        config = case.cache_config
         self.case, self.config = case, config
         coded = config.coded_tokens(case.tokens)
         width = coded // case.page_size
-        page_bytes = config.code_bytes(case.head_dim)
+        dtype = getattr(torch, case.dtype)
+        page_bytes = 2 * case.page_size * case.head_dim if case.is_exact else config.code_bytes(case.head_dim)
         per_set = case.batch * width
         self.coded_bytes = 2 * per_set * case.kv_heads * page_bytes
         self.sets = max(1, min(16, math.ceil(ROTATED_BYTES / max(self.coded_bytes, 1))))
-        pool = (self.sets * per_set, case.kv_heads, page_bytes)
-        dtype = getattr(torch, case.dtype)
+        pool = (self.sets * per_set, case.kv_heads)
         order = torch.randperm(pool[0], device="cuda", dtype=torch.int32).view(self.sets, case.batch, width)
         window = (case.batch, case.kv_heads, config.sink_tokens + config.window_slots, case.head_dim)
-        codes = [torch.randint(0, 256, pool, dtype=torch.uint8, device="cuda") for _ in range(2)]
-        books = (case.kv_heads, case.num_subspaces, 1 << case.num_bits, case.head_dim // case.num_subspaces)
-        centroids = [torch.randn(books, device="cuda").half() for _ in range(2)]
+        if case.is_exact:
+            pages = [torch.randn(*pool, case.page_size, case.head_dim, dtype=dtype, device="cuda") for _ in range(2)]
+            centroids = [torch.empty(0, device="cuda")] * 2
+        else:
+            pages = [torch.randint(0, 256, (*pool, page_bytes), dtype=torch.uint8, device="cuda") for _ in range(2)]
+            books = (case.kv_heads, case.num_subspaces, 1 << case.num_bits, case.head_dim // case.num_subspaces)
+            centroids = [torch.randn(books, device="cuda").half() for _ in range(2)]
         self.views = [
             LayerView(
                 config=config,
                 num_subspaces=case.num_subspaces,
-                key_pages=codes[0],
-                value_pages=codes[1],
+                key_pages=pages[0],
+                value_pages=pages[1],
                 key_centroids=centroids[0],
                 value_centroids=centroids[1],
                 window_keys=torch.randn(window, device="cuda").to(dtype),
@@ -140,20 +162,22 @@ class Layers:
                 counts=torch.tensor([[case.tokens, coded]] * case.batch, dtype=torch.int32, device="cuda"),
                 starts=torch.zeros(case.batch, dtype=torch.int32, device="cuda"),
                 page_table=order[i].contiguous(),
+                codec=EXACT if case.is_exact else CODED,
             )
             for i in range(self.sets)
         ]
-        self.books = cuda_engine.prepare_layer(self.views[0]).tensors
+        self.geometry, self.books = cuda_engine.prepare_layer(self.views[0])
         self.desc = torch.tensor([descriptor_row(view, self.books) for view in self.views], device="cuda")
-        self.geometry = kernel_plan.Geometry.of(self.views[0])
         heads = case.kv_heads * case.group
         self.query = torch.randn(case.batch, heads, 1, case.head_dim, device="cuda").to(dtype)
+        # Compiled generate always passes a mask as wide as the cache; it is False beyond the row.
+        self.mask = (torch.arange(case.tokens + 4096, device="cuda") < case.tokens)[None, None, None]
         self.bytes_moved = self.coded_bytes + 4 * case.batch * case.kv_heads * (case.tokens - coded) * case.head_dim
 
-    def attend(self, i: int, name: str) -> Tensor:
+    def attend(self, i: int, name: str, is_masked: bool = False) -> Tensor:
         view = self.views[i]
         return cuda_engine.attend(
-            self.query, self.desc, i, view.counts, view.starts, view.page_table, None, None,
+            self.query, self.desc, i, view.counts, view.starts, view.page_table, self.mask if is_masked else None, None,
             self.geometry, self.case.head_dim**-0.5, 0.0, self.case.tokens, name,
         )  # fmt: skip
 
@@ -161,33 +185,38 @@ class Layers:
         """(H, tokens, d) in float64, as the storage says."""
         view, config, case = self.views[i], self.config, self.case
         coded, sinks = config.coded_tokens(case.tokens), config.sink_tokens
-        order_of = layout.key_order if which == "key" else layout.value_order
         pages, centroids, window = (
             (view.key_pages, view.key_centroids, view.window_keys)
             if which == "key"
             else (view.value_pages, view.value_centroids, view.window_values)
         )
-        order = order_of(config.page_size, case.num_subspaces, config.num_bits)
-        codes = layout.unpack_pages(pages[view.page_table[row].long()], order, case.num_subspaces, config.num_bits)
-        codes = codes.transpose(0, 1).flatten(1, 2)  # (H, coded, M)
-        subspace = torch.arange(case.num_subspaces, device="cuda")
-        decoded = torch.stack([centroids[h].double()[subspace, codes[h].long()].flatten(-2) for h in range(case.kv_heads)])
+        stored = pages[view.page_table[row].long()]
+        if case.is_exact:
+            decoded = stored.transpose(0, 1).flatten(1, 2).double()
+        else:
+            order_of = layout.key_order if which == "key" else layout.value_order
+            order = order_of(config.page_size, case.num_subspaces, config.num_bits)
+            codes = layout.unpack_pages(stored, order, case.num_subspaces, config.num_bits)
+            codes = codes.transpose(0, 1).flatten(1, 2)  # (H, coded, M)
+            subspace = torch.arange(case.num_subspaces, device="cuda")
+            parts = [centroids[h].double()[subspace, codes[h].long()].flatten(-2) for h in range(case.kv_heads)]
+            decoded = torch.stack(parts)
         tokens = torch.arange(sinks + coded, case.tokens, device="cuda")
         slots = sinks + (tokens - sinks) % config.window_slots
         return torch.cat([window[row, :, :sinks].double(), decoded, window[row][:, slots].double()], dim=1)
 
     def error(self, name: str) -> float:
-        """Relative L2 distance of the first set's output from float64 attention."""
+        """Relative L2 distance from float64 attention of the first set's output, without or with the mask: the larger."""
         case = self.case
-        out = self.attend(0, name).double()[:, 0]
-        wrong = total = 0.0
+        outs = [self.attend(0, name, is_masked).double()[:, 0] for is_masked in (False, True)]
+        wrong, total = [0.0, 0.0], 0.0
         for row in range(case.batch):
             query = self.query[row, :, 0].double().view(case.kv_heads, case.group, case.head_dim)
             score = query @ self.tokens_of(0, row, "key").transpose(1, 2) * case.head_dim**-0.5
             want = (score.softmax(-1) @ self.tokens_of(0, row, "value")).flatten(0, 1)
-            wrong += float((out[row] - want).square().sum())
+            wrong = [sum_ + float((out[row] - want).square().sum()) for sum_, out in zip(wrong, outs, strict=True)]
             total += float(want.square().sum())
-        return math.sqrt(wrong / total)
+        return math.sqrt(max(wrong) / total)
 
 
 def time_sdpa(case: Case) -> dict[str, float]:
@@ -218,6 +247,11 @@ def time_sdpa(case: Case) -> dict[str, float]:
     return times
 
 
+def kernels_of(case: Case, names: Sequence[str]) -> Sequence[str]:
+    """The kernels to time for a case: `names` where pages hold codes."""
+    return ("paged",) if case.is_exact else names
+
+
 def time_ours(case: Case, bandwidth: float, names: Sequence[str]) -> dict[str, float]:
     """Microseconds, error and floor of our kernels; the storage is freed again on return."""
     layers = Layers(case)
@@ -227,14 +261,16 @@ def time_ours(case: Case, bandwidth: float, names: Sequence[str]) -> dict[str, f
         error = layers.error(name)
         if not error < tolerance:
             raise RuntimeError(f"{name} kernel is wrong for {case}: relative L2 error {error:.2e}")
-        calls = [partial(layers.attend, i, name) for i in range(layers.sets)]
-        result[f"{name}_us"] = graph_time_us(calls * max(1, 4 // layers.sets))
+        for is_masked, key in ((False, f"{name}_us"), (True, f"{name}_masked_us")):
+            calls = [partial(layers.attend, i, name, is_masked) for i in range(layers.sets)]
+            result[key] = graph_time_us(calls * max(1, 4 // layers.sets))
         result[f"{name}_error"] = error
     return result
 
 
 def bench_case(case: Case, bandwidth: float, names: Sequence[str] = ("tuned",), baseline: bool = True) -> dict[str, Any]:
-    """Check, then time one case. Raises RuntimeError if a kernel is wrong."""
+    """Check, then time one case; `names` are the kernels for codes. Raises RuntimeError if a kernel is wrong."""
+    names = kernels_of(case, names)
     result: dict[str, Any] = asdict(case) | time_ours(case, bandwidth, names)
     if baseline:
         result["fp16_us"] = time_sdpa(case)
@@ -251,14 +287,15 @@ def bench_kernel(cases: Sequence[Case] = DEFAULT_CASES, names: Sequence[str] = (
         raise RuntimeError(f"the kernel benchmark needs a GPU and CuPy: {missing or 'torch sees no CUDA device'}")
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s (read + written) is the ceiling")
-    columns = ("ours us", "floor us", "fp16 us", "speedup", "rel. L2")
+    columns = ("ours us", "masked us", "floor us", "fp16 us", "speedup", "rel. L2")
     print(f"{'(batch, KV heads, group, tokens)':42s}" + "".join(f"{name:>10s}" for name in columns))
     results = []
     for case in cases:
         r = bench_case(case, bandwidth, names)
-        ours, best = r[f"{names[0]}_us"], r["best_fp16_us"]
-        row = f"{case!s:42s}{ours:10.1f}{r['floor_us']:10.1f}{best:10.1f}{r['speedup']:9.2f}x"
-        print(f"{row}{r[f'{names[0]}_error']:10.1e} {r['best_fp16']}", flush=True)
+        name = kernels_of(case, names)[0]
+        times = [r[f"{name}_us"], r[f"{name}_masked_us"], r["floor_us"], r["best_fp16_us"]]
+        row = f"{case!s:42s}" + "".join(f"{us:10.1f}" for us in times) + f"{r['speedup']:9.2f}x"
+        print(f"{row}{r[f'{name}_error']:10.1e} {r['best_fp16']}", flush=True)
         results.append(r | {"copy_tb_per_s": bandwidth / 1e12, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__})
     return results
 

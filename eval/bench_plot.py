@@ -79,7 +79,7 @@ def _kernel(rows: list[dict[str, Any]]) -> tuple[Figure, str]:
     keys: list[Any] = [mpl.patches.Patch(color=colour, label=f"fp16 {name}") for name, colour in colours.items()]
     keys.append(Line2D([], [], color=LIGHT["ink"], linewidth=1.6, label="ceiling: our bytes at copy bandwidth"))
     figure.legend(handles=keys, loc="outside lower left", ncols=4)
-    return figure, "Decode attention over codes against every fp16 path"
+    return figure, "Decode attention over pages against every fp16 path"
 
 
 def _by_backend(times: dict[str, float]) -> dict[str, float]:
@@ -90,7 +90,8 @@ def _by_backend(times: dict[str, float]) -> dict[str, float]:
 def _case(row: dict[str, Any]) -> str:
     heads = f"{row['kv_heads']} KV heads x {row['group']}"
     bits = row["num_subspaces"] * row["num_bits"] / row["head_dim"]
-    return f"batch {row['batch']}, {tokens_text(row['tokens'])} tokens\n{heads}, {bits:g} bits"
+    stored = f"{bits:g} bits" if bits else "exact pages"
+    return f"batch {row['batch']}, {tokens_text(row['tokens'])} tokens\n{heads}, {stored}"
 
 
 def _generate(rows: list[dict[str, Any]]) -> tuple[Figure, str]:

@@ -41,11 +41,16 @@ def _end(rows: list[dict[str, Any]], json_file: Path | None, plot: Path | None, 
 
 
 @command.command()
-@click.option("--case", "cases", multiple=True, help="batch,kv_heads,group,tokens[,head_dim,M,bits]; may be repeated.")
+@click.option(
+    "--case",
+    "cases",
+    multiple=True,
+    help="batch,kv_heads,group,tokens[,head_dim,M,bits], M = bits = 0 for exact pages; may be repeated.",
+)
 @click.option("--json", "json_file", type=FILE, help="Write the JSON document here instead of to the output.")
 @click.option("--plot", type=FILE, help="Draw the speed-ups here (PNG; needs matplotlib).")
 def kernel(cases: Sequence[str], json_file: Path | None, plot: Path | None) -> None:
-    """Decode attention over codes against torch's fp16 attention: flash, cuDNN, memory-efficient.
+    """Decode attention over pages, of codes or exact, against torch's fp16 attention: flash, cuDNN, memory-efficient.
 
     Example:  pqcache bench kernel --case 1,8,4,131072
     """
