@@ -7,7 +7,7 @@ has kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -161,7 +161,7 @@ def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
     return float(likelihood), bool((logits.argmax(-1) == wanted).all())
 
 
-def _batches(requests: Any, size: int) -> list[list[_Request]]:
+def _batches(requests: Iterable[_Request], size: int) -> list[list[_Request]]:
     """Batches of equal prefix length, the longest first: what does not fit in memory fails at once."""
     ordered = sorted(requests, key=lambda request: (-request.prefix, -request.scored, request.tokens))
     batches: list[list[_Request]] = []

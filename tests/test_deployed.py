@@ -12,8 +12,10 @@ import torch
 from hf_pqcache.calibrate import calibrate
 from hf_pqcache.config import PQConfig
 from hf_pqcache.demo import MODEL, TEXT
+from hf_pqcache.errors import PagesExhaustedError
 from hf_pqcache.eval.caches import CacheSpec, head_dim, storage_bytes, weigh
 from hf_pqcache.eval.deployed import cache_perplexity
+from hf_pqcache.eval.memory import measure_memory
 from hf_pqcache.eval.models import load_model, public_name
 from hf_pqcache.eval.perplexity import perplexity, token_ids
 
@@ -70,6 +72,17 @@ def test_peers_run_weigh_and_cost_more_with_fewer_bits(tiny: Any, text: str) -> 
     value = cache_perplexity(model, ids, lambda n: spec.make(model, n), chunk=16, **common)
     assert value != pytest.approx(exact, rel=1e-6)
     assert value == pytest.approx(exact, rel=0.02 if text in ("quanto:4", "hqq:4", "fp8") else 1.0)
+
+
+@pytest.mark.parametrize("name", ["pq", "paged-kv"])
+def test_a_pool_is_made_for_all_rows_of_a_batch(tiny: Any, name: str) -> None:
+    model = tiny[0]
+    shape = PQConfig(num_subspaces=16, num_bits=4, page_size=16, max_pages=1, extended_residual=16, learn_tokens=32)
+    spec = CacheSpec.parse(name, head_dim(model), shape)
+    found = measure_memory(model, lambda: spec.make(model, 130, 3), tokens=126, batch=3)
+    assert found.cache.tokens > 0
+    with pytest.raises(PagesExhaustedError):
+        measure_memory(model, lambda: spec.make(model, 130), tokens=126, batch=3)
 
 
 def test_a_missing_library_is_named_with_the_line_to_type(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
