@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from hf_pqcache import attention, kernel_plan, parallel
 from hf_pqcache.calibrate import learn_layer
 from hf_pqcache.codebook import Codebook, most_bytes
-from hf_pqcache.config import PQConfig
+from hf_pqcache.config import PQConfig, choose_page_size
 from hf_pqcache.layer import PagedLayer
 from hf_pqcache.pages import EXACT
 from hf_pqcache.plan import DECODED, SingleAttention, why_exact
@@ -264,7 +264,11 @@ class PagedPQCache(PagedCache):
             codes; see offload.py.
         tp_rank: under tensor parallelism, this process's rank among those that share the model's KV heads: which heads
             of the codebook are its own. None takes torch.distributed's rank, if all its processes share them.
-        **overrides: single settings of PQConfig, e.g. `max_pages=4000`.
+        expected_tokens: length of a sequence, prompt and new tokens together. `page_size="auto"` goes by it, see
+            `choose_page_size`; a pool without room for one such sequence is refused at once.
+        **overrides: single settings of PQConfig, e.g. `max_pages=4000`; also `page_size="auto"`.
+
+    The pool never grows: a token that finds no page is refused with PagesExhaustedError (PQC001).
 
     Raises:
         ValueError: the codebook was made for another model, or a setting is out of range.
@@ -279,10 +283,15 @@ class PagedPQCache(PagedCache):
         compile: bool | None = None,
         offload: bool = False,
         tp_rank: int | None = None,
+        expected_tokens: int | None = None,
         **overrides: Any,
     ) -> None:
         text_config = config.get_text_config(decoder=True)
+        if "page_size" in overrides:
+            overrides["page_size"] = choose_page_size(overrides["page_size"], expected_tokens)
         settings = (pq_config or PQConfig()).replace(**overrides)
+        if expected_tokens is not None:
+            settings.check_room(expected_tokens)
         if codebook is not None:
             codebook.check_model(config)
             settings = settings.replace(num_subspaces=codebook.num_subspaces, num_bits=codebook.num_bits)
@@ -360,8 +369,9 @@ class PagedKVCache(PagedCache):
 
     Args:
         config: the model's config (`model.config`).
-        page_size: tokens a page holds; a multiple of 16 from 16 to 512.
-        max_pages: pages of the preallocated pool, shared by all sequences of the cache.
+        page_size: tokens a page holds; a multiple of 16 from 16 to 512, or "auto".
+        max_pages: pages of the preallocated pool, shared by all sequences of the cache. It never grows (PQC001).
+        expected_tokens: as in PagedPQCache.
         compile: whether `generate` may compile the decode step. None means as for PagedPQCache.
         offload: keep the pages in pinned host memory, as in PagedPQCache.
     """
@@ -370,12 +380,16 @@ class PagedKVCache(PagedCache):
         self,
         config: PreTrainedConfig,
         *,
-        page_size: int = 64,
+        page_size: int | str = 64,
         max_pages: int = 1000,
+        expected_tokens: int | None = None,
         compile: bool | None = None,
         offload: bool = False,
     ) -> None:
+        page_size = choose_page_size(page_size, expected_tokens)
         settings = PQConfig(page_size=page_size, max_pages=max_pages, sink_tokens=0, extended_residual=1)
+        if expected_tokens is not None:
+            settings.check_room(expected_tokens)
         layers: list[Any] = DynamicCache(config=config).layers
         if compile is None:
             compile = _kernels_serve(config.get_text_config(decoder=True), None)
