@@ -171,7 +171,7 @@ __device__ __forceinline__ void merge_splits(const AttendArgs& a, int block_row,
 }
 
 // Shared memory that Join takes.
-constexpr int join_bytes(int warps, int wide) { return warps * 8 * (wide + 2) * 4 + 64 * 4 + warps * 32 * 24; }
+__device__ constexpr int join_bytes(int warps, int wide) { return warps * 8 * (wide + 2) * 4 + 64 * 4 + warps * 32 * 24; }
 
 // Joins the warps of a block, and the last block of a (row, KV head) joins the splits. A warp has eight rows of WIDE
 // sums, CLASSES for each head: row lane / 4 is that of the lane, and the four lanes of a row hold parts of its sum of
