@@ -47,6 +47,17 @@ def _attend_spec(
     return kernel_plan.attend_plan(_geometry(shape), group, name, False, mask, False, tokens, device).spec
 
 
+@pytest.mark.skipif(nvrtc.find() is None, reason="NVRTC is not installed (pip install nvidia-cuda-nvrtc-cu12)")
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("shape", [(128, 64, 8), (64, 32, 6), (80, 40, 5), (128, 0, 0)], ids=str)
+def test_nvrtc_compiles_every_kind_of_kernel(shape: tuple[int, int, int], arch: int) -> None:
+    """What users run, and stricter than nvcc: it has no host functions."""
+    capability, shared_bytes = (arch // 10, arch % 10), {80: 166912, 90: 232448}[arch]
+    name = "paged" if not shape[1] else "tuned" if shape in TUNED else "generic"
+    for spec in (*kernel_plan.specs(shape, capability, shared_bytes), _attend_spec(shape, name, 4, arch, mask=1)):
+        assert nvrtc.compile_error(spec, capability) is None
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("group", [1, 4, 8])
 @pytest.mark.parametrize("shape", TUNED, ids=str)
