@@ -118,6 +118,14 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"{repo_id!r} is no repository id: give user/name")
 
 
+def _is_repo_id(name: str) -> bool:
+    try:
+        check_repo_id(name)
+    except ValueError:
+        return False
+    return True
+
+
 def model_card(
     repo_id: str,
     facts: Mapping[str, Any],
@@ -140,7 +148,7 @@ def model_card(
     """
     base = facts.get("model")
     # Only a Hub id makes sense in a card's front matter; a local folder does not, and would tell of somebody's disk.
-    is_hub_id = isinstance(base, str) and base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    is_hub_id = isinstance(base, str) and _is_repo_id(base)
     results = [EvalResult(**values) for values in evaluations]
     data = ModelCardData(
         base_model=base if is_hub_id else None,

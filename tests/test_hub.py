@@ -280,3 +280,12 @@ def test_card_says_what_the_hub_reads() -> None:
         "library_name": "hf-pqcache",
         "tags": ["kv-cache", "product-quantization"],
     }
+
+
+@pytest.mark.parametrize("name", ["a/b\nlicense: mit", "a/b\n# Heading", "../b", "~/b", "a/b/c", "<b>/x", "a/", 7, None])
+def test_card_names_no_model_that_is_none(name: Any) -> None:
+    """Metadata comes from whoever made the file: what is no repository id stays out of the front matter and the title."""
+    card = hub.model_card("user/codebook", {"model": name})
+    assert "base_model" not in card
+    assert "# Product-quantization codebook for the KV cache\n" in card
+    assert str(name) not in card.replace("user/codebook", "")

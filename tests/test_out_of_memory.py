@@ -120,7 +120,7 @@ SCENES: dict[str, tuple[Action, Action]] = {
 
 
 CASES = [(kind, scene) for kind in ("exact", "codes", "learning") for scene in SCENES]
-CASES += [("offloaded", scene) for scene in ("step that fills a page", "crop", "append")]
+CASES += [("offloaded", scene) for scene in ("step that fills a page", "append")]
 
 
 @pytest.mark.parametrize(("kind", "scene"), CASES)
