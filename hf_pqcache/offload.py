@@ -40,6 +40,17 @@ def runs(pages: Iterable[int]) -> list[slice]:
     return [slice(numbers[i], numbers[j - 1] + 1) for i, j in pairwise([0, *ends, len(numbers)]) if i < j]
 
 
+def _new_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def _move(targets: Sequence[Tensor], sources: Sequence[Tensor], pages: Sequence[slice]) -> None:
+    """Queue copies of the same pages of two pools on the current stream."""
+    for run in pages:
+        for target, source in zip(targets, sources, strict=True):
+            target[run].copy_(source[run], non_blocking=True)
+
+
 @dataclass
 class _Staging:
     """A key pool and a value pool on the device, and the layer whose pages they hold or are about to."""
@@ -63,7 +74,7 @@ class _Group:
     def __init__(self, device: torch.device, references: Callable[[int], int]) -> None:
         self.device = device
         self.references = references
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = _new_stream(device)
         self.staging: list[_Staging] = []
         self.layers: list[_Layer] = []
         self.places: dict[int, int] = {}
@@ -73,10 +84,11 @@ class _Group:
             self.layers[self.places[layer]].kept.clear()
             return HostPages(self, self.places[layer])
         place = len(self.layers)
-        pools = [torch.empty(x.shape, dtype=x.dtype, pin_memory=self.stream is not None) for x in like]
+        is_cuda = self.device.type == "cuda"
+        pools = [torch.empty(x.shape, dtype=x.dtype, pin_memory=is_cuda) for x in like]
         if place < NUM_STAGING:
             staging = _Staging([torch.empty(x.shape, dtype=x.dtype, device=self.device) for x in like])
-            if self.stream is not None:
+            if is_cuda:
                 for pool in staging.pools:
                     pool.record_stream(self.stream)  # not to be given away while a transfer is under way
             self.staging.append(staging)
@@ -106,18 +118,14 @@ class _Group:
         """Bring a layer's pages, as far as somebody still refers to them."""
         staging, layer = self.staging[place % NUM_STAGING], self.layers[place]
         layer.kept = {page for page in layer.kept if self.references(page)}
-        for run in runs(layer.kept):
-            for there, here in zip(staging.pools, layer.pools, strict=True):
-                there[run].copy_(here[run], non_blocking=True)
+        _move(staging.pools, layer.pools, runs(layer.kept))
         staging.owner = place
 
     def keep(self, place: int, pages: Sequence[int]) -> None:
         staging, layer = self.staging[place % NUM_STAGING], self.layers[place]
         if staging.owner != place:
             raise RuntimeError(f"pages {pages} were written while another layer's pages were on the device")
-        for run in runs(pages):
-            for here, there in zip(layer.pools, staging.pools, strict=True):
-                here[run].copy_(there[run], non_blocking=True)
+        _move(layer.pools, staging.pools, runs(pages))
         layer.kept.update(pages)
 
 

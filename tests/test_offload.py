@@ -122,6 +122,74 @@ def test_every_layer_comes_once_a_step_and_ahead_of_its_turn(monkeypatch: pytest
     assert staging == [False, True, True, True, True], "an odd layer is last: its pool cannot take the first layer's"
 
 
+class Device:
+    """A stand-in for CUDA's two streams: what is queued on the second one happens as late as it may."""
+
+    def __init__(self) -> None:
+        self.is_on_second = False
+        self.waits_for_first = False
+        self.queue: list[Callable[[], None]] = []
+        self.num_late = 0
+
+    # The second stream.
+    def wait_stream(self, other: Device) -> None:
+        self.waits_for_first = True
+
+    def record_event(self) -> int:
+        self.waits_for_first = False  # what the first does from now on must be waited for again
+        return len(self.queue)
+
+    def __enter__(self) -> None:
+        self.is_on_second = True
+
+    def __exit__(self, *error: object) -> None:
+        self.is_on_second = False
+
+    # The first stream, which is the program itself.
+    def wait_event(self, event: int) -> None:
+        for i, action in enumerate(self.queue[:event]):
+            action()
+            self.queue[i] = lambda: None
+
+    def move(self, *args: Any) -> None:
+        if not self.is_on_second:
+            MOVE(*args)
+            return
+        assert self.waits_for_first, "the pool may still be in use"
+        self.num_late += 1
+        self.queue.append(lambda: MOVE(*args))
+
+
+MOVE = offload._move
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    device = Device()
+    monkeypatch.setattr(offload, "_new_stream", lambda _: device)
+    monkeypatch.setattr(offload, "_move", device.move)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    return device
+
+
+@pytest.mark.parametrize("kind", ["codes", "exact"])
+@pytest.mark.parametrize("scenario", ["greedy, padded", "beams, padded", "prompt lookup", "chunks", "rows moved"])
+def test_late_transfers_are_waited_for(kind: str, scenario: str, device: Device) -> None:
+    ours = Run(NAME, "sdpa", lambda starts: make(kind, offload=True))
+    theirs = Run(NAME, "sdpa", lambda starts: make(kind))
+    assert_same(SCENARIOS[scenario], ours, theirs, tolerance=0)
+    assert device.num_late > 20
+
+
+def test_a_transfer_that_is_not_waited_for_is_noticed(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "wait_event", lambda event: None)
+    ours = Run(NAME, "sdpa", lambda starts: make("codes", offload=True))
+    theirs = Run(NAME, "sdpa", lambda starts: make("codes"))
+    with pytest.raises(AssertionError):
+        assert_same(SCENARIOS["greedy, padded"], ours, theirs, tolerance=0)
+
+
 def test_pages_that_nobody_refers_to_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = make("exact", offload=True)
     with torch.no_grad():
