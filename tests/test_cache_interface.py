@@ -231,7 +231,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "is_compileable": properties,
 }
 
-#: What ours refuses, and why: member -> (call, error, reason). The README has the same list.
+#: What ours refuses, and why: member -> (call, error, reason). helpers/refusals.py has the list for users.
 REFUSED: dict[str, tuple[Callable[[PagedPQCache], Any], type[Exception], str]] = {
     "offload": (
         lambda cache: cache.offload(0, only_non_sliding=False),

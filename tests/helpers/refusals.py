@@ -1,0 +1,281 @@
+"""What the caches refuse or do not speed up, and why: the README's list, each entry with a check that it is so.
+
+`python tests/helpers/refusals.py` prints the README's table.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from tiny_models import SMALL, build, codebook_of, tokens
+
+from hf_pqcache import Codebook, PagedPQCache
+from hf_pqcache.errors import NoKernelError, PagesExhaustedError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the README's table. `check` raises if it is not so."""
+
+    what: str
+    answer: str
+    why: str
+    check: Callable[[], None]
+
+
+def _cache(name: str = "llama", count: int = 50, **options: Any) -> PagedPQCache:
+    cache = PagedPQCache(build(name).config, codebook_of(name), SMALL, **options)
+    _pass(cache, name, count)
+    return cache
+
+
+def _pass(cache: Any, name: str = "llama", count: int = 50, rows: int = 2) -> None:
+    if count:
+        with torch.no_grad():
+            build(name)(tokens(rows, count), past_key_values=cache)
+
+
+def _raises(error: type[Exception], match: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(error, match=match):
+        call()
+
+
+def _pickle() -> None:
+    import pickle
+
+    _raises(TypeError, "cannot be pickled", lambda: pickle.dumps(_cache(count=0)))
+
+
+def _assignment() -> None:
+    _raises(AttributeError, "cannot be assigned", lambda: setattr(_cache().layers[0], "keys", torch.zeros(1)))
+
+
+def _offload() -> None:
+    for call in (lambda: _cache().layers[0].offload(), lambda: _cache().layers[0].prefetch()):
+        _raises(NotImplementedError, "share their pages", call)
+
+
+def _crop() -> None:
+    _raises(ValueError, "pass a negative number", lambda: _cache().crop(5))
+
+
+def _encoder_decoder() -> None:
+    ids = {"vocab_size": 128, "decoder_start_token_id": 0, "pad_token_id": 0}
+    config = tf.T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, **ids)
+    model: Any = tf.T5ForConditionalGeneration(config).eval()
+    cache = PagedPQCache(model.config, num_bits=4)
+    _raises(ValueError, "EncoderDecoderCache", lambda: model.generate(tokens(1, 9), past_key_values=cache, max_new_tokens=3))
+
+
+def _mixed_use() -> None:
+    cache = _cache(count=0)
+    cache.allocate_sequence("a")
+    _raises(ValueError, "allocate_sequence", lambda: _pass(cache))
+    _raises(ValueError, "tokens of generate", lambda: _cache().allocate_sequence("a"))
+
+
+def _batch_size() -> None:
+    cache = _cache()
+    _raises(ValueError, r"holds 2 sequences, not 3; call reset\(\)", lambda: _pass(cache, rows=3))
+
+
+def _growth() -> None:
+    cache = _cache(max_pages=6)
+    _raises(PagesExhaustedError, "PQC001.*max_pages=", lambda: _pass(cache, count=100))
+
+
+def _forced_kernel() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_PQCACHE_KERNEL", "tuned")
+        _raises(NoKernelError, "PQC002", _cache)
+
+
+def _other_model() -> None:
+    _raises(ValueError, "KV heads", lambda: PagedPQCache(build("qwen3").config, codebook_of("llama")))
+
+
+def _unknown_rank() -> None:
+    keys = torch.randn(1, 1, 9, 16)
+    _raises(ValueError, "tp_rank", lambda: _cache(count=0).update(keys, keys, 0))
+
+
+def _pickled_codebook() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"layers.0.keys": torch.zeros(1)}, f"{folder}/codebook.pt")
+        _raises(FileNotFoundError, "codebook.safetensors", lambda: Codebook.from_pretrained(folder))
+
+
+def _other_layers() -> None:
+    for name, reason in (("gemma3", "sliding window"), ("qwen3_next", "recurrent state"), ("llama4", "chunks")):
+        stats = _cache(name).stats()
+        assert (stats["compressed_layers"], stats["exact_layers"]) == ([1], [0])
+        assert reason in stats["engines"][0]["reason"]
+
+
+def _odd_head_dim() -> None:
+    config = tf.LlamaConfig(hidden_size=28, num_attention_heads=2, num_hidden_layers=1, head_dim=14, vocab_size=128)
+    cache = PagedPQCache(config, num_bits=4)
+    cache.update(torch.randn(1, 2, 9, 14), torch.randn(1, 2, 9, 14), 0)
+    assert cache.stats()["exact_layers"] == [0]
+    assert "num_subspaces" in cache.stats()["engines"][0]["reason"]
+
+
+def _decoding_models() -> None:
+    for name in ("gptj", "falcon", "deepseek_v3"):
+        cache = _cache(name, compile=True)
+        assert not cache.is_compileable
+        assert {engine["name"] for engine in cache.stats()["engines"].values()} == {"decoded"}
+
+
+def _compiled_hybrids() -> None:
+    assert _cache("qwen3", compile=True).is_compileable
+    assert not _cache("gemma3", compile=True).is_compileable
+
+
+def _several_queries() -> None:
+    cache = _cache()
+    before = cache.stats()["calls"].get("attend/torch", 0)
+    _pass(cache, count=3)
+    assert cache.stats()["calls"].get("attend/torch", 0) == before
+    assert cache.stats()["calls"]["dense/torch"] > 0
+
+
+def _kernel_shapes() -> None:
+    from hf_pqcache import cuda_engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_engine.jit, "why_unavailable", lambda: None)
+        patch.setattr(torch.version, "cuda", "12.8")
+        patch.setattr(cuda_engine, "_device", lambda index: cuda_engine._Device((9, 0), 132, 232448))
+        gpu, half = torch.device("cuda", 0), torch.float16
+        assert cuda_engine._why_no_cuda(128, 128, 4, half, gpu) is None
+        for shape in ((512, 512, 4, half), (128, 64, 4, half), (128, 128, 17, half), (128, 128, 4, torch.float32)):
+            assert cuda_engine._why_no_cuda(*shape, gpu)
+
+
+ENTRIES = (
+    Entry(
+        "pickling a cache",
+        "`TypeError`",
+        "it is memory of one process, made for one model; `copy.deepcopy` copies it, and codebooks are what to save",
+        _pickle,
+    ),
+    Entry(
+        "assigning `layer.keys` or `layer.values`",
+        "`AttributeError`",
+        "tokens become codes once, when they are new; later assignments would be quantized twice",
+        _assignment,
+    ),
+    Entry(
+        "`layer.offload()`, `layer.prefetch()`",
+        "`NotImplementedError`",
+        "layers share their pages, so none of them moves to the host as a whole",
+        _offload,
+    ),
+    Entry(
+        "`crop` with a positive number",
+        "`ValueError`",
+        "transformers has changed its meaning from tokens to keep to tokens to remove; negative ones are clear",
+        _crop,
+    ),
+    Entry(
+        "one cache for an encoder-decoder model",
+        "`ValueError`",
+        "such a model has two attentions in each layer: pass `EncoderDecoderCache(PagedPQCache(...), DynamicCache(...))`",
+        _encoder_decoder,
+    ),
+    Entry(
+        "`generate` on a cache of `allocate_sequence`, and the reverse",
+        "`ValueError`",
+        "the rows of `generate` advance together, sequences each by itself; `reset()` changes from one to the other",
+        _mixed_use,
+    ),
+    Entry(
+        "another batch size while there are tokens",
+        "`ValueError`",
+        "rows are sequences; `reset()`, or `batch_repeat_interleave` and `batch_select_indices`, change their number",
+        _batch_size,
+    ),
+    Entry(
+        "more than `max_pages` pages",
+        "`PQC001`",
+        "captured CUDA graphs hold the pool's addresses, and memory that was promised is not taken twice",
+        _growth,
+    ),
+    Entry(
+        "a kernel forced by `HF_PQCACHE_KERNEL` that does not serve",
+        "`PQC002`",
+        "who forces a kernel measures it, and must not measure another; nothing is refused where none is forced",
+        _forced_kernel,
+    ),
+    Entry(
+        "a codebook of another model",
+        "`ValueError`",
+        "its codes would stand for other keys and values, and the answer would be noise",
+        _other_model,
+    ),
+    Entry(
+        "fewer KV heads than the codebook has, at an unknown rank",
+        "`ValueError`",
+        "under tensor parallelism a process must know which heads are its own: torchrun, or `tp_rank=`",
+        _unknown_rank,
+    ),
+    Entry(
+        "codebooks as pickles",
+        "`FileNotFoundError`",
+        "unpickling a file runs what is in it; codebooks are safetensors and JSON",
+        _pickled_codebook,
+    ),
+    Entry(
+        "sliding-window, chunked, linear-attention layers",
+        "stay transformers' own, exact",
+        "they keep a bounded number of tokens or none; `stats()` names them",
+        _other_layers,
+    ),
+    Entry(
+        "a head_dim that 8 or more equal parts of 2 or more do not make",
+        "the layer stays exact",
+        "there is nothing to cut; asked for by `num_subspaces`, it is a `ValueError`",
+        _odd_head_dim,
+    ),
+    Entry(
+        "models that read keys and values themselves (GPT-J, Falcon, DeepSeek's latent attention)",
+        "decoded at every step, not compiled",
+        "they do not go through transformers' attention interface, or expand what is cached",
+        _decoding_models,
+    ),
+    Entry(
+        "compiled decode steps of models with other layers than full attention",
+        "run eagerly",
+        "transformers' own sliding layers count in Python, which a graph cannot",
+        _compiled_hybrids,
+    ),
+    Entry(
+        "several query tokens over a past (a second turn, assisted decoding)",
+        "the past is decoded, then plain attention",
+        "kernels serve one query token, where the time goes",
+        _several_queries,
+    ),
+    Entry(
+        "float32, head_dim above 256 or no multiple of 4, keys and values that differ, over 16 query heads for a KV head",
+        "plain torch",
+        "no kernel is made for them; `stats()` says which engine serves a layer and why",
+        _kernel_shapes,
+    ),
+)
+
+
+def table() -> str:
+    """The README's section as Markdown."""
+    rows = [f"| {entry.what} | {entry.answer} | {entry.why} |" for entry in ENTRIES]
+    return "\n".join(["| what | answer | why |", "|---|---|---|", *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")
