@@ -141,8 +141,8 @@ def check_engine(
 ) -> None:
     """One engine for codes of a shape (None: exact pages): encoding, appending and attention with all it may be asked."""
     name = f"exact pages d={head_dim}" if shape is None else "d={} M={} n={}".format(*shape)
-    what, fix = f"{engine or 'attention'} {name} {str(dtype).removeprefix('torch.')}", _fix(engine)
-    with forced(engine):
+    what, fix = f"{engine} {name} {str(dtype).removeprefix('torch.')}", _fix(engine)
+    with forced("" if engine == "paged" else engine):  # exact pages have one kernel: nothing to choose
         filled = Filled(machine, shape, dtype, [700, 300, 45], head_dim)
         if shape is not None:
             _check_codes(filled, what, fix)
@@ -160,8 +160,7 @@ def check_engine(
         for more, arguments in calls:
             expect_close(what + more, *filled.attend(q, **arguments), bound=BOUNDS[dtype], fix=fix)
         ran = filled.cache.stats()["calls"]
-    if engine:
-        expect(ran.get(f"attend/{engine}") == len(calls), f"attention by the {engine} engine", ran, fix)
+    expect(ran.get(f"attend/{engine}") == len(calls), f"attention by the {engine} engine", ran, fix)
 
 
 def plain_torch(machine: Machine) -> str:
@@ -200,12 +199,11 @@ def generic_kernel(machine: Machine) -> str:
 
 
 def exact_pages(machine: Machine) -> str:
-    """Whatever engine serves exact pages here."""
     _kernels_or_skip(machine)
     for head_dim in (64, 128, 256) if machine.is_full else (128,):
         for dtype in (torch.float16, torch.bfloat16):
-            check_engine(machine, "", None, dtype, head_dim=head_dim)
-    return "attention over exact pages agrees with float64"
+            check_engine(machine, "paged", None, dtype, head_dim=head_dim)
+    return "append and attend agree with float64"
 
 
 def compilation(machine: Machine) -> str:
@@ -214,7 +212,8 @@ def compilation(machine: Machine) -> str:
         raise CheckSkipped("the kernels run here, see above")
     if nvrtc.find() is None:
         raise CheckSkipped("no GPU and no NVRTC library (pip install nvidia-cuda-nvrtc-cu12)")
-    shapes = [*(sorted(jit.tuned_shapes()) if machine.is_full else QUICK_SHAPES[:1]), diagnose.GENERIC_SHAPE]
+    tuned = sorted(jit.tuned_shapes()) if machine.is_full else QUICK_SHAPES[:1]
+    shapes = [*tuned, diagnose.GENERIC_SHAPE, diagnose.PAGED_SHAPE]
     targets = dict(list(diagnose.ARCHITECTURES.items())[0 if machine.is_full else -1 :])
     for shape in shapes:
         errors = diagnose.kernel_errors(shape, targets)
