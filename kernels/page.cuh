@@ -5,9 +5,10 @@
 
 // What a kernel needs to know of one layer's storage and of the call. Filled by hf_pqcache/cuda_engine.py.
 struct CacheArgs {
-    const i64* desc;        // of one layer: addresses of key pages, value pages, key book, value book, window keys, window
-                            // values and tickets; last the tokens that never leave the window, huge while the layer has
-                            // no centroids. It is not an argument, so that a captured graph outlives that change.
+    const i64* desc;        // of one layer: addresses of key pages, value pages, key book, value book (none for exact
+                            // pages), window keys, window values and tickets; last the tokens that never leave the
+                            // window, huge while the layer has no centroids it needs. It is not an argument, so that a
+                            // captured graph outlives that change.
     int* counts;            // (batch, 2): tokens of each row, and how many of them are codes
     const int* page_table;  // (batch, table_width)
     int batch, kv_heads, table_width, page_size, sink_tokens;
