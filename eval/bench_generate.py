@@ -102,6 +102,7 @@ def fill(cache: Any, config: Any, tokens: int, device: str = "cuda", seed: int =
         cache.update(keys, values, layer)
         if isinstance(cache, PagedPQCache):
             cache.layers[layer].commit()  # as attention does when it has seen them
+        del keys, values  # before the next layer's are made
 
 
 def generate_times(model: Any, cache: Any, tokens: int, new_tokens: int) -> tuple[float, list[float]]:
@@ -122,6 +123,29 @@ def generate_times(model: Any, cache: Any, tokens: int, new_tokens: int) -> tupl
     )
     steps = [(b - a) * 1e3 for a, b in zip(clock.times, clock.times[1:], strict=False)]
     return clock.times[0] - begin, steps
+
+
+def gpu_busy_ms(model: Any, cache: Any, few: int = 8, many: int = 24) -> float:
+    """Milliseconds a token during which the GPU does anything; the rest of a step is generate's own work on the host.
+
+    Two profiled calls that differ in their number of tokens only: their common first step cancels.
+    """
+
+    def busy(new_tokens: int) -> float:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            generate_times(model, cache, int(cache.get_seq_length()), new_tokens)
+        spans = sorted(
+            (event.time_range.start, event.time_range.end)
+            for event in profile.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        )
+        total = until = 0.0
+        for start, end in spans:
+            total += max(0.0, end - max(start, until))
+            until = max(until, end)
+        return total / 1e3
+
+    return (busy(many) - busy(few)) / (many - few)
 
 
 @torch.inference_mode()
@@ -236,6 +260,7 @@ def time_cache(model: Any, name: str, tokens: int, new_tokens: int) -> dict[str,
     return {
         "cache": name,
         "ms_per_token": median(steps),
+        "gpu_busy_ms": gpu_busy_ms(model, cache),
         "worst_ms": max(steps[len(steps) // 4 :]),
         "first_call_s": first_call_s,
         "calls": cache.stats()["calls"] if isinstance(cache, PagedPQCache) else {},

@@ -73,12 +73,12 @@ def kernel(cases: Sequence[str], json_file: Path | None, plot: Path | None) -> N
 def _print_generate(rows: list[dict[str, Any]]) -> None:
     console = Console()
     table = Table(title="Decode through generate, batch 1, float16")
-    for heading in ("model", "tokens", "cache", "ms/token", "floor ms", "slower than ours", "first call s"):
+    for heading in ("model", "tokens", "cache", "ms/token", "GPU busy ms", "floor ms", "slower than ours", "first call s"):
         table.add_column(heading, justify="left" if heading in ("model", "cache") else "right")
     ours = {(r["shape"], r["tokens"]): r["ms_per_token"] for r in rows if r.get("cache") == "pq" and "ms_per_token" in r}
     for r in (r for r in rows if r["kind"] == "decode"):
         if "error" in r:
-            table.add_row(r["shape"], f"{r['tokens']:,}", r["cache"], r["error"], f"{r['floor_ms']:.2f}", "", "")
+            table.add_row(r["shape"], f"{r['tokens']:,}", r["cache"], r["error"], "", f"{r['floor_ms']:.2f}", "", "")
             continue
         ratio = r["ms_per_token"] / ours.get((r["shape"], r["tokens"]), float("nan"))
         table.add_row(
@@ -86,6 +86,7 @@ def _print_generate(rows: list[dict[str, Any]]) -> None:
             f"{r['tokens']:,}",
             r["cache"],
             f"{r['ms_per_token']:.2f}",
+            f"{r['gpu_busy_ms']:.2f}",
             f"{r['floor_ms']:.2f}",
             f"{ratio:.2f}x",
             f"{r['first_call_s']:.1f}",
