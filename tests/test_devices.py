@@ -7,12 +7,14 @@ computed on the CPU; what the cache keeps for them must be kept apart. tests/gpu
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import SMALL, build, codebook_of, padded, tokens
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.errors import PagesExhaustedError
@@ -41,6 +43,8 @@ def spread() -> Any:
 
 
 def make(kind: str, model: Any, **options: Any) -> Any:
+    if kind == "offloaded":
+        options["offload"] = True
     if kind == "exact":
         return PagedKVCache(model.config, page_size=16, max_pages=64, **options)
     book = None if kind == "learning" else codebook_of("llama")
@@ -75,7 +79,7 @@ def assert_in_step(cache: Any) -> None:
     assert torch.equal(here.counts[0], there.counts[1])
 
 
-@pytest.mark.parametrize("kind", ["coded", "exact", "learning"])
+@pytest.mark.parametrize("kind", ["coded", "exact", "learning", "offloaded"])
 def test_two_devices_equal_one(kind: str, spread: Any) -> None:
     expected = generate(build("llama"), make(kind, spread))
     cache = make(kind, spread)
@@ -140,3 +144,19 @@ def test_sequences_check_the_device_of_their_tokens(spread: Any) -> None:
     assert_in_step(cache)
     with pytest.raises(ValueError, match=r"on cpu:1, got .* on cpu"):
         cache.append_tokens("a", 1, keys, keys)
+
+
+def test_accelerates_hooks_are_passed(tmp_path: Path) -> None:
+    """A device_map puts hooks around every module, which move what they are given; here weights come from disk."""
+    build("llama").save_pretrained(tmp_path / "model")
+    names = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    places = {name: "disk" if name == "model.layers.1" else "cpu" for name in names}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights")
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    assert next(model.model.layers[1].parameters()).device.type == "meta"
+    for kind in ("coded", "exact"):
+        cache = make(kind, model, compile=True)  # generate must find by itself that hooks cannot be compiled
+        got, expected = generate(model, cache), generate(build("llama"), make(kind, model))
+        assert torch.equal(got[0], expected[0])
+        torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-5)
+        assert set(cache.storage.states) == {HERE}

@@ -132,6 +132,17 @@ def compressed(machine: Machine) -> str:
     return "equals decoding and plain attention, also with left padding"
 
 
+def offloaded(machine: Machine) -> str:
+    """Pages in host memory: the same numbers, and less of them on the device."""
+    s = setup(machine.device)
+    plain, cache = s.coded(), s.coded(offload=True)
+    expected, got = s.generate(plain, s.prompt()), s.generate(cache, s.prompt())
+    expect_equal("tokens with pages in host memory", got[0], expected[0])
+    expect_equal("logits with pages in host memory", got[1], expected[1])
+    expect(cache.stats()["pages_used"] > 0, "tokens that are codes", "none")
+    return "equals pages on the device, bit by bit"
+
+
 def learnt(machine: Machine) -> str:
     """Without a codebook the cache learns one from the prompt."""
     s = setup(machine.device)
@@ -245,6 +256,7 @@ def compiled(machine: Machine) -> str:
 CHECKS = (
     Check("generate, nothing coded", 3, uncompressed),
     Check("generate, coded", 3, compressed),
+    Check("generate, pages in host memory", 3, offloaded),
     Check("generate, codebook learnt from the prompt", 3, learnt),
     Check("beam search", 3, beams),
     Check("crop", 3, cropping),

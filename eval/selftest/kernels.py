@@ -180,11 +180,16 @@ def _kernels_or_skip(machine: Machine) -> None:
         raise CheckFailed("kernels on this GPU", why, "run `pqcache doctor`, which says the line to type")
 
 
+def _dtypes(machine: Machine) -> tuple[torch.dtype, ...]:
+    """Every kernel is compiled anew for a dtype, which takes seconds."""
+    return (torch.float16, torch.bfloat16) if machine.is_full else (torch.bfloat16,)
+
+
 def tuned_kernels(machine: Machine) -> str:
     _kernels_or_skip(machine)
     shapes = sorted(jit.tuned_shapes()) if machine.is_full else QUICK_SHAPES
     for shape in shapes:
-        for dtype in (torch.float16, torch.bfloat16):
+        for dtype in _dtypes(machine):
             check_engine(machine, "tuned", shape, dtype)
     return f"{len(shapes)} shapes: encode, append and attend agree with float64"
 
@@ -193,7 +198,7 @@ def generic_kernel(machine: Machine) -> str:
     _kernels_or_skip(machine)
     shapes = (*OTHER_SHAPES, *QUICK_SHAPES) if machine.is_full else OTHER_SHAPES[:2]
     for shape in shapes:
-        for dtype in (torch.float16, torch.bfloat16):
+        for dtype in _dtypes(machine):
             check_engine(machine, "generic", shape, dtype)
     return f"{len(shapes)} shapes: encode, append and attend agree with float64"
 
@@ -201,7 +206,7 @@ def generic_kernel(machine: Machine) -> str:
 def exact_pages(machine: Machine) -> str:
     _kernels_or_skip(machine)
     for head_dim in (64, 128, 256) if machine.is_full else (128,):
-        for dtype in (torch.float16, torch.bfloat16):
+        for dtype in _dtypes(machine):
             check_engine(machine, "paged", None, dtype, head_dim=head_dim)
     return "append and attend agree with float64"
 

@@ -162,7 +162,7 @@ def _drive(ours: Any, plain: Any, machine: Machine, steps: int, seed: int) -> No
             for cache in (ours, plain):
                 cache.crop(-removed)
         elif action == "reorder":
-            index = torch.tensor([rng.randrange(rows) for _ in range(rows)], device=machine.device)
+            index = torch.tensor([rng.randrange(rows) for _ in range(rows)])
             for cache in (ours, plain):
                 cache.reorder_cache(index)
         elif action == "repeat" and rows <= 2:
@@ -170,7 +170,7 @@ def _drive(ours: Any, plain: Any, machine: Machine, steps: int, seed: int) -> No
             for cache in (ours, plain):
                 cache.batch_repeat_interleave(2)
         elif action == "select":
-            index = torch.tensor([rng.randrange(rows) for _ in range(2)], device=machine.device)
+            index = torch.tensor([rng.randrange(rows) for _ in range(2)])
             rows = 2
             for cache in (ours, plain):
                 cache.batch_select_indices(index)
