@@ -78,9 +78,10 @@ def perplexity_charts(rows: Sequence[Row]) -> list[Chart]:
         exact = [row.value for row in members if is_exact(row)]
         series: dict[str, list[Point]] = defaultdict(list)
         for row in members:
-            # A running cache is weighed by the memory task, in a row of its own.
+            # A running cache is weighed by the memory task, in a row of its own; a simulated one has computed bits.
             weighed = bits.get((model, row.settings.get("window")), {}).get(names[row.key])
-            x = row.true_bits if row.true_bits is not None else weighed
+            is_weighed = weighed is not None and (row.true_bits is None or row.settings.get("mode") == "cache")
+            x = weighed if is_weighed else row.true_bits
             if not is_exact(row) and x is not None and math.isfinite(row.value):
                 series[row.cache + mode_text(row, members)].append(Point(x, row.value, row))
         if series:

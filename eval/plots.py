@@ -190,7 +190,8 @@ def _draw_chart(chart: Chart, colours: Mapping[str, str]) -> tuple[Figure, list[
     axes.set_title(f"{chart.y_label}, {unit}" if unit else chart.y_label, loc="left", size=9, color=colours["muted"])
     axes.grid(axis="x", visible=False)
     axes.margins(x=0.06, y=0.12)
-    columns = 3 if max(map(len, chart.series)) < 18 else 2
+    longest = max(map(len, chart.series))
+    columns = 4 if longest < 12 else 3 if longest < 18 else 2
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=columns, labelcolor=colours["ink"])
     return figure, tips
 

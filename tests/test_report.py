@@ -133,15 +133,19 @@ def test_recall_at_one_length_is_one_map_over_all_caches() -> None:
 
 
 def test_a_running_cache_stands_where_it_was_weighed() -> None:
-    """Its perplexity row knows no bits: those of the memory task, at the length of the window, count."""
+    """Its perplexity row knows no bits, or computed ones: those of the memory task, at the length of the window, count."""
     cache: dict[str, Any] = {"model": "small", "cache": "hqq", "cache_config": {"nbits": 4}}
-    perplexity = Row("wikitext-2-raw-v1", "perplexity", 20.1, settings={"window": 1024, "mode": "cache", "chunk": 16}, **cache)
+    settings = {"window": 1024, "mode": "cache", "chunk": 16}
+    perplexity = [
+        Row("wikitext-2-raw-v1", "perplexity", 20.1 + n, settings=settings | {"chunk": n}, true_bits=bits, **cache)
+        for n, bits in ((1, None), (2, 4.1))
+    ]
     weighed = [
         Row("memory", "kv_bytes", 1.0, "bytes", settings={"tokens": tokens}, true_bits=bits, **cache)
         for tokens, bits in ((1024, 4.6), (4096, 4.5))
     ]
-    (chart,) = charts.perplexity_charts([*rows(), perplexity, *weighed])
-    assert [(point.x, point.y) for point in chart.series["hqq"]] == [(4.6, 20.1)]
+    (chart,) = charts.perplexity_charts([*rows(), *perplexity, *weighed])
+    assert [(point.x, point.y) for point in chart.series["hqq"]] == [(4.6, 21.1), (4.6, 22.1)]
 
 
 def test_summary_tells_the_length_that_most_caches_share() -> None:
