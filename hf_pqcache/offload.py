@@ -15,7 +15,7 @@ Without CUDA the same copies happen, one after the other.
 
 Cost: a decode step moves every page of every layer to the device once. That is 32 KiB for each token of context with
 Llama-3.1-8B at 4 bits a value (32 layers, 8 KV heads of 128), 3.3 GB a step at 100,000 tokens: 0.13 s at 25 GB/s (PCIe 4,
-16 lanes). Pages with neighbouring numbers move in one copy. Memory of the device shrinks to 2 / num_layers; up to two
+16 lanes). Pages with neighbouring numbers move in one copy. The device keeps 2 / num_layers of the pools; up to two
 layers of one shape gain nothing. A captured CUDA graph cannot do what the host decides, so decoding is eager.
 """
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scenarios import SCENARIOS, Run, assert_same
-from tiny_models import SMALL, build, codebook_of, tokens
+from tiny_models import EAGER_ONLY, SMALL, build, codebook_of, tokens
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -51,6 +51,17 @@ def test_results_are_those_without(kind: str, scenario: str) -> None:
     ours = Run(NAME, "sdpa", lambda starts: make(kind, offload=True))
     theirs = Run(NAME, "sdpa", lambda starts: make(kind))
     assert_same(SCENARIOS[scenario], ours, theirs, tolerance=0)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gptj", "deepseek_v3", "opt", "gpt_oss", "qwen3_next", "gemma3n"])
+def test_other_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that read decoded keys or share them between layers; with one staging pool for their few layers."""
+    monkeypatch.setattr(offload, "NUM_STAGING", 1)
+    config, book = build(name).config, codebook_of(name)
+    implementation = "eager" if name in EAGER_ONLY else "sdpa"
+    ours = Run(name, implementation, lambda starts: PagedPQCache(config, book, SMALL, offload=True))
+    theirs = Run(name, implementation, lambda starts: PagedPQCache(config, book, SMALL))
+    assert_same(SCENARIOS["beams, padded"], ours, theirs, tolerance=0)
 
 
 def pools(cache: Any) -> dict[int, int]:
