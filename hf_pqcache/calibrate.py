@@ -82,9 +82,15 @@ def sample(
     """First half of `calibrate`, with the same arguments: what the model's layers put into a cache.
 
     Raises:
-        ValueError: the text has fewer tokens than centroids, or the model has no full-attention layer.
+        ValueError: the text has fewer tokens than centroids, the model has no full-attention layer, or its heads are
+            spread over processes.
     """
     config = config or PQConfig()
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"the model's heads are spread over {model._tp_size} processes, and a codebook holds those of all: calibrate "
+            "with the model in one process (device_map='auto' spreads its layers), and load the codebook in each"
+        )
     layers = compressible_layers(model.config)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no full-attention layer, so there is nothing to compress")

@@ -14,18 +14,22 @@ import tp_worker
 from tiny_models import COMMON, SMALL
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from hf_pqcache import Codebook, PagedPQCache, parallel
+from hf_pqcache import Codebook, PagedPQCache, calibrate, parallel
 from hf_pqcache.calibrate import learn_layer
 from hf_pqcache.codebook import LayerCodebook
 
 SHAPE = {**COMMON, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-MODELS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}
+#: name -> (model class, config class, how it is told to spread its heads)
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, "tp_plan"),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, "distributed_config"),
+}
 
 
 def write_folder(folder: Path, name: str) -> None:
     """A tiny random model, a codebook for it, and the settings of the caches."""
     torch.manual_seed(0)
-    model_class, config_class = MODELS[name]
+    model_class, config_class, plan = MODELS[name]
     model: Any = model_class(config_class(**SHAPE)).eval()
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.dim() == 2):
@@ -36,7 +40,7 @@ def write_folder(folder: Path, name: str) -> None:
         model(torch.randint(3, SHAPE["vocab_size"], (1, 256)), past_key_values=past)
     books = {i: learn_layer(x.keys[0], x.values[0], SMALL, iterations=5) for i, x in enumerate(past.layers)}
     Codebook(books, num_bits=SMALL.num_bits).save_pretrained(folder / "codebook")
-    (folder / "settings.json").write_text(json.dumps({"dtype": "float32", "cache": SMALL.to_dict()}))
+    (folder / "settings.json").write_text(json.dumps({"dtype": "float32", "plan": plan, "cache": SMALL.to_dict()}))
 
 
 @pytest.mark.slow
@@ -48,9 +52,10 @@ def test_two_processes_equal_one(name: str, tmp_path: Path, one_thread: None) ->
     ranks = tp_worker.torchrun(tmp_path, 2)
     book = Codebook.from_pretrained(tmp_path / "codebook").layers[0]
     for rank, results in enumerate(ranks):
-        for mode in ("greedy", "beams, after reset", "from_pretrained", "exact pages"):
+        for mode in ("greedy", "beams, after reset", "from_pretrained", "exact pages", "compiled"):
             assert torch.equal(results[mode][0], alone[mode][0]), mode
             torch.testing.assert_close(results[mode][1], alone[mode][1], rtol=1e-3, atol=1e-3)
+        assert torch.equal(results["compiled"][0], results["greedy"][0][:, : tp_worker.PROMPT + tp_worker.FEW])
         facts, whole = results["facts"], alone["facts"]
         assert (facts["heads"], whole["heads"]) == (1, 2)
         assert facts["pages"] == whole["pages"] > 0
@@ -133,3 +138,9 @@ def test_a_models_mesh_knows_the_rank(names: Any, ndim: int, expected: str | Non
     wanted = None if expected is None else {"tp": 3, "": 5}[expected]
     assert parallel.rank_of(SimpleNamespace(_device_mesh=mesh)) == wanted
     assert parallel.rank_of(LlamaConfig(**SHAPE)) is None
+
+
+def test_calibration_wants_all_heads_in_one_process() -> None:
+    model = SimpleNamespace(config=LlamaConfig(**SHAPE), _tp_size=2)
+    with pytest.raises(ValueError, match="spread over 2 processes"):
+        calibrate(model, None, "a text")

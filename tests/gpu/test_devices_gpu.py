@@ -60,7 +60,7 @@ def folder(tmp_path_factory: Any) -> Path:
     layers = {i: LayerCodebook(*(torch.randn(shape, generator=generator).half() for _ in range(2))) for i in range(LAYERS)}
     Codebook(layers, num_bits=6, num_subspaces=32).save_pretrained(path / "codebook")
     settings = {**SETTINGS, "num_bits": 6, "num_subspaces": 32}
-    (path / "settings.json").write_text(json.dumps({"dtype": "float16", "cache": settings}))
+    (path / "settings.json").write_text(json.dumps({"dtype": "float16", "plan": "tp_plan", "cache": settings}))
     return path
 
 
@@ -164,7 +164,7 @@ def test_heads_on_two_gpus(folder: Path) -> None:
         assert 2 * facts["code_bytes"] == alone["facts"]["code_bytes"]
         assert set(facts["calls"]) == {"append/cuda", "attend/tuned"}
         assert torch.equal(results["centroids"], whole[rank : rank + 1])
-        for mode in ("greedy", "from_pretrained", "exact pages"):
+        for mode in ("greedy", "from_pretrained", "exact pages", "compiled"):
             assert torch.equal(results[mode][0], ranks[0][mode][0]), "ranks agree on every token"
             first, want = results[mode][1][0], alone[mode][1][0]
             assert float((first - want).norm() / want.norm()) < 0.02, mode

@@ -1,6 +1,7 @@
 """Tensor parallelism in tests: what each process does, also alone for what is expected, and how processes are started.
 
-A folder holds `model`, `codebook` and `settings.json`: {"dtype": ..., "cache": settings of the cache}. Rank r of torchrun
+A folder holds `model`, `codebook` and `settings.json`: {"dtype": ..., "plan": how the model is told to spread its heads,
+"cache": settings of the cache}. Rank r of torchrun
 writes its results to `rank<r>.pt` there.
 """
 
@@ -15,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompileConfig
+from transformers.distributed import DistributedConfig
 
 from hf_pqcache import Codebook, PagedKVCache, PagedPQCache
 
-PROMPT, NEW = 60, 24
+PROMPT, NEW, FEW = 60, 24, 8
 
 
 def torchrun(folder: Path, processes: int) -> list[dict[str, Any]]:
@@ -38,6 +40,15 @@ def load(folder: Path, **options: Any) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype, **options).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
+
+
+def compiling(model: Any) -> dict[str, Any]:
+    """On a CPU `generate` compiles only if it is told to, and here without a compiler: one graph, run as it is."""
+    if model.device.type != "cpu":
+        return {}
+    config = CompileConfig(fullgraph=True, backend=lambda graph, inputs, **options: graph.forward, mode=None)
+    config._compile_all_devices = True
+    return {"compile_config": config}
 
 
 def inputs(model: Any) -> dict[str, Tensor]:
@@ -72,19 +83,24 @@ def run(model: Any, folder: Path) -> dict[str, Any]:
     }
     results["centroids"] = cache.storage.views[0].key_centroids.cpu().clone()
     cache.reset()
-    results["beams, after reset"] = generate(model, cache, num_beams=3)
+    results["beams, after reset"] = generate(model, cache, num_beams=3, max_new_tokens=FEW)
     published = PagedPQCache.from_pretrained(folder / "codebook", model, **settings, compile=False)
-    results["from_pretrained"] = generate(model, published)
-    results["exact pages"] = generate(model, PagedKVCache(model.config, page_size=16, max_pages=64))
+    results["from_pretrained"] = generate(model, published, max_new_tokens=FEW)
+    results["exact pages"] = generate(model, PagedKVCache(model.config, page_size=16, max_pages=64), max_new_tokens=FEW)
     learning = PagedPQCache(model.config, None, num_bits=book.num_bits, **{**settings, "learn_tokens": 140}, compile=False)
     results["learnt"] = generate(model, learning)
     results["learnt keys"] = learning.storage.learned[0].keys.cpu()
+    compiled = PagedPQCache(model.config, book, **settings, compile=True)
+    results["compiled"] = generate(model, compiled, max_new_tokens=FEW, **compiling(model))
     return results
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    model = load(folder, tp_plan="auto")
+    plan = json.loads((folder / "settings.json").read_text())["plan"]
+    # The first is what transformers' guides say, and deprecated; the second is what follows it.
+    spread = {"tp_plan": {"tp_plan": "auto"}, "distributed_config": {"distributed_config": DistributedConfig(tp_plan="auto")}}
+    model = load(folder, **spread[plan])
     with torch.inference_mode():
         results = run(model, folder)
     torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
