@@ -39,6 +39,7 @@ def test_it_passes_here(tmp_path: Path) -> None:
     assert [x["name"] for x in written["outcomes"]] == [check.name for check in selftest.CHECKS]
     assert {x["phase"] for x in written["outcomes"] if x["status"] == "ok"} == {1, 2, 3}
     assert all(x["detail"] for x in written["outcomes"]), "what was checked, or why not"
+    assert "transformers" in json.dumps(written["provenance"]), "what a report needs"
 
 
 def test_a_phase_alone() -> None:

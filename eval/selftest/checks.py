@@ -86,9 +86,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run_checks(checks: Sequence[Check], machine: Machine) -> Iterator[Outcome]:
-    """Run every check, whatever becomes of those before it."""
+def run_checks(checks: Sequence[Check], machine: Machine, announce: Callable[[str], object] | None = None) -> Iterator[Outcome]:
+    """Run every check, whatever becomes of those before it. `announce` is told the name of each before it runs."""
     for check in checks:
+        if announce is not None:
+            announce(check.name)
         begin = time.perf_counter()
         fields: dict[str, Any] = {"status": "ok"}
         try:

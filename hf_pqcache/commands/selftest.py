@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.table import Table
 from hf_pqcache.commands import _options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from hf_pqcache.eval.selftest.checks import Machine, Outcome
     from hf_pqcache.eval.selftest.timing import Figures
@@ -36,22 +36,22 @@ def command(mode: str, phase: int | None, debug: bool, json_file: Path | None) -
     Example:  pqcache selftest --quick
     """
     from hf_pqcache.eval import selftest
+    from hf_pqcache.eval.results import provenance
     from hf_pqcache.eval.selftest.checks import Machine, run_checks
 
     if phase is not None and mode in ("performance", "compare"):
         raise click.UsageError(f"--phase chooses among the checks and --{mode} runs none of them; give one of the two")
-    console, machine = Console(), Machine.here(is_full=mode == "full")
+    machine = Machine.here(is_full=mode == "full")
     checks = [check for check in selftest.CHECKS if phase in (None, check.phase) and mode in ("quick", "full")]
-    outcomes = []
-    last = None
-    with console.status("") as status:
-        for check, outcome in zip(checks, _announced(checks, run_checks(checks, machine), status), strict=True):
-            if check.phase != last:
-                console.print(f"{check.phase} {selftest.PHASES[check.phase]}", style="bold")
-            last = check.phase
-            _print_outcome(console, outcome, debug)
-            outcomes.append(outcome)
+    console = Console()
+    outcomes: list[Outcome] = []
     figures: list[Figures] = []
+    with console.status("") as status:
+        for outcome in run_checks(checks, machine, status.update):
+            if not outcomes or outcomes[-1].phase != outcome.phase:
+                console.print(f"{outcome.phase} {selftest.PHASES[outcome.phase]}", style="bold")
+            outcomes.append(outcome)
+            _print_outcome(console, outcome, debug)
     for kind in ("performance", "compare"):
         if mode == kind or (mode == "full" and phase is None):
             found, outcome = _time(kind, machine, console)
@@ -59,24 +59,9 @@ def command(mode: str, phase: int | None, debug: bool, json_file: Path | None) -
             outcomes.append(outcome)
             _print_outcome(console, outcome, debug)
     if json_file is not None:
-        _options.write_json(
-            json_file,
-            {
-                "device": str(machine.device),
-                "mode": mode,
-                "outcomes": [asdict(x) for x in outcomes],
-                "caches": [asdict(x) for x in figures],
-            },
-        )
+        report = {"mode": mode, "outcomes": [asdict(x) for x in outcomes], "caches": [asdict(x) for x in figures]}
+        _options.write_json(json_file, {**report, "provenance": provenance(machine.device)})
     _finish(outcomes)
-
-
-def _announced(checks: Sequence[Any], outcomes: Iterable[Outcome], status: Any) -> Iterable[Outcome]:
-    """Show which check is running."""
-    found = iter(outcomes)
-    for check in checks:
-        status.update(check.name)
-        yield next(found)
 
 
 def _print_outcome(console: Console, outcome: Outcome, debug: bool) -> None:
