@@ -405,14 +405,12 @@ struct Attention {
 
     // Lane i < 16 brought what the mask says of token i of the tile. Nearly always nothing: one vote.
     __device__ __forceinline__ void apply_mask(float bias) {
-#if PQ_MASK
         if (__any_sync(~0u, bias != 0.f)) {
 #pragma unroll
             for (int i = 0; i < 2; i++)
 #pragma unroll
                 for (int odd = 0; odd < 2; odd++) score[i][odd] += __shfl_sync(~0u, bias, 8 * i + 2 * c + odd);
         }
-#endif
     }
 
     __device__ __forceinline__ void finish(uint4* shared) {
