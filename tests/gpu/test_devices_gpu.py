@@ -145,10 +145,20 @@ def test_compiled_or_not_on_two_gpus(folder: Path) -> None:
 
 def test_exact_pages_on_two_gpus(folder: Path) -> None:
     model = load(folder, SPREAD)
-    cache = PagedKVCache(model.config, page_size=16, max_pages=64)
+    cache = PagedKVCache(model.config, page_size=16, max_pages=64, compile=False)
     paged = generate(model, cache)
     assert_placed(cache)
     assert first_difference(paged, generate(model, DynamicCache(config=model.config))) < 0.02
+
+
+def test_pages_in_host_memory_on_two_gpus(folder: Path) -> None:
+    model = load(folder, SPREAD)
+    cache = coded(model, folder, offload=True)
+    assert not cache.is_compileable
+    got, expected = generate(model, cache), generate(model, coded(model, folder, compile=False))
+    assert_placed(cache)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert torch.equal(torch.stack(got.logits), torch.stack(expected.logits))
 
 
 def test_heads_on_two_gpus(folder: Path) -> None:
