@@ -117,7 +117,8 @@ class CacheLM(HFLM):
             request = unique.setdefault((tokens, len(continuation)), _Request(tokens, len(continuation), []))
             request.targets.append((index, continuation))
         answers: dict[int, tuple[float, bool]] = {}
-        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or self.rank != 0) as bar:
+        is_part = override_bs is not None  # of a rolling text: the harness calls this once a batch
+        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or is_part or self.rank != 0) as bar:
             for batch in _batches(unique.values(), override_bs or int(self.batch_size)):
                 for request, logits in zip(batch, self._logits(batch), strict=True):
                     for index, continuation in request.targets:
