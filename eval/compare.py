@@ -9,7 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hf_pqcache.eval import tasks
-from hf_pqcache.eval.caches import CacheSpec
+from hf_pqcache.eval.caches import CacheSpec, head_dim
 from hf_pqcache.eval.deployed import CHUNK
 from hf_pqcache.eval.results import Row
 from hf_pqcache.eval.session import Session
@@ -81,7 +81,7 @@ def compare(
             exact = value if spec.name == "dynamic" else exact
             lines.append(
                 Line(
-                    cache=one.cache.label,
+                    cache=_name(one.cache, one.model),
                     perplexity=value["perplexity"],
                     change=value["perplexity"] / exact["perplexity"] - 1 if exact else None,
                     recall=sum(grid) / len(grid) if grid else None,
@@ -94,6 +94,15 @@ def compare(
                 )
             )
     return lines, rows
+
+
+def _name(spec: CacheSpec, model: Any) -> str:
+    """The cache's label; of ours also the bits of a code for each value, by which it is compared."""
+    if spec.name != "pq":
+        return spec.label
+    config = spec.config
+    bits = config.num_bits * config.subspaces(head_dim(model)) / head_dim(model)
+    return f"pq {bits:g} bits ({spec.label.removeprefix('pq ')})"
 
 
 def _measure(

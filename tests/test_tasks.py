@@ -221,6 +221,7 @@ def test_compare_puts_caches_side_by_side(tmp_path: Path, monkeypatch: pytest.Mo
     assert (dynamic["change"], dynamic["bits"]) == (0, 16)
     assert (dynamic["slowdown"], ours["slowdown"]) == (1, ours["tpot_ms"] / dynamic["tpot_ms"])
     assert "pip install hqq" in missing["note"]
+    assert ours["cache"] == "pq 2 bits (M=32 n=4)"
     assert ours["kv_bytes"] < dynamic["kv_bytes"]
     assert ours["perplexity"] > dynamic["perplexity"]
     assert (tmp_path / "table.md").read_text().count("\n") == 5

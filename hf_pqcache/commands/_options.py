@@ -160,8 +160,8 @@ def finish(rows: Sequence[Row], json_file: Path | None, title: str) -> None:
 
 
 def new_console() -> Console:
-    """For tables: as wide as the terminal, and 110 columns in a file or a pipe."""
-    return Console(width=None if sys.stdout.isatty() else 110)
+    """For tables: as wide as the terminal, and 120 columns in a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def _value(row: Row) -> str:

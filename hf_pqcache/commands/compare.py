@@ -63,7 +63,9 @@ def command(
     table = Table(title=f"{session.model_name}, {tokens} tokens, {session.device_name}, {session.model.dtype}, text {name}")
     has_notes = any(line.note for line in lines)
     for heading in ("cache", *COLUMNS, *([""] if has_notes else [])):
-        table.add_column(heading, justify="left" if heading in ("cache", "") else "right", overflow="fold")
+        table.add_column(
+            heading, justify="left" if heading in ("cache", "") else "right", overflow="fold", no_wrap=heading == "cache"
+        )
     for line in lines:
         table.add_row(line.cache, *cells(line), *([line.note] if has_notes else []))
     console.print(table)
