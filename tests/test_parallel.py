@@ -14,7 +14,7 @@ import tp_worker
 from tiny_models import COMMON, SMALL
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from hf_pqcache import Codebook, PagedPQCache, calibrate, parallel
+from hf_pqcache import Codebook, PagedPQCache, parallel
 from hf_pqcache.calibrate import learn_layer
 from hf_pqcache.codebook import LayerCodebook
 
@@ -138,9 +138,3 @@ def test_a_models_mesh_knows_the_rank(names: Any, ndim: int, expected: str | Non
     wanted = None if expected is None else {"tp": 3, "": 5}[expected]
     assert parallel.rank_of(SimpleNamespace(_device_mesh=mesh)) == wanted
     assert parallel.rank_of(LlamaConfig(**SHAPE)) is None
-
-
-def test_calibration_wants_all_heads_in_one_process() -> None:
-    model = SimpleNamespace(config=LlamaConfig(**SHAPE), _tp_size=2)
-    with pytest.raises(ValueError, match="spread over 2 processes"):
-        calibrate(model, None, "a text")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import transformers as tf
 from tiny_models import SMALL, build, codebook_of, tokens
 
-from hf_pqcache import Codebook, PagedPQCache
+from hf_pqcache import Codebook, PagedPQCache, calibrate
 from hf_pqcache.errors import NoKernelError, PagesExhaustedError
 
 
@@ -138,6 +139,15 @@ def _compiled_hybrids() -> None:
     assert not _cache("gemma3", compile=True).is_compileable
 
 
+def _compiled_offload() -> None:
+    assert not _cache("qwen3", compile=True, offload=True).is_compileable
+
+
+def _calibration_of_a_part() -> None:
+    part = SimpleNamespace(config=build("llama").config, _tp_size=2)
+    _raises(ValueError, "spread over 2 processes", lambda: calibrate(part, None, "a text"))
+
+
 def _several_queries() -> None:
     cache = _cache()
     before = cache.stats()["calls"].get("attend/torch", 0)
@@ -227,6 +237,12 @@ ENTRIES = (
         _unknown_rank,
     ),
     Entry(
+        "`calibrate` on a model whose heads are spread over processes",
+        "`ValueError`",
+        "a codebook holds the heads of all; one made in a single process serves any number of them",
+        _calibration_of_a_part,
+    ),
+    Entry(
         "codebooks as pickles",
         "`FileNotFoundError`",
         "unpickling a file runs what is in it; codebooks are safetensors and JSON",
@@ -239,7 +255,7 @@ ENTRIES = (
         _other_layers,
     ),
     Entry(
-        "a head_dim that 8 or more equal parts of 2 or more do not make",
+        "a head_dim that cannot be cut into 8 to head_dim / 2 equal parts",
         "the layer stays exact",
         "there is nothing to cut; asked for by `num_subspaces`, it is a `ValueError`",
         _odd_head_dim,
@@ -255,6 +271,12 @@ ENTRIES = (
         "run eagerly",
         "transformers' own sliding layers count in Python, which a graph cannot",
         _compiled_hybrids,
+    ),
+    Entry(
+        "compiled decode steps with `offload=True`",
+        "run eagerly",
+        "which pages move is the host's choice, and a captured graph makes none",
+        _compiled_offload,
     ),
     Entry(
         "several query tokens over a past (a second turn, assisted decoding)",
