@@ -103,13 +103,14 @@ def device_of(index: int) -> Device:
     return Device((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)
 
 
-def _tuned_warps(rows: int, tokens: int, has_mask: bool, capability: tuple[int, int]) -> int:
+def _tuned_warps(rows: int, tokens: int, width: int, mask: int, capability: tuple[int, int]) -> int:
     """Warps of a tuned kernel's block that has rows for so many heads and gets so many tokens.
 
     Sixteen hide more of the way to memory, which pays for four heads and long sequences; twelve have more registers each,
-    which the second loop of masked tiles needs, are joined faster, and do as well elsewhere.
+    are joined faster, and do as well elsewhere. Units of four numbers and a mask together need those registers.
     """
-    return 16 if rows == 4 and tokens > 4096 and not has_mask and capability >= (9, 0) else 12
+    has_registers = not (mask and width == 4)
+    return 16 if rows == 4 and tokens > 4096 and has_registers and capability >= (9, 0) else 12
 
 
 def tuned_shared_bytes(units: int, width: int, bits: int, key_copies: int) -> int:
@@ -261,7 +262,7 @@ def attend_plan(
         copies = 2 if fits and max_tokens > 1024 * splits else 1
         heads = min(-(-group // -(-group // 8)), 8)  # of one block
         rows = 2 if heads <= 2 else 4 if heads <= 4 else 8
-        warps = _tuned_warps(rows, max_tokens // splits, mask != 0, device.capability)
+        warps = _tuned_warps(rows, max_tokens // splits, width, mask, device.capability)
         defines |= {"PQ_HEADS": rows, "PQ_KEY_COPIES": copies, "PQ_WARPS": warps}
         shared = tuned_shared_bytes(units, width, bits, copies)
         spec = jit.KernelSpec(source, "attend", warps * 32, shared, tuple(defines.items()), overlaps=True)

@@ -20,12 +20,6 @@ __device__ __forceinline__ uint4* tables_at(uint4* dynamic) {
     return (uint4*)((char*)dynamic + (S::BASE - begin));
 }
 
-// A truth that the compiler knows, to be passed to a lambda.
-template <bool B>
-struct Flag {
-    static constexpr bool VALUE = B;
-};
-
 // The code tables of one block. wait_keys(vote): true if every thread of the block says so; the keys are there.
 template <class S>
 struct Tables {
@@ -67,7 +61,7 @@ struct Tables {
 // The tiles of one warp: every WARPS-th of the block's share. Lane i knows the place of tile 32 n + i - skipped; the pages of
 // the next 32 tiles are asked for when these are taken up, so that no warp ever waits for the page table.
 struct Tiles {
-    int first, count;
+    int count;
     u32 places;  // place: number of a tile in the pool of pages
 
     __device__ __forceinline__ Tiles(const AttendArgs& a, int skipped) {
@@ -76,11 +70,18 @@ struct Tiles {
         const int share = divide(num_tiles + a.splits - 1, a.splits_inverse);
         const int end = min((work.split + 1) * share, num_tiles);
         const int lane = thread_number() & 31;
-        first = work.split * share + (thread_number() >> 5);
+        const int first = work.split * share + (thread_number() >> 5);
         count = end > first ? (end - first + WARPS - 1) / WARPS : 0;
         tile = first + (lane - skipped) * WARPS;
         page = page_of(a);
         renew(a, work.kv_head);
+    }
+
+    // The warp's first tile, as the constructor finds it.
+    static __device__ __forceinline__ int first_of(const AttendArgs& a) {
+        const Work work(a);
+        const int num_tiles = (int)((u32)load_fresh(a.cache.counts + 2 * work.batch_row + 1) / TILE);
+        return work.split * divide(num_tiles + a.splits - 1, a.splits_inverse) + (thread_number() >> 5);
     }
 
     // Takes up the 32 tiles whose pages have come. Beyond the last tile they are any pages, and unused.
@@ -195,11 +196,6 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
         const u8* pages = byte < S::TILE_BYTES ? key_pages : value_pages - S::TILE_BYTES;
         prefetch_line(pages - lane * S::WORDS * 4 + (i64)tile * S::TILE_BYTES + byte);
     };
-    auto bias_of = [&](int i) {  // what the mask says of token `lane` of the warp's tile i
-        if (lane >= TILE) return 0.f;
-        const int column = a.starts[work.batch_row] + cache.sink_tokens + tiles.first * TILE;
-        return mask_bias(a, work.batch_row, column + i * WARPS * TILE + lane);
-    };
     typename Attention<S, HEADS>::Codes keys, values;
     u32 at = 0;
     if (tiles.count > 0) {
@@ -207,38 +203,47 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
         keys.load(key_pages + (i64)at * S::TILE_BYTES);
         values.load(value_pages + (i64)at * S::TILE_BYTES);
     }
-    // The loop without a mask has no trace of one: a look at it in every tile costs a tenth of the time.
-    auto attend_tiles = [&](auto masked) {
-        constexpr bool IS_MASKED = decltype(masked)::VALUE;
+    // Values of one tile and keys of the next form one basic block: look-ups and multiplications interleave, and codes are
+    // asked for as soon as their registers are free. Beyond the last tile they are those of page 0, and unused.
+    auto attend_tiles = [&]() {
         attention.score_tile(keys);
-        if (IS_MASKED) attention.apply_mask(bias_of(0));
         at = next_place();
         keys.load(key_pages + (i64)at * S::TILE_BYTES);
         attention.rescale();
         tables.wait_values();
-        // Values of one tile and keys of the next form one basic block: look-ups and multiplications interleave, and
-        // codes are asked for as soon as their registers are free. Beyond the last tile they are those of page 0, and
-        // unused.
         for (int left = tiles.count - 1; left > 0; left--) {
             const u32 next = next_place();
-            if (!IS_MASKED) ask_ahead();
+            ask_ahead();
             attention.value_tile(values);
             values.load(value_pages + (i64)at * S::TILE_BYTES);
             attention.score_tile(keys);
             keys.load(key_pages + (i64)next * S::TILE_BYTES);
             at = next;
-            if (IS_MASKED) attention.apply_mask(bias_of(tiles.count - left));
             attention.rescale();
         }
         attention.value_tile(values);
     };
-    const bool is_masked = !tables.wait_keys(is_silent) && PQ_MASK;
-    if (tiles.count > 0) {
-        if (is_masked)
-            attend_tiles(Flag<true>());
-        else
-            attend_tiles(Flag<false>());
-    }
+    // Where the mask hides something: tile after tile, and everything made anew, so that this loop takes no register from
+    // the one above.
+    auto attend_masked_tiles = [&]() {
+        int column = a.starts[Work(a).batch_row] + cache.sink_tokens + Tiles::first_of(a) * TILE;
+        tables.wait_values();
+        for (; tiles.count > 0; tiles.count--, column += WARPS * TILE) {
+            attention.score_tile(keys);
+            const int lane = thread_number() & 31;
+            attention.apply_mask(lane < TILE ? mask_bias(a, Work(a).batch_row, column + lane) : 0.f);
+            attention.rescale();
+            attention.value_tile(values);
+            at = next_place();  // beyond the last tile that of page 0, and unused
+            keys.load(key_pages + (i64)at * S::TILE_BYTES);
+            values.load(value_pages + (i64)at * S::TILE_BYTES);
+        }
+    };
+    const bool is_silent_everywhere = tables.wait_keys(is_silent);
+    if (PQ_MASK && !is_silent_everywhere)
+        attend_masked_tiles();
+    else if (tiles.count > 0)
+        attend_tiles();
     tables.wait_values();  // also where no tile came: the copy must not land in what finish() writes
     attention.finish(tables_at<S>(dynamic));
 }
