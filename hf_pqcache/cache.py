@@ -61,7 +61,7 @@ class PagedCache(SequenceCache, Cache):
             return DECODED
         if stock := sorted({type(layer).__name__ for layer in exact_layers if not layer.is_compileable}):
             return f"transformers' {', '.join(stock)} cannot be compiled"
-        return None if should_compile else "compile=False, the default where no kernels serve the model"
+        return None if should_compile else "compile=False, the default where no kernels serve or several processes share work"
 
     def _empty_twin(self) -> PagedCache:
         """A new cache of the same settings without tokens."""
@@ -298,7 +298,7 @@ class PagedPQCache(PagedCache):
         layers: list[Any] = DynamicCache(config=config).layers
         chosen = [i for i in _full_attention(layers) if codebook is None or i in codebook.layers]
         if compile is None:
-            compile = _kernels_serve(text_config, settings)
+            compile = _kernels_serve(text_config, settings) and not parallel.is_one_of_several()
         self._settings, self._compile = settings, compile
         storage = Storage(settings, codebook, len(layers), learn_layer, tp_rank=tp_rank, offload=offload)
         super().__init__(config, layers, chosen, storage, compile)
@@ -392,7 +392,7 @@ class PagedKVCache(PagedCache):
             settings.check_room(expected_tokens)
         layers: list[Any] = DynamicCache(config=config).layers
         if compile is None:
-            compile = _kernels_serve(config.get_text_config(decoder=True), None)
+            compile = _kernels_serve(config.get_text_config(decoder=True), None) and not parallel.is_one_of_several()
         self._settings, self._compile = settings, compile
         storage = Storage(settings, None, len(layers), learn_layer, EXACT, offload=offload)
         super().__init__(config, layers, _full_attention(layers), storage, compile)

@@ -13,6 +13,12 @@ import torch.distributed as dist
 from hf_pqcache.codebook import LayerCodebook
 
 
+def is_one_of_several() -> bool:
+    """Whether torch.distributed runs this process beside others: a step may then hold collectives, which are not compiled
+    unless asked for."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def local_part(book: LayerCodebook, num_heads: int, layer: int, rank: int | None) -> LayerCodebook:
     """The centroids of this process's `num_heads` KV heads, made once for all caches; the book itself if these are all.
 

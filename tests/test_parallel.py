@@ -71,6 +71,19 @@ def test_two_processes_equal_one(name: str, tmp_path: Path, one_thread: None) ->
     assert not torch.allclose(ranks[0]["learnt keys"], ranks[1]["learnt keys"]), "each learns its own head"
 
 
+def test_collectives_are_not_compiled_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hf_pqcache.cache
+
+    monkeypatch.setattr(hf_pqcache.cache, "_kernels_serve", lambda *_: True)
+    config = LlamaConfig(**SHAPE)
+    assert PagedPQCache(config).is_compileable
+    pretend(monkeypatch, rank=0, world=2)
+    cache = PagedPQCache(config)
+    assert not cache.is_compileable
+    assert "several processes" in cache.stats()["eager_because"]
+    assert PagedPQCache(config, compile=True).is_compileable
+
+
 # -- which heads are one's own -------------------------------------------------------------------------------------------
 def book_of(heads: int) -> LayerCodebook:
     return LayerCodebook(*(torch.randn(heads, 8, 16, 2).half() for _ in range(2)))

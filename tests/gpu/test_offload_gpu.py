@@ -35,9 +35,9 @@ def model() -> Any:
     return LlamaForCausalLM(config).to("cuda", torch.float16).eval()
 
 
-def make_cache(model: Any, kind: str, max_pages: int = 300, **options: Any) -> Any:
+def make_cache(model: Any, kind: str, max_pages: int = 600, **options: Any) -> Any:
     if kind == "exact":
-        return PagedKVCache(model.config, page_size=16, max_pages=max_pages, **options)
+        return PagedKVCache(model.config, page_size=16, max_pages=max_pages, compile=False, **options)
     generator = torch.Generator().manual_seed(1)
     shape = (KV_HEADS, 64, 256, 1)
     layers = {i: LayerCodebook(*(torch.randn(shape, generator=generator).half() for _ in range(2))) for i in range(LAYERS)}

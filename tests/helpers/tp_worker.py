@@ -31,7 +31,9 @@ def torchrun(folder: Path, processes: int) -> list[dict[str, Any]]:
     path = os.pathsep.join([str(here.parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(here), str(folder)], env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
+    lines = done.stderr.splitlines()
+    first = next((i for i, line in enumerate(lines) if "Error" in line), 0)
+    assert done.returncode == 0, "\n".join(lines[max(0, first - 30) : first + 30])
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
 
 
@@ -62,6 +64,7 @@ def inputs(model: Any) -> dict[str, Tensor]:
 
 def generate(model: Any, cache: Any, **options: Any) -> tuple[Tensor, Tensor]:
     settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    print(f"{type(cache).__name__}, eager: {cache.stats()['eager_because']}", file=sys.stderr, flush=True)
     out = model.generate(**inputs(model), past_key_values=cache, **(settings | options))
     return out.sequences.cpu(), torch.stack(out.logits).float().cpu()
 
