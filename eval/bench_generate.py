@@ -12,16 +12,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, StoppingCriteriaList
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
 
 from hf_pqcache import engine, torch_engine
-from hf_pqcache.cache import PagedPQCache
+from hf_pqcache.cache import PagedCache, PagedPQCache
 from hf_pqcache.codebook import Codebook, LayerCodebook
 from hf_pqcache.config import PQConfig
+from hf_pqcache.eval.caches import CacheSpec
 from hf_pqcache.eval.speed import TokenClock
 
 SPARE_TOKENS = 256  # room for what a benchmark generates
@@ -54,7 +56,10 @@ class Shape:
 SHAPES = {"llama-3.1-8b": Shape(8, 14336, 128256), "llama-2-7b": Shape(32, 11008, 32000)}
 #: (shape, tokens) that a full run times.
 CASES = (("llama-3.1-8b", 32768), ("llama-3.1-8b", 131072), ("llama-2-7b", 32768))
-CACHES = ("pq", "pq-2bit", "pq-eager", "static", "dynamic")
+#: Ours, the fp16 ones, and transformers' quantized ones where their libraries are installed.
+CACHES = ("pq", "pq-2bit", "pq-eager", "paged-kv", "static", "dynamic", "quanto", "hqq", "fp8")
+#: Bytes of a key or value number in each cache; 0.5 where this does not say.
+NUMBER_BYTES = {"pq-2bit": 0.25, "paged-kv": 2.0, "static": 2.0, "dynamic": 2.0, "fp8": 1.0}
 
 
 def build_model(shape: Shape, device: str = "cuda") -> Any:
@@ -84,10 +89,8 @@ def random_codebook(config: Any, num_subspaces: int, num_bits: int = 8) -> Codeb
 def make_cache(name: str, config: Any, tokens: int, codebook: Codebook | None = None) -> Any:
     """A cache for `tokens` tokens of one sequence and what a benchmark generates on top; ours with a random codebook."""
     total = tokens + SPARE_TOKENS
-    if name == "dynamic":
-        return DynamicCache(config=config)
-    if name == "static":
-        return StaticCache(config=config, max_cache_len=total)
+    if not name.startswith("pq"):
+        return CacheSpec.parse(name, config.head_dim).make(SimpleNamespace(config=config), total)
     codebook = codebook or random_codebook(config, 32 if name == "pq-2bit" else 64)
     pages = -(-total // PQConfig().page_size)
     return PagedPQCache(config, codebook, max_pages=pages, compile=False if name == "pq-eager" else None)
@@ -100,7 +103,7 @@ def fill(cache: Any, config: Any, tokens: int, device: str = "cuda", seed: int =
     for layer in range(config.num_hidden_layers):
         keys, values = (torch.randn(shape, generator=generator, device=device, dtype=torch.float16) for _ in range(2))
         cache.update(keys, values, layer)
-        if isinstance(cache, PagedPQCache):
+        if isinstance(cache, PagedCache):
             cache.layers[layer].commit()  # as attention does when it has seen them
         del keys, values  # before the next layer's are made
 
@@ -263,7 +266,7 @@ def time_cache(model: Any, name: str, tokens: int, new_tokens: int) -> dict[str,
         "gpu_busy_ms": gpu_busy_ms(model, cache),
         "worst_ms": max(steps[len(steps) // 4 :]),
         "first_call_s": first_call_s,
-        "calls": cache.stats()["calls"] if isinstance(cache, PagedPQCache) else {},
+        "calls": cache.stats()["calls"] if isinstance(cache, PagedCache) else {},
     }
 
 
@@ -304,7 +307,7 @@ def bench_generate(
             times: dict[str, float] = {}
             for name in caches:
                 _free()
-                bytes_moved = weights + tokens * per_token * {"static": 2.0, "dynamic": 2.0, "pq-2bit": 0.25}.get(name, 0.5)
+                bytes_moved = weights + tokens * per_token * NUMBER_BYTES.get(name, 0.5)
                 row: dict[str, Any] = {"kind": "decode", "shape": shape_name, "tokens": tokens, "cache": name}
                 row |= {"floor_ms": bytes_moved / bandwidth * 1e3} | conditions
                 try:
@@ -312,6 +315,8 @@ def bench_generate(
                     times[name] = row["ms_per_token"]
                 except torch.OutOfMemoryError:
                     row["error"] = "out of memory"
+                except ImportError as error:
+                    row["error"] = str(error)
                 yield row
         if prefill and shape_name == next(iter(SHAPES)):
             _free()

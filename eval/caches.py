@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from hf_pqcache.cache import PagedPQCache
+from hf_pqcache.cache import PagedKVCache, PagedPQCache
 from hf_pqcache.calibrate import compressible_layers
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
@@ -100,11 +100,8 @@ class CacheSpec:
         if self.name == "pq":
             needed = batch * (-(-max_tokens // self.config.page_size) + 1)
             return PagedPQCache(config, self.codebook, self.config.replace(max_pages=max(self.config.max_pages, needed)))
-        paged = getattr(importlib.import_module("hf_pqcache"), "PagedKVCache", None)
-        if paged is None:
-            raise ImportError("this version of hf_pqcache has no PagedKVCache; use another cache")
         needed = batch * (-(-max_tokens // self.settings["page_size"]) + 1)
-        return paged(config, **{**self.settings, "max_pages": max(self.settings["max_pages"], needed)})
+        return PagedKVCache(config, **{**self.settings, "max_pages": max(self.settings["max_pages"], needed)})
 
     def _check_library(self) -> None:
         if self.name == "fp8":

@@ -11,7 +11,7 @@ FLOORS = {
     1: {"codebook", "pages", "plan", "pool", "state", "jit"},
     2: {"torch_engine", "kernel_plan", "cuda_engine", "nvrtc", "parallel"},
     3: {"engine", "attention", "calibrate", "reference", "diagnose"},
-    4: {"ops", "storage"},
+    4: {"ops", "room", "storage"},
     5: {"steps"},
     6: {"layer", "sequences"},
     7: {"cache"},
@@ -20,7 +20,7 @@ FLOORS = {
     10: {"cli"},
 }
 #: Files of one floor that may know a sibling.
-SIBLINGS = {("cuda_engine", "kernel_plan"), ("pool", "pages"), ("state", "pool"), ("jit", "pool")}
+SIBLINGS = {("cuda_engine", "kernel_plan"), ("pool", "pages"), ("state", "pool"), ("jit", "pool"), ("storage", "room")}
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 
 

@@ -107,7 +107,12 @@ def _print_generate(rows: list[dict[str, Any]]) -> None:
 
 @command.command()
 @click.option("--case", "cases", multiple=True, help="shape,tokens such as llama-3.1-8b,32768; may be repeated.")
-@click.option("--cache", "caches", multiple=True, help="pq, pq-2bit, pq-eager, static, dynamic; all if absent.")
+@click.option(
+    "--cache",
+    "caches",
+    multiple=True,
+    help="pq, pq-2bit, pq-eager, paged-kv, static, dynamic, quanto, hqq, fp8; all if absent.",
+)
 @click.option("--new-tokens", type=click.IntRange(min=16), default=96, show_default=True)
 @click.option("--no-prefill", is_flag=True, help="Skip prefill times.")
 @click.option("--json", "json_file", type=FILE, help="Write the JSON document here instead of to the output.")
@@ -115,7 +120,7 @@ def _print_generate(rows: list[dict[str, Any]]) -> None:
 def generate(
     cases: Sequence[str], caches: Sequence[str], new_tokens: int, no_prefill: bool, json_file: Path | None, plot: Path | None
 ) -> None:
-    """Milliseconds per token of generate under our cache, StaticCache (compiled) and DynamicCache.
+    """Milliseconds per token of generate under our caches, StaticCache (compiled), DynamicCache and quantized ones.
 
     Example:  pqcache bench generate --case llama-3.1-8b,32768 --cache pq --cache static
     """
