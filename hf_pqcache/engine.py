@@ -62,7 +62,8 @@ def _choose(state: DeviceState, layer: int, view: LayerView, query: Tensor) -> k
         return choice
     choice = _select(view, group)
     if choice not in state.choices.values():
-        level = logging.WARNING if choice.name == "torch" and query.is_cuda else logging.INFO
+        is_unexpected = choice.name == "torch" and query.is_cuda and choice.reason != kernel_plan.FORCED
+        level = logging.WARNING if is_unexpected else logging.INFO
         logger.log(level, "attention over pages runs on the %s engine: %s", choice.name, choice.reason)
     state.choices[layer, group] = choice
     return choice

@@ -22,6 +22,9 @@ def inverse(divisor: int) -> int:
     return -(-(1 << 32) // divisor) if divisor > 1 else 0
 
 
+FORCED = "forced by HF_PQCACHE_KERNEL"
+
+
 class Choice(NamedTuple):
     """Which engine serves a shape, and why."""
 
@@ -171,7 +174,7 @@ def _select(
     if forced not in ("", "tuned", "generic", "torch"):
         raise ValueError(f"HF_PQCACHE_KERNEL={forced!r} is none of tuned, generic, torch")
     if forced == "torch":
-        return Choice("torch", "forced by HF_PQCACHE_KERNEL")
+        return Choice("torch", FORCED)
     why = _why_no_cuda(shape[0], value_dim, group, dtype, device)
     if why is not None:
         if forced:
@@ -179,9 +182,9 @@ def _select(
         return Choice("torch", why)
     why = _why_not_tuned(shape, device_of(device.index or 0).shared_bytes)
     if forced == "generic":
-        return Choice("generic", "forced by HF_PQCACHE_KERNEL")
+        return Choice("generic", FORCED)
     if why is None:
-        return Choice("tuned", "forced by HF_PQCACHE_KERNEL" if forced else f"kernels/{jit.tuned_shapes()[shape]}")
+        return Choice("tuned", FORCED if forced else f"kernels/{jit.tuned_shapes()[shape]}")
     if forced == "tuned":
         raise NoKernelError(f"HF_PQCACHE_KERNEL=tuned, but {why}; unset it to use the generic kernel")
     return Choice("generic", why)
@@ -207,7 +210,7 @@ def select(
 def select_paged(head_dim: int, value_dim: int, group: int, dtype: torch.dtype, device: torch.device) -> Choice:
     """The engine for a layer of exact pages: paged, else torch. HF_PQCACHE_KERNEL=torch forces the latter."""
     if os.environ.get("HF_PQCACHE_KERNEL", "") == "torch":
-        return Choice("torch", "forced by HF_PQCACHE_KERNEL")
+        return Choice("torch", FORCED)
     why = _why_no_cuda(head_dim, value_dim, group, dtype, device)
     if why is None and head_dim % 8:
         why = f"head_dim={head_dim} is no multiple of 8"
