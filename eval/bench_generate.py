@@ -11,20 +11,21 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_pqcache import engine, torch_engine
 from hf_pqcache.cache import PagedCache, PagedPQCache
 from hf_pqcache.codebook import Codebook, LayerCodebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.caches import CacheSpec
-from hf_pqcache.eval.speed import TokenClock
+from hf_pqcache.eval.speed import timed_generate
 
 SPARE_TOKENS = 256  # room for what a benchmark generates
 
@@ -111,21 +112,8 @@ def fill(cache: Any, config: Any, tokens: int, device: str = "cuda", seed: int =
 def generate_times(model: Any, cache: Any, tokens: int, new_tokens: int) -> tuple[float, list[float]]:
     """(seconds to the first new token, milliseconds of each later one) of a call of generate on a filled cache."""
     ids = torch.randint(10, model.config.vocab_size, (1, tokens + 1), device=model.device)
-    clock = TokenClock(model.device)
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        stopping_criteria=StoppingCriteriaList([clock]),
-    )
-    steps = [(b - a) * 1e3 for a, b in zip(clock.times, clock.times[1:], strict=False)]
-    return clock.times[0] - begin, steps
+    times = timed_generate(model, ids, cache, new_tokens, eos_token_id=None)
+    return times[0], [(b - a) * 1e3 for a, b in pairwise(times)]
 
 
 def gpu_busy_ms(model: Any, cache: Any, few: int = 8, many: int = 24) -> float:

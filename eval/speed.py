@@ -56,6 +56,24 @@ def random_prompt(model: Any, batch: int, tokens: int, seed: int) -> torch.Tenso
     return torch.randint(min(10, vocabulary - 1), vocabulary, (batch, tokens), generator=generator).to(model.device)
 
 
+def timed_generate(model: Any, ids: torch.Tensor, cache: Any, new_tokens: int, **options: Any) -> list[float]:
+    """Seconds from the call of a greedy `generate` after ids (B, T) until each of its new tokens is there."""
+    clock = TokenClock(model.device)
+    synchronize(model.device)
+    begin = time.perf_counter()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([clock]),
+        **options,
+    )
+    return [moment - begin for moment in clock.times]
+
+
 @torch.inference_mode()
 def measure_speed(
     model: Any,
@@ -81,22 +99,9 @@ def measure_speed(
     ids = random_prompt(model, batch, prompt_tokens, seed)
     first, rest = [], []
     for turn in range(warmup + repeats):
-        cache, clock = make_cache(), TokenClock(model.device)
-        synchronize(model.device)
-        begin = time.perf_counter()
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            stopping_criteria=StoppingCriteriaList([clock]),
-        )
-        del cache
+        times = timed_generate(model, ids, make_cache(), new_tokens, min_new_tokens=new_tokens)
         if turn >= warmup:
-            first.append(clock.times[0] - begin)
-            rest.append((clock.times[-1] - clock.times[0]) / (len(clock.times) - 1))
+            first.append(times[0])
+            rest.append((times[-1] - times[0]) / (len(times) - 1))
     tpot = median(rest)
     return Speed(ttft_ms=1000 * median(first), tpot_ms=1000 * tpot, tokens_per_s=batch / tpot)

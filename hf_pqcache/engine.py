@@ -132,12 +132,6 @@ def encode_pages(view: LayerView, which: Which, x: Tensor, ids: Tensor) -> None:
         torch_engine.encode_pages(view, which, x, ids.long())
 
 
-def store_row(view: LayerView, row: int, keys: Tensor, values: Tensor, length: int) -> None:
-    """Encode, then keep, the new tokens keys, values (H, T, d) of a row that holds `length`; see the two parts."""
-    encode_row(view, row, keys, values, length)
-    keep_row(view, row, keys, values, length)
-
-
 def encode_row(view: LayerView, row: int, keys: Tensor, values: Tensor, length: int) -> None:
     """Write the pages that leave the window when a row that holds `length` gets keys, values (H, T, d).
 

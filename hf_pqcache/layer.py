@@ -111,8 +111,7 @@ class PagedLayer(CacheLayerMixin):
 
     def _take(self, keys: Tensor, values: Tensor) -> tuple[LazyKV, LazyKV]:
         storage, count = self.storage, keys.shape[2]
-        if keys.shape[0] != storage.batch:
-            storage.set_batch(keys.shape[0])
+        storage.set_batch(keys.shape[0])
         if not self.is_initialized:
             self.open(keys, values)
         self.batch_size = storage.batch

@@ -7,7 +7,7 @@ come out through the attention of a layer. The reference reads the stored codes 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -185,22 +185,23 @@ def _dtypes(machine: Machine) -> tuple[torch.dtype, ...]:
     return (torch.float16, torch.bfloat16) if machine.is_full else (torch.bfloat16,)
 
 
-def tuned_kernels(machine: Machine) -> str:
+def _check_shapes(
+    machine: Machine, engine: str, quick: Sequence[tuple[int, int, int]], full: Sequence[tuple[int, int, int]]
+) -> str:
     _kernels_or_skip(machine)
-    shapes = sorted(jit.tuned_shapes()) if machine.is_full else QUICK_SHAPES
+    shapes = full if machine.is_full else quick
     for shape in shapes:
         for dtype in _dtypes(machine):
-            check_engine(machine, "tuned", shape, dtype)
+            check_engine(machine, engine, shape, dtype)
     return f"{len(shapes)} shapes: encode, append and attend agree with float64"
+
+
+def tuned_kernels(machine: Machine) -> str:
+    return _check_shapes(machine, "tuned", QUICK_SHAPES, sorted(jit.tuned_shapes()))
 
 
 def generic_kernel(machine: Machine) -> str:
-    _kernels_or_skip(machine)
-    shapes = (*OTHER_SHAPES, *QUICK_SHAPES) if machine.is_full else OTHER_SHAPES[:2]
-    for shape in shapes:
-        for dtype in _dtypes(machine):
-            check_engine(machine, "generic", shape, dtype)
-    return f"{len(shapes)} shapes: encode, append and attend agree with float64"
+    return _check_shapes(machine, "generic", OTHER_SHAPES[:2], (*OTHER_SHAPES, *QUICK_SHAPES))
 
 
 def exact_pages(machine: Machine) -> str:
