@@ -21,11 +21,12 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_pqcache import engine, torch_engine
-from hf_pqcache.cache import PagedCache, PagedPQCache
+from hf_pqcache.cache import PagedPQCache
 from hf_pqcache.codebook import Codebook, LayerCodebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.caches import CacheSpec
 from hf_pqcache.eval.speed import timed_generate
+from hf_pqcache.paged import PagedCache
 
 SPARE_TOKENS = 256  # room for what a benchmark generates
 

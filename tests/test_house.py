@@ -14,13 +14,20 @@ FLOORS = {
     4: {"ops", "room", "storage"},
     5: {"steps"},
     6: {"layer", "sequences"},
-    7: {"cache"},
+    7: {"paged", "cache"},
     8: {"eval"},
     9: {"commands"},
     10: {"cli"},
 }
 #: Files of one floor that may know a sibling.
-SIBLINGS = {("cuda_engine", "kernel_plan"), ("pool", "pages"), ("state", "pool"), ("jit", "pool"), ("storage", "room")}
+SIBLINGS = {
+    ("cuda_engine", "kernel_plan"),
+    ("pool", "pages"),
+    ("state", "pool"),
+    ("jit", "pool"),
+    ("storage", "room"),
+    ("cache", "paged"),
+}
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 
 

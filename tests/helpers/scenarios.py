@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_pqcache.cache import PagedCache
+from hf_pqcache.paged import PagedCache
 
 PROMPT, NEW = 50, 10  # a page of the small caches is full at 36 tokens, and the next one while decoding
 
