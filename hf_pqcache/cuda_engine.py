@@ -53,7 +53,7 @@ def make_book(centroids: Tensor) -> Tensor:
 class Prepared(NamedTuple):
     """What kernels need of one layer beside its storage; to be kept alive while the descriptor has its addresses.
 
-    tensors: key book, value book (uint8; empty for exact pages, and before a layer has centroids) and tickets (int32,
+    tensors: key book, value book (uint8; empty for exact pages, zeros before a layer has centroids) and tickets (int32,
     zero): with them the blocks of a launch find out which of them is last; they are zero again after it. Columns 2, 3 and
     6 of desc.
     """
@@ -70,16 +70,22 @@ def centroids_of(book: Tensor, shape: torch.Size) -> Tensor:
 def prepare_layer(view: LayerView, books: tuple[Tensor, Tensor] | None = None) -> Prepared:
     """Prepare a layer for the kernels; again when its tensors are replaced or its centroids change.
 
-    books: what `make_book` made of its key and its value centroids; made here if absent.
+    books: what `make_book` made of its key and its value centroids; made here if absent, of zeros before there are any.
     """
     window = view.window_keys
     batch, kv_heads = window.shape[:2]
     tickets = torch.zeros(batch + 2 * batch * kv_heads, dtype=torch.int32, device=window.device)
-    if not (view.is_coded and view.codec.needs_centroids):
+    geometry = Geometry.of(view)
+    if geometry.is_exact:
         none = torch.empty(0, dtype=torch.uint8, device=window.device)
-        return Prepared(Geometry.of(view), (none, none, tickets))
-    key_book, value_book = books or (make_book(view.key_centroids), make_book(view.value_centroids))
-    return Prepared(Geometry.of(view), (key_book, value_book, tickets))
+        return Prepared(geometry, (none, none, tickets))
+    if books is None:
+        sides = [view.key_centroids, view.value_centroids]
+        if not view.is_coded:  # kernels copy their tables before they know that no token is coded
+            shape = (kv_heads, view.num_subspaces, 1 << geometry.num_bits, geometry.head_dim // view.num_subspaces)
+            sides = [torch.zeros(shape, dtype=torch.float16, device=window.device) for _ in sides]
+        books = make_book(sides[0]), make_book(sides[1])
+    return Prepared(geometry, (*books, tickets))
 
 
 # -- launching -------------------------------------------------------------------------------------------------------

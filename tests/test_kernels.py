@@ -182,6 +182,16 @@ def test_generic_attention_matches_float64(shape: tuple[int, int, int]) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("name", ["tuned", "generic"])
+def test_a_layer_that_has_yet_to_learn_attends_to_its_window(name: str) -> None:
+    """Kernels copy their tables before they know that no token is coded: the tables must be there."""
+    case = h.make_case(128, 64, 8, [90, 0, 17], kv_heads=2, recent=100, is_coded=False)
+    q = torch.randn(3, 4, 1, 128).half()
+    out, _ = h.attend_emulated(case, q, name, splits=2)
+    assert h.relative_error(out, h.reference(case, q, None, None, 0.1, 0.0)) < TOLERANCE[q.dtype]
+
+
+@needs_compiler
 def test_one_key_copy_is_right_where_shared_memory_is_small() -> None:
     case = h.make_case(128, 64, 8, [200], page_size=16)
     q = torch.randn(1, 4, 1, 128).half()

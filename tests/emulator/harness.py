@@ -61,10 +61,12 @@ def make_case(
     device: str = "cpu",
     extra_slots: int = 0,
     starts: list[int] | None = None,
+    is_coded: bool = True,
 ) -> Case:
     """Rows of the given lengths; unused window slots, unused pages and table entries are poisoned.
 
-    num_subspaces = num_bits = 0: pages of exact tokens.
+    num_subspaces = num_bits = 0: pages of exact tokens. is_coded=False: a layer that has yet to learn its centroids, without
+    pages; its rows must fit the recent window.
     """
     batch = len(lengths)
     codec = CODED if num_subspaces else EXACT
@@ -76,6 +78,7 @@ def make_case(
         extended_residual=recent,
     )
     pages_of = [config.coded_tokens(n) // page_size for n in lengths]
+    assert is_coded or not any(pages_of)
     max_pages = sum(pages_of) + 2
     width = max(pages_of) + 2
     order = torch.randperm(max_pages)
@@ -87,6 +90,8 @@ def make_case(
     page_bytes = page_size * num_subspaces * num_bits // 8
 
     def pages() -> Tensor:
+        if not is_coded:
+            return torch.empty(0, dtype=torch.uint8)
         if codec is EXACT:
             pool = torch.full((max_pages, kv_heads, page_size, head_dim), float("nan"), dtype=dtype)
             pool[order[:used]] = torch.randn(used, kv_heads, page_size, head_dim).to(dtype)
@@ -94,7 +99,7 @@ def make_case(
         return torch.randint(0, 256, (max_pages, kv_heads, page_bytes), dtype=torch.uint8)
 
     def centroids() -> Tensor:
-        if codec is EXACT:
+        if codec is EXACT or not is_coded:
             return torch.empty(0)
         return torch.randn(kv_heads, num_subspaces, 1 << num_bits, head_dim // num_subspaces).half()
 
@@ -118,6 +123,7 @@ def make_case(
         counts=torch.tensor([[n, config.coded_tokens(n)] for n in lengths], dtype=torch.int32, device=device),
         starts=torch.tensor(starts or [0] * batch, dtype=torch.int32, device=device),
         page_table=table.to(device),
+        is_coded=is_coded,
         codec=codec,
     )
     geometry, kept = cuda_engine.prepare_layer(view)
@@ -146,6 +152,8 @@ def exact(case: Case, row: int, which: str) -> Tensor:
     for slot, token in window_tokens(config, length, view.window_slots):
         out[:, token] = window[row, :, slot].double().cpu()
     coded = config.coded_tokens(length)
+    if not coded:
+        return out
     ids = view.page_table[row, : coded // config.page_size].long()
     if case.geometry.is_exact:
         decoded = pages[ids].transpose(0, 1).flatten(1, 2).double().cpu()

@@ -102,11 +102,13 @@ def test_compiled_equals_eager_and_compiles_once(model: Any) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames, "a second cache must not compile again"
 
 
-def test_learning_between_compiled_steps(model: Any) -> None:
+@pytest.mark.parametrize("bits", [4, 6])  # through the generic kernel and a tuned one
+def test_learning_between_compiled_steps(model: Any, bits: int) -> None:
     """Without a codebook a short prompt stays exact until compiled steps have gathered enough to learn from."""
-    cache = PagedPQCache(model.config, page_size=16, extended_residual=32, max_pages=64, num_bits=4, learn_tokens=96)
+    cache = PagedPQCache(model.config, page_size=16, extended_residual=32, max_pages=64, num_bits=bits, learn_tokens=96)
     out = generate(model, cache, [64], new=120)
     stats = cache.stats()
+    assert {engine["name"] for engine in stats["engines"].values()} == {"generic" if bits == 4 else "tuned"}
     assert stats["pages_used"] > 0
     assert out.sequences.shape[1] == 184
     exact = generate(model, DynamicCache(config=model.config), [64], new=16)

@@ -76,6 +76,13 @@ def test_attention(shape: tuple[int, int, int], name: str) -> None:
             check(case, q, name, max_tokens=max_tokens)
 
 
+@pytest.mark.parametrize("name", ["tuned", "generic"])
+@pytest.mark.parametrize("shape", TUNED, ids=str)
+def test_a_layer_that_has_yet_to_learn(shape: tuple[int, int, int], name: str) -> None:
+    case = h.make_case(*shape, [90, 0, 17], kv_heads=2, recent=100, device="cuda", is_coded=False)
+    check(case, torch.randn(3, 8, 1, shape[0]).half().cuda(), name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
 def test_attention_over_exact_pages(head_dim: int, dtype: torch.dtype) -> None:

@@ -31,6 +31,7 @@ def torchrun(folder: Path, processes: int) -> list[dict[str, Any]]:
     path = os.pathsep.join([str(here.parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(here), str(folder)], env=environment, capture_output=True, text=True, timeout=500)
+    (folder / "stderr.txt").write_text(done.stderr)
     lines = done.stderr.splitlines()
     first = next((i for i, line in enumerate(lines) if "Error" in line), 0)
     assert done.returncode == 0, "\n".join(lines[max(0, first - 30) : first + 30])
