@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -25,7 +26,7 @@ from hf_pqcache.cache import PagedPQCache
 from hf_pqcache.codebook import Codebook, LayerCodebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.caches import CacheSpec
-from hf_pqcache.eval.speed import timed_generate
+from hf_pqcache.eval.speed import deferred_stop_check, timed_generate
 from hf_pqcache.paged import PagedCache
 
 SPARE_TOKENS = 256  # room for what a benchmark generates
@@ -266,8 +267,11 @@ def bench_generate(
     prefill: Sequence[int] = (8192, 32768),
     bandwidth: float | None = None,
     note: Callable[[str], None] = print,
+    is_stop_deferred: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield one row for each (case, cache), then rows of prefill and memory. Needs a GPU.
+
+    is_stop_deferred: time decode steps under `deferred_stop_check`.
 
     Raises RuntimeError if there is none, or if our logits are wrong.
     """
@@ -282,6 +286,7 @@ def bench_generate(
         "copy_tb_per_s": bandwidth / 1e12,
         "dtype": "float16",
         "batch": 1,
+        "is_stop_deferred": is_stop_deferred,
     }
     note(f"{conditions['gpu']}: copy {bandwidth / 1e12:.2f} TB/s (read + written) is the ceiling")
     for shape_name in dict.fromkeys(shape for shape, _ in cases):
@@ -300,7 +305,8 @@ def bench_generate(
                 row: dict[str, Any] = {"kind": "decode", "shape": shape_name, "tokens": tokens, "cache": name}
                 row |= {"floor_ms": bytes_moved / bandwidth * 1e3} | conditions
                 try:
-                    row |= time_cache(model, name, tokens, new_tokens)
+                    with deferred_stop_check() if is_stop_deferred else nullcontext():
+                        row |= time_cache(model, name, tokens, new_tokens)
                     times[name] = row["ms_per_token"]
                 except torch.OutOfMemoryError:
                     row["error"] = "out of memory"

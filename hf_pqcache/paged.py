@@ -130,11 +130,12 @@ class PagedCache(SequenceCache, Cache):
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number, how many tokens to remove")
         self.storage.check_rows_advance_together()
         self._steps.settle()
-        with self.storage.out_of_memory_guard("restoring the exact windows"):
-            if self.storage.is_uneven:
-                self._steps.take_back()
-            if tokens_to_remove and self.storage.views:
-                self.storage.crop(max(0, self._steps.complete() + tokens_to_remove))
+        if tokens_to_remove or not self.storage.is_stale:  # crop(0), in every step of a deferred stop check, must not wait
+            with self.storage.out_of_memory_guard("restoring the exact windows"):
+                if self.storage.is_uneven:
+                    self._steps.take_back()
+                if tokens_to_remove and self.storage.views:
+                    self.storage.crop(max(0, self._steps.complete() + tokens_to_remove))
         for layer in self._stock_layers():
             layer.crop(tokens_to_remove)
 

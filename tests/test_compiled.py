@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import CompileConfig, DynamicCache
 
 from hf_pqcache import PagedKVCache, PagedPQCache
+from hf_pqcache.eval.speed import deferred_stop_check
 from hf_pqcache.reference import ReferenceCache
 from hf_pqcache.storage import Storage
 
@@ -95,6 +96,49 @@ def test_compiled_steps_over_exact_pages_equal_dynamic_cache(name: str, graphs: 
     got = turns(lambda: PagedKVCache(model.config, page_size=16, max_pages=64, compile=True), compile_config=graphs.config)
     assert_same(got, turns(lambda: DynamicCache(config=model.config)))
     assert graphs.count == 1
+
+
+class NoEvent:
+    """In place of torch.Event, which the CPU lacks: there everything has happened."""
+
+    def __init__(self, **options: Any) -> None: ...
+
+    record = synchronize = lambda self: None
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_stop_check_one_step_late_leaves_no_trace_and_waits_for_nothing(
+    is_compiled: bool, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where generate looks for its end one step late it crops nothing in each step, and the step too many at the end."""
+    monkeypatch.setattr(torch, "Event", NoEvent)
+    reads = 0
+    refresh = Storage._refresh
+
+    def counted(storage: Storage) -> None:
+        nonlocal reads
+        reads += 1
+        refresh(storage)
+
+    monkeypatch.setattr(Storage, "_refresh", counted)
+    model = build("llama")
+    ids = tokens(1, 50)
+    sampling = {"do_sample": True, "temperature": 3.0}
+    torch.manual_seed(0)
+    plain, logits = generate(model, DynamicCache(config=model.config), {"input_ids": ids}, **sampling)
+    new = plain[0, 50:].tolist()
+    end = max(set(new), key=new.index)  # the token that comes last for the first time
+    stop = 50 + new.index(end) + 1
+    assert stop > 55
+    options = sampling | ({"compile_config": graphs.config} if is_compiled else {})
+    torch.manual_seed(0)
+    with deferred_stop_check():
+        cache = PagedKVCache(model.config, page_size=16, max_pages=64, compile=is_compiled)
+        got = generate(model, cache, {"input_ids": ids}, eos_token_id=end, pad_token_id=0, **options)
+    assert_same(got, (plain[:, :stop], logits[: stop - 50]))
+    assert reads <= NEW // 8, "lengths are read once per half a page of steps"
+    assert cache.get_seq_length() == stop - 1
+    assert graphs.count == int(is_compiled)
 
 
 def test_eager_and_compiled_calls_take_turns_on_one_cache(graphs: Graphs) -> None:

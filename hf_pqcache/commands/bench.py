@@ -115,10 +115,21 @@ def _print_generate(rows: list[dict[str, Any]]) -> None:
 )
 @click.option("--new-tokens", type=click.IntRange(min=16), default=96, show_default=True)
 @click.option("--no-prefill", is_flag=True, help="Skip prefill times.")
+@click.option(
+    "--deferred-stop",
+    is_flag=True,
+    help="Let generate look for its end one step late, as transformers does on MPS only: no step waits for the host.",
+)
 @click.option("--json", "json_file", type=FILE, help="Write the JSON document here instead of to the output.")
 @click.option("--plot", type=FILE, help="Draw ms per token here (PNG; needs matplotlib).")
 def generate(
-    cases: Sequence[str], caches: Sequence[str], new_tokens: int, no_prefill: bool, json_file: Path | None, plot: Path | None
+    cases: Sequence[str],
+    caches: Sequence[str],
+    new_tokens: int,
+    no_prefill: bool,
+    deferred_stop: bool,
+    json_file: Path | None,
+    plot: Path | None,
 ) -> None:
     """Milliseconds per token of generate under our caches, StaticCache (compiled), DynamicCache and quantized ones.
 
@@ -134,7 +145,9 @@ def generate(
     rows = []
     try:
         prefill = () if no_prefill else (8192, 32768)
-        for row in bench.bench_generate(chosen, caches or bench.CACHES, new_tokens, prefill, note=click.echo):
+        for row in bench.bench_generate(
+            chosen, caches or bench.CACHES, new_tokens, prefill, note=click.echo, is_stop_deferred=deferred_stop
+        ):
             rows.append(row)
             click.echo({k: v for k, v in row.items() if k not in ("gpu", "torch", "dtype", "copy_tb_per_s")})
     except RuntimeError as error:
