@@ -60,7 +60,7 @@ SHAPES = {"llama-3.1-8b": Shape(8, 14336, 128256), "llama-2-7b": Shape(32, 11008
 #: (shape, tokens) that a full run times.
 CASES = (("llama-3.1-8b", 32768), ("llama-3.1-8b", 131072), ("llama-2-7b", 32768))
 #: Ours, the fp16 ones, and transformers' quantized ones where their libraries are installed.
-CACHES = ("pq", "pq-2bit", "pq-eager", "paged-kv", "static", "dynamic", "quanto", "hqq", "fp8")
+CACHES = ("pq", "pq-2bit", "pq-eager", "pq-offload", "paged-kv", "static", "dynamic", "quanto", "hqq", "fp8")
 #: Bytes of a key or value number in each cache; 0.5 where this does not say.
 NUMBER_BYTES = {"pq-2bit": 0.25, "paged-kv": 2.0, "static": 2.0, "dynamic": 2.0, "fp8": 1.0}
 
@@ -96,7 +96,8 @@ def make_cache(name: str, config: Any, tokens: int, codebook: Codebook | None = 
         return CacheSpec.parse(name, config.head_dim).make(SimpleNamespace(config=config), total)
     codebook = codebook or random_codebook(config, 32 if name == "pq-2bit" else 64)
     pages = -(-total // PQConfig().page_size)
-    return PagedPQCache(config, codebook, max_pages=pages, compile=False if name == "pq-eager" else None)
+    compile = False if name == "pq-eager" else None
+    return PagedPQCache(config, codebook, max_pages=pages, compile=compile, offload=name == "pq-offload")
 
 
 def fill(cache: Any, config: Any, tokens: int, device: str = "cuda", seed: int = 0) -> None:

@@ -87,11 +87,13 @@ DEFAULT_CASES = (
 )
 
 
-def graph_time_us(calls: Sequence[Callable[[], Any]], replays: int = 15, warm_up_ms: float = 30.0) -> float:
+def graph_time_us(
+    calls: Sequence[Callable[[], Any]], replays: int = 15, warm_up_ms: float = 30.0, rest_s: float = 0.1
+) -> float:
     """Median microseconds of one call; all calls are captured back to back in one CUDA graph.
 
-    The warm-up is long because the clock sags for milliseconds after heavy work: timed right after the float64 check, a
-    48 us kernel read 10 % slower than alone.
+    The device rests before: above some hundred watts it lowers its clock, and what is timed right after other work (the float64
+    check above all) would pay for that with up to 10 %.
     """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -103,6 +105,7 @@ def graph_time_us(calls: Sequence[Callable[[], Any]], replays: int = 15, warm_up
         for call in calls:
             call()
     torch.cuda.synchronize()
+    time.sleep(rest_s)
     begin_s = time.perf_counter()
     while time.perf_counter() - begin_s < warm_up_ms / 1e3:
         graph.replay()
@@ -261,6 +264,7 @@ def time_ours(case: Case, bandwidth: float, names: Sequence[str]) -> dict[str, f
         error = layers.error(name)
         if not error < tolerance:
             raise RuntimeError(f"{name} kernel is wrong for {case}: relative L2 error {error:.2e}")
+        time.sleep(0.5)  # see graph_time_us
         for is_masked, key in ((False, f"{name}_us"), (True, f"{name}_masked_us")):
             calls = [partial(layers.attend, i, name, is_masked) for i in range(layers.sets)]
             result[key] = graph_time_us(calls * max(1, 4 // layers.sets))

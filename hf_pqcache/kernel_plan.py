@@ -106,21 +106,42 @@ def device_of(index: int) -> Device:
     return Device((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)
 
 
-def _tuned_warps(rows: int, tokens: int, width: int, mask: int, capability: tuple[int, int]) -> int:
-    """Warps of a tuned kernel's block that has rows for so many heads and gets so many tokens.
-
-    Sixteen hide more of the way to memory, which pays for four heads and long sequences; twelve have more registers each,
-    are joined faster, and do as well elsewhere. Units of four numbers and a mask together need those registers.
-    """
-    has_registers = not (mask and width == 4)
-    return 16 if rows == 4 and tokens > 4096 and has_registers and capability >= (9, 0) else 12
-
-
-def tuned_shared_bytes(units: int, width: int, bits: int, key_copies: int) -> int:
+def tuned_shared_bytes(units: int, width: int, bits: int, key_copies: int, staging_warps: int = 0) -> int:
     """Shared memory of a tuned kernel; kernels/attend_tuned.cuh checks when compiled that it is enough."""
     table = (1 << bits) * 256
     keys = 2 * table + 128 if units == 64 and key_copies == 2 else table
-    return 1024 + max(keys + table + 128, _join_bytes(16, units * width))
+    stages = staging_warps * 2 * layout.TILE_TOKENS * units * bits // 8
+    return 1024 + max(keys + table + 128, _join_bytes(16, units * width)) + stages
+
+
+class TunedBlock(NamedTuple):
+    """What a tuned kernel is compiled for: warps of a block, copies of the key table, codes by way of shared memory or not."""
+
+    warps: int
+    key_copies: int
+    is_staged: bool
+    shared_bytes: int
+
+
+def _tuned_block(table_shape: tuple[int, int, int], rows: int, tokens: int, mask: int, device: Device) -> TunedBlock:
+    """The block that has rows for so many heads and gets so many tokens; kernels/NOTES.md has the measurements.
+
+    Sixteen warps hide more of the way to memory, which pays for four heads and fewer and long sequences; twelve have more
+    registers each, are joined faster, and do as well elsewhere. Those registers are needed by units of four numbers together
+    with a mask, and by two heads, unless the codes are staged and leave theirs free and no mask has to be added.
+    """
+    units, width, bits = table_shape
+
+    def shared_bytes(key_copies: int, staging_warps: int = 0) -> int:
+        return tuned_shared_bytes(units, width, bits, key_copies, staging_warps)
+
+    # The second copy of the key table costs 1 us to load and pays where a block has many tiles.
+    key_copies = 2 if tokens > 1024 and shared_bytes(2) <= device.shared_bytes else 1
+    is_long = tokens > 4096 and rows <= 4 and device.capability >= (9, 0)
+    is_staged = is_long and units == 64 and bits == 8 and shared_bytes(key_copies, 16) <= device.shared_bytes
+    has_registers = not (mask and width == 4) if rows == 4 else is_staged and mask != 2
+    warps = 16 if is_long and has_registers else 12
+    return TunedBlock(warps, key_copies, is_staged, shared_bytes(key_copies, warps if is_staged else 0))
 
 
 def _generic_shared_bytes(head_dim: int) -> int:
@@ -257,19 +278,17 @@ def attend_plan(
     blocks = geometry.batch * geometry.kv_heads
     if name == "tuned":
         source = jit.tuned_shapes()[geometry.shape]
-        units, width, bits = jit.table_shape(source)
+        table_shape = jit.table_shape(source)
         blocks *= -(-group // 8)
         splits = num_splits(blocks, max_tokens, device.num_sms)
-        # The second copy of the key table costs 1 us to load and pays where a block has many tiles.
-        fits = tuned_shared_bytes(units, width, bits, 2) <= device.shared_bytes
-        copies = 2 if fits and max_tokens > 1024 * splits else 1
         heads = min(-(-group // -(-group // 8)), 8)  # of one block
         rows = 2 if heads <= 2 else 4 if heads <= 4 else 8
-        warps = _tuned_warps(rows, max_tokens // splits, width, mask, device.capability)
-        defines |= {"PQ_HEADS": rows, "PQ_KEY_COPIES": copies, "PQ_WARPS": warps}
-        shared = tuned_shared_bytes(units, width, bits, copies)
-        spec = jit.KernelSpec(source, "attend", warps * 32, shared, tuple(defines.items()), overlaps=True)
-        row = units * width + 2
+        block = _tuned_block(table_shape, rows, max_tokens // splits, mask, device)
+        defines |= {"PQ_HEADS": rows, "PQ_KEY_COPIES": block.key_copies, "PQ_WARPS": block.warps}
+        defines["PQ_STAGED"] = int(block.is_staged)
+        threads = block.warps * 32
+        spec = jit.KernelSpec(source, "attend", threads, block.shared_bytes, tuple(defines.items()), overlaps=True)
+        row = table_shape[0] * table_shape[1] + 2
     elif name == "paged":
         head_dim, warps, wide = geometry.head_dim, _paged_warps(geometry.head_dim), -(-geometry.head_dim // 64) * 64
         defines |= {"PQ_DIM": head_dim, "PQ_WARPS": warps}

@@ -58,6 +58,23 @@ struct Tables {
 #endif
 };
 
+// The tiles of a row that a split takes: first to end - 1. coded: the row's tokens that are codes.
+struct Share {
+    int first, end;
+
+    __device__ __forceinline__ Share(const AttendArgs& a, int split, int coded) {
+        const int num_tiles = (u32)coded / TILE, size = divide(num_tiles + a.splits - 1, a.splits_inverse);
+        first = split * size;
+        end = min(first + size, num_tiles);
+    }
+
+    // Made anew: kept from the kernel's beginning, its numbers would not fit into the registers.
+    static __device__ __forceinline__ Share again(const AttendArgs& a) {
+        const Work work(a);
+        return Share(a, work.split, load_fresh(a.cache.counts + 2 * work.batch_row + 1));
+    }
+};
+
 // The tiles of one warp: every WARPS-th of the block's share. Lane i knows the place of tile 32 n + i - skipped; the pages of
 // the next 32 tiles are asked for when these are taken up, so that no warp ever waits for the page table.
 struct Tiles {
@@ -65,23 +82,12 @@ struct Tiles {
     u32 places;  // place: number of a tile in the pool of pages
 
     __device__ __forceinline__ Tiles(const AttendArgs& a, int skipped) {
-        const Work work(a);  // made anew: kept until here, its numbers would not fit into the registers
-        const int num_tiles = (int)((u32)load_fresh(a.cache.counts + 2 * work.batch_row + 1) / TILE);
-        const int share = divide(num_tiles + a.splits - 1, a.splits_inverse);
-        const int end = min((work.split + 1) * share, num_tiles);
-        const int lane = thread_number() & 31;
-        const int first = work.split * share + (thread_number() >> 5);
-        count = end > first ? (end - first + WARPS - 1) / WARPS : 0;
+        const Share share = Share::again(a);
+        const int lane = thread_number() & 31, first = share.first + (thread_number() >> 5);
+        count = share.end > first ? (share.end - first + WARPS - 1) / WARPS : 0;
         tile = first + (lane - skipped) * WARPS;
         page = page_of(a);
-        renew(a, work.kv_head);
-    }
-
-    // The warp's first tile, as the constructor finds it.
-    static __device__ __forceinline__ int first_of(const AttendArgs& a) {
-        const Work work(a);
-        const int num_tiles = (int)((u32)load_fresh(a.cache.counts + 2 * work.batch_row + 1) / TILE);
-        return work.split * divide(num_tiles + a.splits - 1, a.splits_inverse) + (thread_number() >> 5);
+        renew(a, Work(a).kv_head);
     }
 
     // Takes up the 32 tiles whose pages have come. Beyond the last tile they are any pages, and unused.
@@ -104,9 +110,9 @@ private:
     }
     __device__ __forceinline__ int page_of(const AttendArgs& a) const {
         const CacheArgs& cache = a.cache;
-        const int batch_row = block_number_y() >> (int)(a.group > 8);
-        int width = cache.table_width;
-        opaque(width);
+        int width = cache.table_width, group = a.group;
+        opaque(width), opaque(group);
+        const int batch_row = block_number_y() >> (int)(group > 8);
         return load_fresh(cache.page_table + (batch_row * width + min(page_at(cache), width - 1)));
     }
 };
@@ -117,10 +123,9 @@ template <class S>
 __device__ __forceinline__ void prefetch_first_tiles(const AttendArgs& a, const Work& work) {
     const CacheArgs& cache = a.cache;
     const int lane = thread_number() & 31;
-    const int num_tiles = load_shared_level(cache.counts + 2 * work.batch_row + 1) / TILE;
-    const int share = divide(num_tiles + a.splits - 1, a.splits_inverse);
-    const int tile = work.split * share + lane, tiles_per_page = cache.page_size / TILE;
-    if (lane >= share || tile >= num_tiles) return;
+    const Share share(a, work.split, load_shared_level(cache.counts + 2 * work.batch_row + 1));
+    const int tile = share.first + lane, tiles_per_page = cache.page_size / TILE;
+    if (tile >= share.end) return;
     const int page_at = min(divide(tile, cache.tiles_per_page_inverse), cache.table_width - 1);
     const int page = max(load_shared_level(cache.page_table + (i64)work.batch_row * cache.table_width + page_at), 0);
     const i64 place = (i64)(page * cache.kv_heads + work.kv_head) * tiles_per_page + tile - page_at * tiles_per_page;
@@ -161,18 +166,19 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
         }
         attention.load_query(a.query + ((i64)work.block_row * a.group + work.first_head) * S::DIM, work.num_heads);
         const Row row(cache, work.batch_row);
-        const int start = PQ_MASK ? a.starts[work.batch_row] : 0;
         if (PQ_MASK) {
-            const int num_tiles = row.coded / TILE, share = divide(num_tiles + a.splits - 1, a.splits_inverse);
-            const int first = work.split * share, end = min(first + share, num_tiles);
-            const int column = start + cache.sink_tokens;
-            is_silent = mask_is_silent<THREADS>(a, work.batch_row, column + first * TILE, column + end * TILE);
+            const Share share(a, work.split, row.coded);
+            const int column = a.starts[work.batch_row] + cache.sink_tokens;
+            is_silent = mask_is_silent<THREADS>(a, work.batch_row, column + share.first * TILE, column + share.end * TILE);
         }
         if (slot < num_slots) {
             const int ring_first = row.ring_first();
-            for (; slot < row.used_slots(ring_first); slot += WARPS * a.splits * TILE)
-                attention.window_tile(row, ring_first, work.batch_row, start, slot, num_slots - 1, window_keys,
-                                      window_values);
+            if (slot < row.used_slots(ring_first)) {  // asked once: kept for the next tiles it would take a register
+                do {
+                    attention.window_tile(row, ring_first, slot, num_slots - 1, window_keys, window_values);
+                    slot += WARPS * a.splits * TILE;
+                } while (slot < num_slots);
+            }
         }
     }
 
@@ -187,56 +193,49 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
         if (cursor == 32) tiles.renew(a, work.kv_head), cursor = 0;
         return __shfl_sync(~0u, tiles.places, cursor++);
     };
-    // With eight heads 12 warps do not hide the way from memory: they ask for the tile after the next into L2. A lane
-    // takes 64 bytes, as a whole line is not sure to come. With fewer heads this costs more than it brings.
-    auto ask_ahead = [&]() {
-        if (HEADS < 8) return;
-        const u32 tile = __shfl_sync(~0u, tiles.places, min(cursor, 31));
-        const int byte = lane * (S::TILE_BYTES / 16);
-        const u8* pages = byte < S::TILE_BYTES ? key_pages : value_pages - S::TILE_BYTES;
-        prefetch_line(pages - lane * S::WORDS * 4 + (i64)tile * S::TILE_BYTES + byte);
-    };
     typename Attention<S, HEADS>::Codes keys, values;
-    u32 at = 0;
+    u32 key_stage = S::STAGES + warp * S::STAGE_BYTES + lane * 16;
+    opaque(key_stage);
+    const u32 value_stage = key_stage + S::TILE_BYTES;
+    u32 at = 0;  // the place of the tile whose keys were asked for last
+    auto keys_at = [&](u32 place) { return key_pages + (i64)place * S::TILE_BYTES; };
+    auto values_at = [&](u32 place) { return value_pages + (i64)place * S::TILE_BYTES; };
+    auto further_keys = [&]() { return keys_at(at = next_place()); };
+    auto their_values = [&]() { return values_at(at); };
+    auto score_tile = [&]() { attention.score_tile(keys); };
+    auto value_tile = [&]() { attention.value_tile(values); };
     if (tiles.count > 0) {
-        at = next_place();
-        keys.load(key_pages + (i64)at * S::TILE_BYTES);
-        values.load(value_pages + (i64)at * S::TILE_BYTES);
+        keys.ask(further_keys(), key_stage);
+        values.ask(their_values(), value_stage);
     }
-    // Values of one tile and keys of the next form one basic block: look-ups and multiplications interleave, and codes are
-    // asked for as soon as their registers are free. Beyond the last tile they are those of page 0, and unused.
+    // Values of one tile and keys of the next form one basic block: look-ups and multiplications interleave. Beyond the last
+    // tile codes are those of page 0, and unused.
     auto attend_tiles = [&]() {
-        attention.score_tile(keys);
-        at = next_place();
-        keys.load(key_pages + (i64)at * S::TILE_BYTES);
+        keys.consume(further_keys, key_stage, score_tile);
         attention.rescale();
         tables.wait_values();
         for (int left = tiles.count - 1; left > 0; left--) {
             const u32 next = next_place();
-            ask_ahead();
-            attention.value_tile(values);
-            values.load(value_pages + (i64)at * S::TILE_BYTES);
-            attention.score_tile(keys);
-            keys.load(key_pages + (i64)next * S::TILE_BYTES);
+            values.consume(their_values, value_stage, value_tile);
+            keys.consume([&]() { return keys_at(next); }, key_stage, score_tile);
             at = next;
             attention.rescale();
         }
-        attention.value_tile(values);
+        values.receive(value_stage);
+        value_tile();
     };
     // Where the mask hides something: tile after tile, and everything made anew, so that this loop takes no register from
     // the one above.
     auto attend_masked_tiles = [&]() {
-        int column = a.starts[Work(a).batch_row] + cache.sink_tokens + Tiles::first_of(a) * TILE;
+        int column = a.starts[Work(a).batch_row] + cache.sink_tokens;
+        column += (Share::again(a).first + (thread_number() >> 5)) * TILE;
         tables.wait_values();
         for (; tiles.count > 0; tiles.count--, column += WARPS * TILE) {
-            attention.score_tile(keys);
+            keys.consume(further_keys, key_stage, score_tile);
             const int lane = thread_number() & 31;
             attention.apply_mask(lane < TILE ? mask_bias(a, Work(a).batch_row, column + lane) : 0.f);
             attention.rescale();
-            attention.value_tile(values);
-            at = next_place();  // beyond the last tile that of page 0, and unused
-            keys.load(key_pages + (i64)at * S::TILE_BYTES);
-            values.load(value_pages + (i64)at * S::TILE_BYTES);
+            values.consume(their_values, value_stage, value_tile);
         }
     };
     const bool is_silent_everywhere = tables.wait_keys(is_silent);

@@ -6,6 +6,9 @@
 #ifndef PQ_KEY_COPIES
 #define PQ_KEY_COPIES 2  // copies of the key table, 16 banks apart; 1 where shared memory is small (two-way conflicts)
 #endif
+#ifndef PQ_STAGED
+#define PQ_STAGED 0  // 1: codes come by way of shared memory, see Codes
+#endif
 
 constexpr int WARPS = PQ_WARPS, THREADS = WARPS * 32;
 
@@ -25,7 +28,10 @@ struct Shape {
     static constexpr int MERGE_BYTES = join_bytes(WARPS, WIDE);
     static constexpr int TABLES = KEY_BYTES + TABLE_BYTES + 128;
     static constexpr int BASE = 1024;  // where tables start in the shared window, see tables_at()
-    static constexpr int SHARED_BYTES = BASE + (TABLES > MERGE_BYTES ? TABLES : MERGE_BYTES);
+    static constexpr int STAGES = BASE + (TABLES > MERGE_BYTES ? TABLES : MERGE_BYTES);
+    static constexpr int STAGE_BYTES = PQ_STAGED ? 2 * TILE_BYTES : 0;  // of a warp: a tile's keys, then its values
+    static constexpr int SHARED_BYTES = STAGES + WARPS * STAGE_BYTES;
+    static_assert(!PQ_STAGED || BITS == 8, "a lane's codes are copied 16 bytes at a time");
     static_assert((UNITS == 64 && WIDTH == 2) || UNITS == 32, "a table row is 64 pairs or less");
 };
 
@@ -130,20 +136,49 @@ struct Attention {
         return (x & 0x3f00) | offsets[at * 4 + (k & 3)];
     }
 
+    // A lane's codes of one side of a tile. They come straight into registers, asked for when the tile before has been looked
+    // up. Staged, they come into shared memory of the lane's own, which is free for the next ones as soon as they have been read
+    // from there: a load has the time of a tile, not of half a tile, and the registers are free meanwhile. That is paid with
+    // shared-memory bandwidth, of which eight heads and short codes have none to spare (kernels/NOTES.md).
     struct Codes {
         u32 words[S::CHUNKS][S::WORDS];
 
-        __device__ __forceinline__ void load(const u8* p) {  // p: this lane's first code of the tile
+        // p: this lane's first code of the tile; stage: its place in shared memory.
+        __device__ __forceinline__ void ask(const u8* p, u32 stage) {
 #pragma unroll
             for (int i = 0; i < S::CHUNKS; i++) {
-                if (S::BITS == 8) {
-                    const uint4 x = load_stream((const uint4*)p + i * 32);
-                    words[i][0] = x.x, words[i][1] = x.y, words[i][2] = x.z, words[i][S::WORDS - 1] = x.w;
+                if (PQ_STAGED) {
+                    copy_async(stage + i * 512, (const uint4*)p + i * 32);
+                } else if (S::BITS == 8) {
+                    set(i, load_stream((const uint4*)p + i * 32));
                 } else {
 #pragma unroll
                     for (int j = 0; j < S::WORDS; j++) words[i][j] = load_stream((const u32*)p + i * 32 * S::WORDS + j);
                 }
             }
+            if (PQ_STAGED) commit_copies();
+        }
+
+        // Waits for what was asked for before the other side's latest codes were.
+        __device__ __forceinline__ void receive(u32 stage) {
+            if (!PQ_STAGED) return;
+            wait_copies<1>();
+#pragma unroll
+            for (int i = 0; i < S::CHUNKS; i++) set(i, load_copied(stage + i * 512));
+        }
+
+        // use() looks up the codes that were asked for; those at next() are asked for as early as may be.
+        template <class Next, class Use>
+        __device__ __forceinline__ void consume(Next next, u32 stage, Use use) {
+            receive(stage);
+            if (PQ_STAGED) ask(next(), stage);
+            use();
+            if (!PQ_STAGED) ask(next(), stage);
+        }
+
+    private:
+        __device__ __forceinline__ void set(int i, uint4 x) {
+            words[i][0] = x.x, words[i][1] = x.y, words[i][2] = x.z, words[i][S::WORDS - 1] = x.w;
         }
     };
 
@@ -369,8 +404,8 @@ struct Attention {
 
     // 16 slots of the exact window. Slots without a token may hold anything: their keys get no weight, and their
     // values, which might be NaN, are made zero.
-    __device__ __forceinline__ void window_tile(const Row& row, int ring_first, int batch_row, int start,
-                                                int first_slot, int last_slot, const u16* keys, const u16* values) {
+    __device__ __forceinline__ void window_tile(const Row& row, int ring_first, int first_slot, int last_slot,
+                                                const u16* keys, const u16* values) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             KeyFragment f;
@@ -380,6 +415,7 @@ struct Attention {
             add_scores(i, f);
             keep_order();
         }
+        const int batch_row = PQ_MASK ? Work(a).batch_row : 0, start = PQ_MASK ? a.starts[batch_row] : 0;
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll

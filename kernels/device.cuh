@@ -55,6 +55,27 @@ __device__ __forceinline__ uint2 load_shared_pair(u32 address) {
     return v;
 }
 
+// 16 bytes from global into shared memory, for wait_copies() of the same thread to wait for; before the copy is asked for,
+// what its target held must have been read.
+__device__ __forceinline__ void copy_async(u32 target, const uint4* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+// Ends a group of copies.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most the LEFT latest groups are under way.
+template <int LEFT>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+__device__ __forceinline__ uint4 load_copied(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
 // Codes are read once: they must not push the codebooks of other blocks out of L1. Volatile keeps the loads early.
 __device__ __forceinline__ uint4 load_stream(const uint4* p) {
     uint4 v;

@@ -40,11 +40,11 @@ def _geometry(shape: tuple[int, int, int]) -> kernel_plan.Geometry:
 
 
 def _attend_spec(
-    shape: tuple[int, int, int], name: str, group: int, arch: int, mask: int = 0, tokens: int = 4096
+    shape: tuple[int, int, int], name: str, group: int, arch: int, mask: int = 0, tokens: int = 4096, is_bf16: bool = False
 ) -> jit.KernelSpec:
     shared = {80: 166912, 90: 232448}[arch]
     device = kernel_plan.Device(divmod(arch, 10), 132, shared)
-    return kernel_plan.attend_plan(_geometry(shape), group, name, False, mask, False, tokens, device).spec
+    return kernel_plan.attend_plan(_geometry(shape), group, name, is_bf16, mask, False, tokens, device).spec
 
 
 @pytest.mark.skipif(nvrtc.find() is None, reason="NVRTC is not installed (pip install nvidia-cuda-nvrtc-cu12)")
@@ -62,9 +62,11 @@ def test_nvrtc_compiles_every_kind_of_kernel(shape: tuple[int, int, int], arch: 
 @pytest.mark.parametrize("group", [1, 4, 8])
 @pytest.mark.parametrize("shape", TUNED, ids=str)
 def test_tuned_kernels_compile_without_spills(shape: tuple[int, int, int], group: int, arch: int, tmp_path: Path) -> None:
-    # Few and many tokens for a block are two variants where four heads are served; the second has no register to spare.
-    for tokens, mask in ((4096, 0), (1 << 20, 0), (1 << 20, 1)) if group == 4 else ((1 << 20, 1),):
-        report = _compile(_attend_spec(shape, "tuned", group, arch, mask, tokens), arch, tmp_path)
+    # Few and many tokens for a block are two variants where four heads are served; the second has no register to spare, and
+    # bfloat16 needs more of them.
+    many = 1 << 20
+    for tokens, mask, is_bf16 in ((4096, 0, False), (many, 0, True), (many, 1, False)) if group == 4 else ((many, 1, True),):
+        report = _compile(_attend_spec(shape, "tuned", group, arch, mask, tokens, is_bf16), arch, tmp_path)
         if report:
             assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
 
@@ -101,6 +103,23 @@ def test_tuned_attention_matches_float64(shape: tuple[int, int, int], group: int
     # eight heads leave a two-way conflict on the keys' half of the look-ups (attend_warp.cuh, TURN_WORDS)
     assert wavefronts == (1.5 if group == 8 and shape[2] != 6 else 1.0), "table look-ups hit the same bank"
     assert not case.tickets.any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("shape", [(128, 64, 8), (128, 128, 4), (64, 64, 8)], ids=str)
+def test_codes_by_way_of_shared_memory_match_float64(shape: tuple[int, int, int], group: int) -> None:
+    """In long sequences codes are copied into shared memory; the emulator copies when it is waited for, not before."""
+    case = h.make_case(*shape, [700, 37, 0, 330], starts=[0, 3, 0, 9])
+    plan = kernel_plan.attend_plan(case.geometry, group, "tuned", False, 0, False, 8192, h.EMULATED)
+    assert dict(plan.spec.defines)["PQ_STAGED"] == 1
+    q = torch.randn(4, group, 1, shape[0]).half()
+    mask = torch.rand(4, 1, 1, 650) > 0.3
+    for given in (None, torch.ones_like(mask), mask):
+        for splits in (1, 3):
+            out, wavefronts = h.attend_emulated(case, q, "tuned", splits, given, planned_tokens=8192)
+            assert h.relative_error(out, h.reference(case, q, given, None, 0.1, 0.0)) < TOLERANCE[q.dtype]
+            assert wavefronts == 1.0
 
 
 @needs_compiler
@@ -195,7 +214,7 @@ def test_a_layer_that_has_yet_to_learn_attends_to_its_window(name: str) -> None:
 def test_one_key_copy_is_right_where_shared_memory_is_small() -> None:
     case = h.make_case(128, 64, 8, [200], page_size=16)
     q = torch.randn(1, 4, 1, 128).half()
-    out, _ = h.attend_emulated(case, q, "tuned", splits=1, copies=1)
+    out, _ = h.attend_emulated(case, q, "tuned", splits=1, planned_tokens=1)
     assert h.relative_error(out, h.reference(case, q, None, None, 0.1, 0.0)) < TOLERANCE[q.dtype]
 
 

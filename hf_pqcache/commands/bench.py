@@ -111,7 +111,7 @@ def _print_generate(rows: list[dict[str, Any]]) -> None:
     "--cache",
     "caches",
     multiple=True,
-    help="pq, pq-2bit, pq-eager, paged-kv, static, dynamic, quanto, hqq, fp8; all if absent.",
+    help="pq, pq-2bit, pq-eager, pq-offload, paged-kv, static, dynamic, quanto, hqq, fp8; all if absent.",
 )
 @click.option("--new-tokens", type=click.IntRange(min=16), default=96, show_default=True)
 @click.option("--no-prefill", is_flag=True, help="Skip prefill times.")

@@ -51,7 +51,12 @@ struct Warp {
     u32 in[32][6], word[32];
     std::vector<u32> look_ups[32];
 };
+struct Copy {
+    u32 target;
+    const uint4* source;
+};
 struct Fiber {
+    std::vector<std::vector<Copy>> copies{1};  // groups under way, the last one not committed yet
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     int index = 0;
@@ -90,7 +95,7 @@ T exchange(T mine, int from) {
     meet_warp();
     return r;
 }
-inline const char* at(u32 address) { return (const char*)memory.data() + address - WINDOW; }
+inline char* at(u32 address) { return (char*)memory.data() + address - WINDOW; }
 }  // namespace emulator
 
 struct ThreadIndex {
@@ -164,6 +169,22 @@ inline uint2 load_shared_pair(u32 address) {
     emulator::warp().look_ups[emulator::lane()].push_back(address | 1u);  // a mark: 8 bytes
     uint2 v;
     memcpy(&v, emulator::at(address), 8);
+    return v;
+}
+// A copy happens as late as it may: when it is waited for.
+inline void copy_async(u32 target, const uint4* source) { emulator::now->copies.back().push_back({target, source}); }
+inline void commit_copies() { emulator::now->copies.emplace_back(); }
+template <int LEFT>
+void wait_copies() {
+    auto& copies = emulator::now->copies;
+    while (copies.size() > LEFT + 1) {
+        for (const auto& copy : copies.front()) memcpy(emulator::at(copy.target), copy.source, 16);
+        copies.erase(copies.begin());
+    }
+}
+inline uint4 load_copied(u32 address) {
+    uint4 v;
+    memcpy(&v, emulator::at(address), 16);
     return v;
 }
 template <class T>

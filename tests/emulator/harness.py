@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import hashlib
 import math
 import subprocess
@@ -24,7 +23,8 @@ from hf_pqcache.state import descriptor_row
 
 HERE = Path(__file__).parent
 #: The shared memory and multiprocessors of the device that is emulated: an H200.
-EMULATED = kernel_plan.Device((9, 0), 132, 232448)
+#: With one SM a plan splits nothing, so that its tokens are those of a block.
+EMULATED = kernel_plan.Device((9, 0), 1, 232448)
 
 
 STRUCTS = {
@@ -239,18 +239,18 @@ def attend_emulated(
     sinks: Tensor | None = None,
     scale: float = 0.1,
     softcap: float = 0.0,
-    copies: int = 2,
+    planned_tokens: int = 2048,
 ) -> tuple[Tensor, float]:
-    """(output, wavefronts for each look-up) of an attention kernel run on the CPU; output and scratch are poisoned."""
+    """(output, wavefronts for each look-up) of an attention kernel run on the CPU; output and scratch are poisoned.
+
+    planned_tokens: what a block is planned for, whatever it gets: the plan chooses its warps and how codes come.
+    """
     geometry = case.geometry
     group = q.shape[1] // geometry.kv_heads
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-    plan = kernel_plan.attend_plan(geometry, group, name, q.dtype == torch.bfloat16, kind, softcap != 0, 1, EMULATED)
-    spec = plan.spec
-    if name == "tuned":  # a plan for so few tokens has one copy of the key table
-        shared = kernel_plan.tuned_shared_bytes(*jit.table_shape(spec.source), key_copies=copies)
-        defines = tuple((dict(spec.defines) | {"PQ_KEY_COPIES": copies}).items())
-        spec = dataclasses.replace(spec, shared_bytes=shared, defines=defines)
+    plan = kernel_plan.attend_plan(
+        geometry, group, name, q.dtype == torch.bfloat16, kind, softcap != 0, planned_tokens, EMULATED
+    )
     out = torch.full((q.shape[0], 1, q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype)
     rows = q.shape[0] * geometry.kv_heads * splits * group
     partial = torch.full((rows * (2 * max(q.shape[3], 32) + 8),), float("nan"))
@@ -258,7 +258,7 @@ def attend_emulated(
         q, out, partial, case.desc, 1, case.view.counts, case.view.starts, case.view.page_table, mask, sinks,
         geometry, splits, scale, softcap,
     )  # fmt: skip
-    wavefronts = emulate(spec, "AttendArgs", cuda_engine.ATTEND_ARGS, (splits, *plan.grid[1:]), values)
+    wavefronts = emulate(plan.spec, "AttendArgs", cuda_engine.ATTEND_ARGS, (splits, *plan.grid[1:]), values)
     return out, wavefronts
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import tp_worker
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from gpu_models import VOCABULARY, first_difference, llama_config, random_book
+from transformers import DynamicCache, LlamaForCausalLM
 
 from hf_pqcache import Codebook, PagedKVCache, PagedPQCache, jit
-from hf_pqcache.codebook import LayerCodebook
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,7 +21,7 @@ pytestmark = [
         reason="needs two GPUs and CuPy",
     ),
 ]
-LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 8, 2, 64
+LAYERS = 4
 SETTINGS = {"page_size": 16, "extended_residual": 32, "max_pages": 64}
 #: Layers 0 and 1 on the first GPU, 2 and 3 on the second.
 SPREAD = {
@@ -41,24 +41,8 @@ def folder(tmp_path_factory: Any) -> Path:
     """A random model, a codebook for it, and the settings of the caches."""
     path: Path = tmp_path_factory.mktemp("spread")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        vocab_size=500,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).half().save_pretrained(path / "model")
-    generator = torch.Generator().manual_seed(1)
-    shape = (KV_HEADS, 32, 64, 2)
-    layers = {i: LayerCodebook(*(torch.randn(shape, generator=generator).half() for _ in range(2))) for i in range(LAYERS)}
-    Codebook(layers, num_bits=6, num_subspaces=32).save_pretrained(path / "codebook")
+    LlamaForCausalLM(llama_config(LAYERS)).half().save_pretrained(path / "model")
+    random_book(LAYERS, num_subspaces=32, num_bits=6).save_pretrained(path / "codebook")
     settings = {**SETTINGS, "num_bits": 6, "num_subspaces": 32}
     (path / "settings.json").write_text(json.dumps({"dtype": "float16", "plan": "tp_plan", "cache": settings}))
     return path
@@ -75,21 +59,11 @@ def coded(model: Any, folder: Path, **options: Any) -> PagedPQCache:
 
 
 def generate(model: Any, cache: Any, **options: Any) -> Any:
-    ids = torch.randint(3, 500, (2, 150), generator=torch.Generator().manual_seed(2)).to(0)
+    ids = torch.randint(3, VOCABULARY, (2, 150), generator=torch.Generator().manual_seed(2)).to(0)
     mask = torch.ones_like(ids)
     mask[1, :60] = 0
     settings = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     return model.generate(ids, attention_mask=mask, past_key_values=cache, **(settings | options))
-
-
-def first_difference(a: Any, b: Any) -> float:
-    """Largest relative distance of logits up to the first token that differs."""
-    worst, steps = 0.0, len(a.logits)
-    for x, y, tokens, others in zip(a.logits, b.logits, a.sequences.T[-steps:], b.sequences.T[-steps:], strict=True):
-        worst = max(worst, float((x.cpu().float() - y.cpu().float()).norm() / y.cpu().float().norm()))
-        if not torch.equal(tokens.cpu(), others.cpu()):
-            break
-    return worst
 
 
 def assert_placed(cache: Any) -> None:

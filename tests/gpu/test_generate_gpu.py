@@ -6,44 +6,32 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from gpu_models import HEAD_DIM, KV_HEADS, VOCABULARY, first_difference, llama_config, random_book
+from transformers import DynamicCache, LlamaForCausalLM
 
 from hf_pqcache import PagedKVCache, PagedPQCache, engine
-from hf_pqcache.codebook import Codebook, LayerCodebook
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 64
+LAYERS = 3
+#: How far apart logits may be that were rounded in different places.
+BOUNDS = {torch.float16: 0.02, torch.bfloat16: 0.08}
 
 
-@pytest.fixture(scope="module", params=[torch.float16, torch.bfloat16], ids=str)
+@pytest.fixture(scope="module", params=list(BOUNDS), ids=str)
 def model(request: Any) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        vocab_size=500,
-        initializer_range=0.2,
-        dtype=request.param,
-    )
-    return LlamaForCausalLM(config).to("cuda", request.param).eval()
+    return LlamaForCausalLM(llama_config(LAYERS)).to("cuda", request.param).eval()
 
 
 def make_cache(model: Any, **settings: Any) -> PagedPQCache:
-    generator = torch.Generator().manual_seed(1)
-    shape = (KV_HEADS, 64, 256, 1)
-    layers = {i: LayerCodebook(*(torch.randn(shape, generator=generator).half() for _ in range(2))) for i in range(LAYERS)}
     settings = {"page_size": 16, "extended_residual": 32, "max_pages": 64} | settings
-    return PagedPQCache(model.config, Codebook(layers, num_bits=8, num_subspaces=64), **settings)
+    return PagedPQCache(model.config, random_book(LAYERS), **settings)
 
 
 def prompt(model: Any, lengths: list[int]) -> dict[str, Any]:
     width = max(lengths)
-    ids = torch.randint(1, 500, (len(lengths), width), generator=torch.Generator().manual_seed(2)).cuda()
+    ids = torch.randint(1, VOCABULARY, (len(lengths), width), generator=torch.Generator().manual_seed(2)).cuda()
     mask = torch.ones_like(ids)
     for row, length in enumerate(lengths):
         mask[row, : width - length] = 0
@@ -55,16 +43,6 @@ def generate(model: Any, cache: Any, lengths: list[int], new: int = 40) -> Any:
     return model.generate(
         **prompt(model, lengths), past_key_values=cache, max_new_tokens=new, return_dict_in_generate=True, **options
     )
-
-
-def first_difference(a: Any, b: Any) -> float:
-    """Largest relative distance of logits up to the first token that differs."""
-    worst = 0.0
-    for x, y, tokens, others in zip(a.logits, b.logits, a.sequences.T[-40:], b.sequences.T[-40:], strict=True):
-        worst = max(worst, float((x.float() - y.float()).norm() / y.float().norm()))
-        if not torch.equal(tokens, others):
-            break
-    return worst
 
 
 @pytest.mark.parametrize("lengths", [[150], [150, 90, 20]], ids=str)
@@ -79,7 +57,7 @@ def test_kernels_agree_with_plain_torch(model: Any, lengths: list[int], monkeypa
     slow = make_cache(model, compile=False)
     plain = generate(model, slow, lengths)
     assert set(slow.stats()["calls"]) == {"append/torch", "attend/torch"}
-    assert first_difference(ours, plain) < (0.02 if model.dtype == torch.float16 else 0.08)
+    assert first_difference(ours, plain) < BOUNDS[model.dtype]
 
 
 def test_compiled_equals_eager_and_compiles_once(model: Any) -> None:
@@ -89,7 +67,7 @@ def test_compiled_equals_eager_and_compiles_once(model: Any) -> None:
     cache = make_cache(model)
     assert cache.is_compileable
     compiled = generate(model, cache, [150, 90])
-    assert first_difference(compiled, eager) < (0.02 if model.dtype == torch.float16 else 0.08)
+    assert first_difference(compiled, eager) < BOUNDS[model.dtype]
     assert cache.get_seq_length() == 150 + 39
     frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert frames == 1
@@ -112,7 +90,9 @@ def test_learning_between_compiled_steps(model: Any, bits: int) -> None:
     assert stats["pages_used"] > 0
     assert out.sequences.shape[1] == 184
     exact = generate(model, DynamicCache(config=model.config), [64], new=16)
-    assert torch.equal(out.sequences[:, :80], exact.sequences[:, :80])
+    assert first_difference(out, exact) < 1.5 * BOUNDS[model.dtype]  # compiled code rounds elsewhere
+    if model.dtype == torch.float16:  # in bfloat16 the two best logits may be equal
+        assert torch.equal(out.sequences[:, :80], exact.sequences[:, :80])
 
 
 @pytest.mark.parametrize("lengths", [[150], [150, 90, 20]], ids=str)
@@ -126,7 +106,7 @@ def test_exact_pages_equal_an_exact_cache(model: Any, lengths: list[int], compil
     assert set(stats["calls"]) == {"append/cuda", "attend/paged"}, stats["calls"]
     assert stats["pages_used"] >= sum((n + 39 - 1) // 16 for n in lengths)
     exact = generate(model, DynamicCache(config=model.config), lengths)
-    bound = 0.02 if model.dtype == torch.float16 else 0.08
+    bound = BOUNDS[model.dtype]
     assert first_difference(ours, exact) < (bound if compile is False else 1.5 * bound)  # compiled code rounds elsewhere
     if model.dtype == torch.float16:  # in bfloat16 the two best logits may be equal
         width = max(lengths)

@@ -72,7 +72,7 @@ def test_attention(shape: tuple[int, int, int], name: str) -> None:
             device="cuda",
         )
         q = (torch.randn(3, 2 * group, 1, shape[0]) * rng.choice([0.5, 1.0, 3.0])).to(dtype).cuda()
-        for max_tokens in (64, 8192):
+        for max_tokens in (64, 8192, 1 << 20):  # the last: as blocks of long sequences are planned
             check(case, q, name, max_tokens=max_tokens)
 
 
@@ -159,26 +159,33 @@ def test_masks_sinks_and_softcap(name: str, dtype: torch.dtype) -> None:
     sinks = torch.randn(8).to(dtype).cuda()
     for mask in (None, boolean.cuda(), padding.cuda(), additive):
         for extra, softcap in ((None, 0.0), (sinks, 0.0), (sinks, 5.0)):
-            check(case, q, name, mask, extra, 0.1, softcap)
+            for max_tokens in (4096, 1 << 20):
+                check(case, q, name, mask, extra, 0.1, softcap, max_tokens=max_tokens)
 
 
+@pytest.mark.parametrize("is_long", [False, True])
 @pytest.mark.parametrize("shape", [(128, 64, 8), (128, 32, 8), (64, 64, 8), (128, 0, 0), (256, 0, 0)], ids=str)
-def test_a_mask_is_asked_once_for_a_block_and_never_missed(shape: tuple[int, int, int]) -> None:
+def test_a_mask_is_asked_once_for_a_block_and_never_missed(shape: tuple[int, int, int], is_long: bool) -> None:
     """Masks that hide nothing change nothing; one hidden token anywhere in a block's share is seen."""
     rng = random.Random(1)
-    case = h.make_case(*shape, [6000, 2000], page_size=64, starts=[0, 4000], device="cuda")
+    lengths, starts, kv_heads, max_tokens = (
+        ([30000, 9000], [0, 21000], 4, 1 << 20) if is_long else ([6000, 2000], [0, 4000], 1, 7000)
+    )
+    case = h.make_case(*shape, lengths, kv_heads=kv_heads, page_size=64, starts=starts, device="cuda")
     name = "tuned" if shape[1] else "paged"
-    q = torch.randn(2, 4, 1, shape[0]).half().cuda()
-    silent = torch.zeros(2, 1, 1, 7000, dtype=torch.bool)  # as generate makes them: False before and after a row
-    silent[0, ..., :6000] = True
-    silent[1, ..., 4000:6000] = True
-    plain = attend(case, q, name, max_tokens=7000)
-    masked = attend(case, q, name, silent.cuda(), max_tokens=7000)
+    q = torch.randn(2, 4 * kv_heads, 1, shape[0]).half().cuda()
+    first, end = starts[1], starts[1] + lengths[1]
+    silent = torch.zeros(2, 1, 1, lengths[0] + 1000, dtype=torch.bool)  # as generate makes them: False before and after a row
+    silent[0, ..., : lengths[0]] = True
+    silent[1, ..., first:end] = True
+    plain = attend(case, q, name, max_tokens=max_tokens)
+    masked = attend(case, q, name, silent.cuda(), max_tokens=max_tokens)
     assert h.relative_error(masked, plain.double().cpu()) < TOLERANCE[q.dtype]
-    for column in (4000, 4003, 4004, 5999, *(rng.randint(4004, 5900) for _ in range(5))):
+    anywhere = [rng.randint(first + 4, end - 100) for _ in range(2 if is_long else 5)]
+    for column in (first, first + 3, first + 4, end - 1, *anywhere):
         mask = silent.clone()
         mask[1, ..., column] = False
-        check(case, q, name, mask.cuda(), max_tokens=7000)
+        check(case, q, name, mask.cuda(), max_tokens=max_tokens)
 
 
 def test_consecutive_launches_and_graph_capture() -> None:

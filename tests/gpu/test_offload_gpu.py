@@ -6,47 +6,32 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from gpu_models import VOCABULARY, llama_config, random_book
+from transformers import LlamaForCausalLM
 
 from hf_pqcache import PagedKVCache, PagedPQCache, offload
-from hf_pqcache.codebook import Codebook, LayerCodebook
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-LAYERS, KV_HEADS, HEAD_DIM = 5, 2, 64
+LAYERS = 5
 KINDS = pytest.mark.parametrize("kind", ["codes", "exact"])
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        vocab_size=500,
-        initializer_range=0.2,
-        max_position_embeddings=8192,
-        dtype=torch.float16,
-    )
-    return LlamaForCausalLM(config).to("cuda", torch.float16).eval()
+    return LlamaForCausalLM(llama_config(LAYERS)).to("cuda", torch.float16).eval()
 
 
 def make_cache(model: Any, kind: str, max_pages: int = 600, **options: Any) -> Any:
     if kind == "exact":
         return PagedKVCache(model.config, page_size=16, max_pages=max_pages, compile=False, **options)
-    generator = torch.Generator().manual_seed(1)
-    shape = (KV_HEADS, 64, 256, 1)
-    layers = {i: LayerCodebook(*(torch.randn(shape, generator=generator).half() for _ in range(2))) for i in range(LAYERS)}
-    book = Codebook(layers, num_bits=8, num_subspaces=64)
-    return PagedPQCache(model.config, book, page_size=16, extended_residual=32, max_pages=max_pages, compile=False, **options)
+    settings = {"page_size": 16, "extended_residual": 32, "max_pages": max_pages, "compile": False}
+    return PagedPQCache(model.config, random_book(LAYERS), **settings, **options)
 
 
 def generate(model: Any, cache: Any, length: int = 1500, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(1, 500, (2, length), generator=torch.Generator().manual_seed(2)).cuda()
+    ids = torch.randint(1, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(2)).cuda()
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 40}
     out = model.generate(
         ids,
