@@ -127,8 +127,8 @@ def _tuned_block(table_shape: tuple[int, int, int], rows: int, tokens: int, mask
     """The block that has rows for so many heads and gets so many tokens; kernels/NOTES.md has the measurements.
 
     Sixteen warps hide more of the way to memory, which pays for four heads and fewer and long sequences; twelve have more
-    registers each, are joined faster, and do as well elsewhere. Those registers are needed by units of four numbers together
-    with a mask, and by two heads, unless the codes are staged and leave theirs free and no mask has to be added.
+    registers each, are joined faster, and do as well elsewhere. Two heads need those registers, unless the codes are staged and
+    leave theirs free and no mask has to be added.
     """
     units, width, bits = table_shape
 
@@ -139,7 +139,7 @@ def _tuned_block(table_shape: tuple[int, int, int], rows: int, tokens: int, mask
     key_copies = 2 if tokens > 1024 and shared_bytes(2) <= device.shared_bytes else 1
     is_long = tokens > 4096 and rows <= 4 and device.capability >= (9, 0)
     is_staged = is_long and units == 64 and bits == 8 and shared_bytes(key_copies, 16) <= device.shared_bytes
-    has_registers = not (mask and width == 4) if rows == 4 else is_staged and mask != 2
+    has_registers = rows == 4 or (is_staged and mask != 2)
     warps = 16 if is_long and has_registers else 12
     return TunedBlock(warps, key_copies, is_staged, shared_bytes(key_copies, warps if is_staged else 0))
 

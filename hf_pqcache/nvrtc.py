@@ -43,8 +43,10 @@ def version() -> str | None:
     return f"{major.value}.{minor.value}"
 
 
-def compile_error(spec: KernelSpec, capability: tuple[int, int]) -> str | None:
-    """Compile `spec` for a compute capability; the compiler's words where it fails, else None.
+def compile_log(spec: KernelSpec, capability: tuple[int, int]) -> tuple[bool, str]:
+    """Compile `spec` for a compute capability -> (whether it compiles, what the compilers say).
+
+    They say what is wrong, or else the registers that the kernel takes and the bytes that it spills.
 
     Raises FileNotFoundError where no NVRTC is installed.
     """
@@ -53,7 +55,8 @@ def compile_error(spec: KernelSpec, capability: tuple[int, int]) -> str | None:
     library, program = found[0], ctypes.c_void_p()
     code = (SOURCES / spec.source).read_bytes()
     library.nvrtcCreateProgram(ctypes.byref(program), code, spec.source.encode(), 0, None, None)
-    options = [f"-arch=sm_{capability[0]}{capability[1]}", "-std=c++17", f"-I{SOURCES}", *spec.options]
+    arch = f"-arch=sm_{capability[0]}{capability[1]}"
+    options = [arch, "-std=c++17", "--ptxas-options=-v", f"-I{SOURCES}", *spec.options]
     array = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
     status = library.nvrtcCompileProgram(program, len(options), array)
     size = ctypes.c_size_t()
@@ -61,4 +64,10 @@ def compile_error(spec: KernelSpec, capability: tuple[int, int]) -> str | None:
     log = ctypes.create_string_buffer(size.value)
     library.nvrtcGetProgramLog(program, log)
     library.nvrtcDestroyProgram(ctypes.byref(program))
-    return (log.value.decode(errors="replace") or f"NVRTC error {status}") if status else None
+    return status == 0, log.value.decode(errors="replace") or f"NVRTC status {status}"
+
+
+def compile_error(spec: KernelSpec, capability: tuple[int, int]) -> str | None:
+    """The compilers' words where `spec` does not compile for a compute capability, else None; raises as `compile_log`."""
+    compiles, log = compile_log(spec, capability)
+    return None if compiles else log

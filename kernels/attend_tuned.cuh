@@ -186,9 +186,8 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
     int cursor = 2 * (thread_number() >> 5);
     Tiles tiles(a, cursor);
     const u8* key_pages = (const u8*)cache.desc[0] + lane * S::WORDS * 4;
-    const u8* value_pages = (const u8*)cache.desc[1] + lane * S::WORDS * 4;
+    const i64 to_values = cache.desc[1] - cache.desc[0];  // the same for all lanes: no register of theirs
     opaque(key_pages);
-    opaque(value_pages);
     auto next_place = [&]() {
         if (cursor == 32) tiles.renew(a, work.kv_head), cursor = 0;
         return __shfl_sync(~0u, tiles.places, cursor++);
@@ -199,7 +198,7 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
     const u32 value_stage = key_stage + S::TILE_BYTES;
     u32 at = 0;  // the place of the tile whose keys were asked for last
     auto keys_at = [&](u32 place) { return key_pages + (i64)place * S::TILE_BYTES; };
-    auto values_at = [&](u32 place) { return value_pages + (i64)place * S::TILE_BYTES; };
+    auto values_at = [&](u32 place) { return keys_at(place) + to_values; };
     auto further_keys = [&]() { return keys_at(at = next_place()); };
     auto their_values = [&]() { return values_at(at); };
     auto score_tile = [&]() { attention.score_tile(keys); };

@@ -284,7 +284,7 @@ struct Attention {
             for (int half = 0; half < 2; half++) f[k][half] = load_pair(key, key_pair(k ^ turned, half));
     }
 
-    // Slots s .. s + 3 of tokens c + 4 i, zero where bit i of `held` is not set: it might be NaN.
+    // Slots s .. s + 3 of tokens c + 4 i, zero where the token's bit of `held` is not set: it might be NaN.
     __device__ __forceinline__ void load_window_values(const u16* values, int first_slot, int last_slot, u32 held, int s,
                                                        ValueFragment& f) const {
 #pragma unroll
@@ -303,7 +303,7 @@ struct Attention {
 #pragma unroll
             for (int k = 0; k < 4; k++)
 #pragma unroll
-                for (int h = 0; h < S::HALVES; h++) f[k][h][i] = held >> i & 1 ? halves_of(f[k][h][i]) : 0u;
+                for (int h = 0; h < S::HALVES; h++) f[k][h][i] = held >> (c + 4 * i) & 1 ? halves_of(f[k][h][i]) : 0u;
     }
 
     // Pair of numbers that lane column c feeds to a half of step k.
@@ -416,20 +416,18 @@ struct Attention {
             keep_order();
         }
         const int batch_row = PQ_MASK ? Work(a).batch_row : 0, start = PQ_MASK ? a.starts[batch_row] : 0;
+        const u32 held = __ballot_sync(~0u, row.holds(first_slot + (thread_number() & (TILE - 1)), ring_first));
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int odd = 0; odd < 2; odd++) {
-                const int slot = first_slot + 8 * i + 2 * c + odd;
-                if (PQ_MASK) score[i][odd] += mask_bias(a, batch_row, start + row.token_in(slot, ring_first));
-                if (!row.holds(slot, ring_first)) score[i][odd] = -infinity();
+                const int at = 8 * i + 2 * c + odd;
+                if (PQ_MASK) score[i][odd] += mask_bias(a, batch_row, start + row.token_in(first_slot + at, ring_first));
+                if (!(held >> at & 1)) score[i][odd] = -infinity();
             }
         rescale();
         u32 p[4];
         weights(p);
-        u32 held = 0;  // a bit for each of the lane's four tokens
-#pragma unroll
-        for (int i = 0; i < 4; i++) held |= (u32)row.holds(first_slot + c + 4 * i, ring_first) << i;
 #pragma unroll
         for (int s = 0; s < S::SLOTS; s += 4) {
             ValueFragment f;

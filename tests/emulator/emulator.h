@@ -140,6 +140,14 @@ inline int __any_sync(u32, int yes) {
     emulator::meet_warp();
     return r;
 }
+inline u32 __ballot_sync(u32, int yes) {
+    emulator::warp().word[emulator::lane()] = yes != 0;
+    emulator::meet_warp();
+    u32 r = 0;
+    for (int i = 0; i < 32; i++) r |= emulator::warp().word[i] << i;
+    emulator::meet_warp();
+    return r;
+}
 inline float __int_as_float(int i) {
     float f;
     memcpy(&f, &i, 4);
