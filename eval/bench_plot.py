@@ -64,7 +64,10 @@ def _kernel(rows: list[dict[str, Any]]) -> tuple[Figure, str]:
             ratio, ceiling = found[name] / ours, found[name] / row["floor_us"]
             axes.barh(y, ratio - 1, left=1, height=0.86, color=colours[name])
             axes.plot([ceiling] * 2, [y - 0.43, y + 0.43], color=LIGHT["ink"], linewidth=1.6, solid_capstyle="butt")
-            axes.text(max(1.0, ratio), y, f" {ratio:.2f}", va="center", size=7)
+            if ratio >= 1.5:  # inside the bar, where no mark runs through the number
+                axes.text(ratio, y, f"{ratio:.3g} ", va="center", ha="right", size=7, color="white")
+            else:
+                axes.text(max(1.0, ratio), y, f" {ratio:.3g}", va="center", size=7)
             y += 1
         y += 1
     axes.axvline(1, color=LIGHT["muted"], linewidth=1.2)
