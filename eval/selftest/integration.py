@@ -144,8 +144,12 @@ def offloaded(machine: Machine) -> str:
 
 
 def learnt(machine: Machine) -> str:
-    """Without a codebook the cache learns one from the prompt."""
+    """Without a codebook the cache holds tokens exactly until there are enough to learn one from."""
     s = setup(machine.device)
+    waiting = PagedPQCache(s.config, None, SETTINGS, learn_tokens=512, compile=False)
+    plain = s.generate(DynamicCache(config=s.config), s.prompt())
+    agree("a cache that has yet to learn", s.generate(waiting, s.prompt()), plain)
+    expect_equal("layers that have learnt too early", sorted(waiting.storage.learned), [])
     cache = PagedPQCache(s.config, None, SETTINGS, learn_tokens=128, compile=False)
     s.generate(cache, s.prompt(1, 200))
     learned = cache.storage.learned
