@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
-from hf_pqcache import kernel_plan, parallel
+from hf_pqcache import parallel, selection
 from hf_pqcache.calibrate import learn_layer
 from hf_pqcache.codebook import Codebook, most_bytes
 from hf_pqcache.config import PQConfig, choose_page_size
@@ -194,10 +194,10 @@ def _kernels_serve(text_config: PreTrainedConfig, settings: PQConfig | None) -> 
     dtype = getattr(text_config, "dtype", None) or torch.float16
     device = torch.device("cuda", torch.cuda.current_device())
     if settings is None:
-        return kernel_plan.select_paged(head_dim, head_dim, group, dtype, device).name != "torch"
+        return selection.select_paged(head_dim, head_dim, group, dtype, device).name != "torch"
     try:
         num_subspaces = settings.subspaces(head_dim)
     except ValueError:  # this head_dim cannot be cut so; the layers will say it
         return False
-    choice = kernel_plan.select(head_dim, head_dim, num_subspaces, settings.num_bits, group, dtype, device)
+    choice = selection.select(head_dim, head_dim, num_subspaces, settings.num_bits, group, dtype, device)
     return choice.name != "torch"

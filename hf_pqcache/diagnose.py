@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from hf_pqcache import jit, kernel_plan, nvrtc
+from hf_pqcache import jit, nvrtc, selection
 
 Status = Literal["ok", "note", "fail"]
 #: Where no GPU is: architectures to compile for, with the shared memory that a block may have (A100, H100).
@@ -110,7 +110,7 @@ def _gpu() -> Iterator[Finding]:
     for i in range(torch.cuda.device_count()):
         p: Any = torch.cuda.get_device_properties(i)
         detail = f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
-        if (p.major, p.minor) < kernel_plan.MIN_CAPABILITY:
+        if (p.major, p.minor) < selection.MIN_CAPABILITY:
             yield Finding(f"GPU {i}", "note", f"{detail}: too old for the kernels, plain torch serves")
         else:
             yield Finding(f"GPU {i}", "ok", detail)
@@ -183,14 +183,14 @@ def kernel_errors(shape: tuple[int, int, int], targets: Mapping[tuple[int, int],
     return [
         f"{spec.source} for sm_{capability[0]}{capability[1]}: {error.strip().splitlines()[0]}"
         for capability, shared_bytes in targets.items()
-        for spec in kernel_plan.specs(shape, capability, shared_bytes)
+        for spec in selection.specs(shape, capability, shared_bytes)
         if (error := nvrtc.compile_error(spec, capability))
     ]
 
 
 def _engine() -> Iterator[Finding]:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    choice = kernel_plan.select(128, 128, 64, 8, 4, torch.float16, device)
+    choice = selection.select(128, 128, 64, 8, 4, torch.float16, device)
     yield Finding("engine", "ok", f"{choice.name} (head_dim 128, 4 bits): {choice.reason}")
 
 

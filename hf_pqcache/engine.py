@@ -10,7 +10,7 @@ import logging
 import torch
 from torch import Tensor
 
-from hf_pqcache import cuda_engine, kernel_plan, torch_engine
+from hf_pqcache import cuda_engine, selection, torch_engine
 from hf_pqcache.pages import Which
 from hf_pqcache.pool import LayerView
 from hf_pqcache.state import DeviceState
@@ -19,13 +19,13 @@ from hf_pqcache.torch_engine import read_window, write_window
 logger = logging.getLogger(__name__)
 
 
-def _select(view: LayerView, group: int) -> kernel_plan.Choice:
+def _select(view: LayerView, group: int) -> selection.Choice:
     """The engine for a layer with `group` query heads per KV head."""
     window, value_dim = view.window_keys, view.window_values.shape[3]
     head_dim = window.shape[3]
     if not view.codec.needs_centroids:
-        return kernel_plan.select_paged(head_dim, value_dim, group, window.dtype, window.device)
-    return kernel_plan.select(head_dim, value_dim, view.num_subspaces, view.config.num_bits, group, window.dtype, window.device)
+        return selection.select_paged(head_dim, value_dim, group, window.dtype, window.device)
+    return selection.select(head_dim, value_dim, view.num_subspaces, view.config.num_bits, group, window.dtype, window.device)
 
 
 def publish(state: DeviceState, layer: int, view: LayerView) -> None:
@@ -54,15 +54,15 @@ def publish(state: DeviceState, layer: int, view: LayerView) -> None:
     state.add_view(layer, view, () if view.kernels is None else view.kernels.tensors)
 
 
-def _choose(state: DeviceState, layer: int, view: LayerView, query: Tensor) -> kernel_plan.Choice:
+def _choose(state: DeviceState, layer: int, view: LayerView, query: Tensor) -> selection.Choice:
     """The engine for attention of `query` over a layer; chosen once, said once in the log."""
     group = query.shape[1] // view.window_keys.shape[1]
     if (known := state.choices.get((layer, group))) is not None:
-        choice: kernel_plan.Choice = known
+        choice: selection.Choice = known
         return choice
     choice = _select(view, group)
     if choice not in state.choices.values():
-        is_unexpected = choice.name == "torch" and query.is_cuda and choice.reason != kernel_plan.FORCED
+        is_unexpected = choice.name == "torch" and query.is_cuda and choice.reason != selection.FORCED
         level = logging.WARNING if is_unexpected else logging.INFO
         logger.log(level, "attention over pages runs on the %s engine: %s", choice.name, choice.reason)
     state.choices[layer, group] = choice

@@ -13,7 +13,7 @@ import torch
 from tiny_models import SMALL, build, codebook_of, padded
 from transformers import DynamicCache
 
-from hf_pqcache import PagedKVCache, PagedPQCache, jit, kernel_plan
+from hf_pqcache import PagedKVCache, PagedPQCache, jit, kernel_plan, selection
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is built with g++")
 
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulato
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels serve CPU tensors, as if they lay on an H200."""
     monkeypatch.delenv("HF_PQCACHE_KERNEL", raising=False)
-    monkeypatch.setattr(kernel_plan, "_why_no_cuda", lambda *_: None)
+    monkeypatch.setattr(selection, "_why_no_cuda", lambda *_: None)
     monkeypatch.setattr(kernel_plan, "device_of", lambda _: harness.EMULATED)
     monkeypatch.setattr(jit, "load", harness.EmulatedKernel)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
-    kernel_plan._select.cache_clear()
+    selection._select.cache_clear()
     yield
-    kernel_plan._select.cache_clear()
+    selection._select.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +78,10 @@ def test_coded_pages_run_on_their_kernels_and_equal_plain_torch(
 
 
 def test_exact_pages_need_no_more_than_a_model_dtype_and_rows_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = kernel_plan.select_paged
+    choose = selection.select_paged
     monkeypatch.delenv("HF_PQCACHE_KERNEL", raising=False)
     assert choose(128, 128, 4, torch.float16, torch.device("cpu")) == ("torch", "the cache is on cpu")
-    monkeypatch.setattr(kernel_plan, "_why_no_cuda", lambda *_: None)
+    monkeypatch.setattr(selection, "_why_no_cuda", lambda *_: None)
     assert choose(80, 80, 4, torch.float16, torch.device("cpu")).name == "paged"
     assert choose(84, 84, 4, torch.float16, torch.device("cpu")).name == "torch"
     monkeypatch.setenv("HF_PQCACHE_KERNEL", "torch")

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from tiny_models import SMALL, build, codebook_of, tokens
 
-from hf_pqcache import PagedPQCache, PQCacheError, errors, kernel_plan
+from hf_pqcache import PagedPQCache, PQCacheError, errors, selection
 from hf_pqcache.cli import main
 from hf_pqcache.pages import CodedPages
 from hf_pqcache.storage import Storage
@@ -111,12 +111,12 @@ def test_a_forced_kernel_says_why_it_does_not_serve(kernel: str, monkeypatch: py
     monkeypatch.setenv("HF_PQCACHE_KERNEL", kernel)
     arguments = (128, 128, 64, 8, 4, torch.float16, torch.device("cpu"))
     with pytest.raises(errors.NoKernelError, match=f"HF_PQCACHE_KERNEL={kernel}, but the cache is on cpu; unset it"):
-        kernel_plan.select(*arguments)
+        selection.select(*arguments)
     monkeypatch.setenv("HF_PQCACHE_KERNEL", "torch")
-    assert kernel_plan.select(*arguments).name == "torch"
+    assert selection.select(*arguments).name == "torch"
     monkeypatch.setenv("HF_PQCACHE_KERNEL", "fast")
     with pytest.raises(ValueError, match="none of tuned, generic, torch"):
-        kernel_plan.select(*arguments)
+        selection.select(*arguments)
 
 
 def test_commands_show_a_code_as_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

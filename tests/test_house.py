@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: {"config", "errors", "layout", "pq", "kmeans", "hub", "handles", "offload"},
     1: {"codebook", "pages", "plan", "pool", "state", "jit"},
-    2: {"torch_engine", "kernel_plan", "cuda_engine", "nvrtc", "parallel"},
+    2: {"torch_engine", "kernel_plan", "selection", "cuda_engine", "nvrtc", "parallel"},
     3: {"engine", "attention", "calibrate", "reference", "diagnose"},
     4: {"ops", "room", "storage"},
     5: {"steps"},
@@ -22,6 +22,7 @@ FLOORS = {
 #: Files of one floor that may know a sibling.
 SIBLINGS = {
     ("cuda_engine", "kernel_plan"),
+    ("selection", "kernel_plan"),
     ("pool", "pages"),
     ("state", "pool"),
     ("jit", "pool"),

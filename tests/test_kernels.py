@@ -11,7 +11,7 @@ import harness as h
 import pytest
 import torch
 
-from hf_pqcache import jit, kernel_plan, layout, nvrtc
+from hf_pqcache import jit, kernel_plan, layout, nvrtc, selection
 from hf_pqcache.errors import NoKernelError
 
 TUNED = sorted(jit.tuned_shapes())
@@ -55,7 +55,7 @@ def test_nvrtc_compiles_every_kind_of_kernel(shape: tuple[int, int, int], arch: 
     """What users run, and stricter than nvcc: it has no host functions."""
     capability, shared_bytes = (arch // 10, arch % 10), {80: 166912, 90: 232448}[arch]
     name = "paged" if not shape[1] else "tuned" if shape in TUNED else "generic"
-    for spec in (*kernel_plan.specs(shape, capability, shared_bytes), _attend_spec(shape, name, 4, arch, mask=1)):
+    for spec in (*selection.specs(shape, capability, shared_bytes), _attend_spec(shape, name, 4, arch, mask=1)):
         assert nvrtc.compile_error(spec, capability) is None
 
 
@@ -326,10 +326,10 @@ def test_layout_orders_are_permutations() -> None:
 def test_a_cpu_cache_goes_to_torch_and_forcing_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (128, 128, 64, 8, 4, torch.float16, torch.device("cpu"))
     monkeypatch.delenv("HF_PQCACHE_KERNEL", raising=False)
-    assert kernel_plan.select(*arguments) == ("torch", "the cache is on cpu")
+    assert selection.select(*arguments) == ("torch", "the cache is on cpu")
     monkeypatch.setenv("HF_PQCACHE_KERNEL", "tuned")
     with pytest.raises(NoKernelError, match="PQC002"):
-        kernel_plan.select(*arguments)
+        selection.select(*arguments)
 
 
 def test_splits_fill_the_device_and_stop_at_short_sequences() -> None:

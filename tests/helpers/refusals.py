@@ -157,16 +157,16 @@ def _several_queries() -> None:
 
 
 def _kernel_shapes() -> None:
-    from hf_pqcache import kernel_plan
+    from hf_pqcache import kernel_plan, selection
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_plan.jit, "why_unavailable", lambda: None)
         patch.setattr(torch.version, "cuda", "12.8")
         patch.setattr(kernel_plan, "device_of", lambda index: kernel_plan.Device((9, 0), 132, 232448))
         gpu, half = torch.device("cuda", 0), torch.float16
-        assert kernel_plan._why_no_cuda(128, 128, 4, half, gpu) is None
+        assert selection._why_no_cuda(128, 128, 4, half, gpu) is None
         for shape in ((512, 512, 4, half), (128, 64, 4, half), (128, 128, 17, half), (128, 128, 4, torch.float32)):
-            assert kernel_plan._why_no_cuda(*shape, gpu)
+            assert selection._why_no_cuda(*shape, gpu)
 
 
 ENTRIES = (
