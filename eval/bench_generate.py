@@ -299,7 +299,6 @@ def bench_generate(
         note(f"{shape_name}: logits differ from plain torch by {check_logits(model):.1e}")
         for tokens in [n for shape, n in cases if shape == shape_name]:
             per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-            times: dict[str, float] = {}
             for name in caches:
                 _free()
                 bytes_moved = weights + tokens * per_token * NUMBER_BYTES.get(name, 0.5)
@@ -308,7 +307,6 @@ def bench_generate(
                 try:
                     with deferred_stop_check() if is_stop_deferred else nullcontext():
                         row |= time_cache(model, name, tokens, new_tokens)
-                    times[name] = row["ms_per_token"]
                 except torch.OutOfMemoryError:
                     row["error"] = "out of memory"
                 except ImportError as error:

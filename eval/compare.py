@@ -100,9 +100,7 @@ def _name(spec: CacheSpec, model: Any) -> str:
     """The cache's label; of ours also the bits of a code for each value, by which it is compared."""
     if spec.name != "pq":
         return spec.label
-    config = spec.config
-    bits = config.num_bits * config.subspaces(head_dim(model)) / head_dim(model)
-    return f"pq {bits:g} bits ({spec.label.removeprefix('pq ')})"
+    return f"pq {spec.config.bits_per_value(head_dim(model)):g} bits ({spec.label.removeprefix('pq ')})"
 
 
 def _measure(

@@ -132,14 +132,6 @@ template <class T>
 T __shfl_sync(u32, T v, int from) {
     return emulator::exchange(v, from);
 }
-inline int __any_sync(u32, int yes) {
-    emulator::warp().word[emulator::lane()] = yes != 0;
-    emulator::meet_warp();
-    int r = 0;
-    for (u32 w : emulator::warp().word) r |= (int)w;
-    emulator::meet_warp();
-    return r;
-}
 inline u32 __ballot_sync(u32, int yes) {
     emulator::warp().word[emulator::lane()] = yes != 0;
     emulator::meet_warp();
@@ -148,6 +140,7 @@ inline u32 __ballot_sync(u32, int yes) {
     emulator::meet_warp();
     return r;
 }
+inline int __any_sync(u32 lanes, int yes) { return __ballot_sync(lanes, yes) != 0; }
 inline float __int_as_float(int i) {
     float f;
     memcpy(&f, &i, 4);
