@@ -88,7 +88,7 @@ DEFAULT_CASES = (
 
 
 def graph_time_us(
-    calls: Sequence[Callable[[], Any]], replays: int = 15, warm_up_ms: float = 30.0, rest_s: float = 0.1
+    calls: Sequence[Callable[[], Any]], replays: int = 15, warm_up_ms: float = 30.0, rest_s: float = 0.5
 ) -> float:
     """Median microseconds of one call; all calls are captured back to back in one CUDA graph.
 
@@ -264,7 +264,6 @@ def time_ours(case: Case, bandwidth: float, names: Sequence[str]) -> dict[str, f
         error = layers.error(name)
         if not error < tolerance:
             raise RuntimeError(f"{name} kernel is wrong for {case}: relative L2 error {error:.2e}")
-        time.sleep(0.5)  # see graph_time_us
         for is_masked, key in ((False, f"{name}_us"), (True, f"{name}_masked_us")):
             calls = [partial(layers.attend, i, name, is_masked) for i in range(layers.sets)]
             result[key] = graph_time_us(calls * max(1, 4 // layers.sets))

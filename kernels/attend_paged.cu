@@ -191,12 +191,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
     const int start = PQ_MASK ? a.starts[work.batch_row] : 0;
     exact.load_query(a.query + ((i64)work.block_row * a.group + work.first_head) * PQ_DIM, work.num_heads);
 
-    // The block's share of the tiles, and what this thread sees of the mask over them.
-    const int num_tiles = row.coded / TOKENS, share = divide(num_tiles + a.splits - 1, a.splits_inverse);
-    const int end = min((work.split + 1) * share, num_tiles);
-    const int begin = start + cache.sink_tokens + work.split * share * TOKENS;
+    // What this thread sees of the mask over the block's tiles.
+    const Share<TOKENS> share(a, work.split, row.coded);
+    const int begin = start + cache.sink_tokens + share.first * TOKENS;
     const bool is_silent =
-        !PQ_MASK || mask_is_silent<THREADS>(a, work.batch_row, begin, start + cache.sink_tokens + end * TOKENS);
+        !PQ_MASK || mask_is_silent<THREADS>(a, work.batch_row, begin, start + cache.sink_tokens + share.end * TOKENS);
 
     const int ring_first = row.ring_first();
     const i64 window = (i64)work.block_row * row.slots() * PQ_DIM;
@@ -208,8 +207,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
 
     // Tiles go round over the warps. Lane i knows the page of tile 32 n + i of the warp; those of the next 32 tiles are
     // asked for when these are taken up, so that no warp ever waits for the page table.
-    const int first = work.split * share + warp, tiles_per_page = cache.page_size / TOKENS;
-    const int count = end > first ? (end - first + WARPS - 1) / WARPS : 0;
+    const int first = share.first + warp, tiles_per_page = cache.page_size / TOKENS;
+    const int count = share.end > first ? (share.end - first + WARPS - 1) / WARPS : 0;
     auto page_at = [&](int tile) { return divide(tile * TOKENS / TILE, cache.tiles_per_page_inverse); };
     auto page_of = [&](int i) {
         const int* pages = cache.page_table + (i64)work.batch_row * cache.table_width;

@@ -58,22 +58,11 @@ struct Tables {
 #endif
 };
 
-// The tiles of a row that a split takes: first to end - 1. coded: the row's tokens that are codes.
-struct Share {
-    int first, end;
-
-    __device__ __forceinline__ Share(const AttendArgs& a, int split, int coded) {
-        const int num_tiles = (u32)coded / TILE, size = divide(num_tiles + a.splits - 1, a.splits_inverse);
-        first = split * size;
-        end = min(first + size, num_tiles);
-    }
-
-    // Made anew: kept from the kernel's beginning, its numbers would not fit into the registers.
-    static __device__ __forceinline__ Share again(const AttendArgs& a) {
-        const Work work(a);
-        return Share(a, work.split, load_fresh(a.cache.counts + 2 * work.batch_row + 1));
-    }
-};
+// Made anew: kept from the kernel's beginning, its numbers would not fit into the registers.
+__device__ __forceinline__ Share<TILE> share_again(const AttendArgs& a) {
+    const Work work(a);
+    return Share<TILE>(a, work.split, load_fresh(a.cache.counts + 2 * work.batch_row + 1));
+}
 
 // The tiles of one warp: every WARPS-th of the block's share. Lane i knows the place of tile 32 n + i - skipped; the pages of
 // the next 32 tiles are asked for when these are taken up, so that no warp ever waits for the page table.
@@ -82,7 +71,7 @@ struct Tiles {
     u32 places;  // place: number of a tile in the pool of pages
 
     __device__ __forceinline__ Tiles(const AttendArgs& a, int skipped) {
-        const Share share = Share::again(a);
+        const Share<TILE> share = share_again(a);
         const int lane = thread_number() & 31, first = share.first + (thread_number() >> 5);
         count = share.end > first ? (share.end - first + WARPS - 1) / WARPS : 0;
         tile = first + (lane - skipped) * WARPS;
@@ -123,7 +112,7 @@ template <class S>
 __device__ __forceinline__ void prefetch_first_tiles(const AttendArgs& a, const Work& work) {
     const CacheArgs& cache = a.cache;
     const int lane = thread_number() & 31;
-    const Share share(a, work.split, load_shared_level(cache.counts + 2 * work.batch_row + 1));
+    const Share<TILE> share(a, work.split, load_shared_level(cache.counts + 2 * work.batch_row + 1));
     const int tile = share.first + lane, tiles_per_page = cache.page_size / TILE;
     if (tile >= share.end) return;
     const int page_at = min(divide(tile, cache.tiles_per_page_inverse), cache.table_width - 1);
@@ -167,7 +156,7 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
         attention.load_query(a.query + ((i64)work.block_row * a.group + work.first_head) * S::DIM, work.num_heads);
         const Row row(cache, work.batch_row);
         if (PQ_MASK) {
-            const Share share(a, work.split, row.coded);
+            const Share<TILE> share(a, work.split, row.coded);
             const int column = a.starts[work.batch_row] + cache.sink_tokens;
             is_silent = mask_is_silent<THREADS>(a, work.batch_row, column + share.first * TILE, column + share.end * TILE);
         }
@@ -227,7 +216,7 @@ __device__ __forceinline__ void attend_tuned(const AttendArgs& a) {
     // the one above.
     auto attend_masked_tiles = [&]() {
         int column = a.starts[Work(a).batch_row] + cache.sink_tokens;
-        column += (Share::again(a).first + (thread_number() >> 5)) * TILE;
+        column += (share_again(a).first + (thread_number() >> 5)) * TILE;
         tables.wait_values();
         for (; tiles.count > 0; tiles.count--, column += WARPS * TILE) {
             keys.consume(further_keys, key_stage, score_tile);

@@ -111,6 +111,18 @@ struct Work {
     }
 };
 
+// The tiles, TOKENS tokens each, of a row with so many coded ones that a split takes: first to end - 1.
+template <int TOKENS>
+struct Share {
+    int first, end;
+
+    __device__ __forceinline__ Share(const AttendArgs& a, int split, int coded) {
+        const int num_tiles = (u32)coded / TOKENS, size = divide(num_tiles + a.splits - 1, a.splits_inverse);
+        first = split * size;
+        end = min(first + size, num_tiles);
+    }
+};
+
 enum Order { NATURAL, UNITS_64, UNITS_32 };
 
 // Tuned shapes read codes in units that are an index into one table row: one code, or two 4-bit codes as one byte.
