@@ -181,7 +181,7 @@ def _with_torch_attention(model: Any, cache: PagedPQCache, ids: Tensor) -> Tenso
     return logits
 
 
-def time_prefill(model: Any, lengths: Sequence[int], repeats: int = 3) -> list[dict[str, Any]]:
+def time_prefill(model: Any, lengths: Sequence[int], repeats: int = 7) -> list[dict[str, Any]]:
     """Seconds of a prefill with DynamicCache and with ours (codes written as it goes), and the difference's share.
 
     Each prefill is that of a new cache; ours have one codebook, whose tables the first of them brings to the device.
