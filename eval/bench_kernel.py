@@ -12,7 +12,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -284,27 +284,25 @@ def bench_case(case: Case, bandwidth: float, names: Sequence[str] = ("tuned",), 
     return result
 
 
-def bench_kernel(cases: Sequence[Case] = DEFAULT_CASES, names: Sequence[str] = ("tuned",)) -> list[dict[str, Any]]:
-    """Bench each case and print the table as it grows. Returns one dict a case."""
+def bench_kernel(cases: Sequence[Case] = DEFAULT_CASES, names: Sequence[str] = ("tuned",)) -> Iterator[dict[str, Any]]:
+    """Bench each case and print the table as it grows. Yields one dict a case."""
     if (missing := jit.why_unavailable()) is not None or not torch.cuda.is_available():
         raise RuntimeError(f"the kernel benchmark needs a GPU and CuPy: {missing or 'torch sees no CUDA device'}")
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s (read + written) is the ceiling")
     columns = ("ours us", "masked us", "floor us", "fp16 us", "speedup", "rel. L2")
     print(f"{'(batch, KV heads, group, tokens)':42s}" + "".join(f"{name:>10s}" for name in columns))
-    results = []
     for case in cases:
         r = bench_case(case, bandwidth, names)
         name = kernels_of(case, names)[0]
         times = [r[f"{name}_us"], r[f"{name}_masked_us"], r["floor_us"], r["best_fp16_us"]]
         row = f"{case!s:42s}" + "".join(f"{us:10.1f}" for us in times) + f"{r['speedup']:9.2f}x"
         print(f"{row}{r[f'{name}_error']:10.1e} {r['best_fp16']}", flush=True)
-        results.append(r | {"copy_tb_per_s": bandwidth / 1e12, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__})
-    return results
+        yield r | {"copy_tb_per_s": bandwidth / 1e12, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
 
 
 def main() -> None:
-    print(json.dumps(bench_kernel()))
+    print(json.dumps(list(bench_kernel())))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 from matplotlib.patches import Rectangle
 
 from hf_pqcache.cli import main
-from hf_pqcache.eval import bench_kernel, bench_plot
+from hf_pqcache.eval import bench_generate, bench_kernel, bench_plot
 from hf_pqcache.eval.bench_plot import draw
 
 CONDITIONS = {"gpu": "a GPU", "torch": "2.13.0", "copy_tb_per_s": 4.0, "dtype": "float16"}
@@ -90,3 +91,16 @@ def test_the_command_draws_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytes
     failed = CliRunner().invoke(main, arguments)
     assert failed.exit_code == 1
     assert json.loads(files["k.json"].read_text())[0]["fp16_us"] == {}
+
+
+def test_a_run_that_ends_early_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
+        yield GENERATE[0]
+        raise RuntimeError("wrong logits")
+
+    monkeypatch.setattr(bench_generate, "bench_generate", interrupted)
+    file = tmp_path / "g.json"
+    failed = CliRunner().invoke(main, ["bench", "generate", "--json", str(file)])
+    assert failed.exit_code == 1
+    assert "wrong logits" in failed.output
+    assert json.loads(file.read_text()) == GENERATE[:1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,22 @@ def command() -> None:
     """
 
 
+def _collect(rows: Iterable[dict[str, Any]], json_file: Path | None) -> list[dict[str, Any]]:
+    """All rows. After each of them the file holds those so far: a run that is killed keeps what it measured."""
+    collected = []
+    try:
+        for row in rows:
+            collected.append(row)
+            if json_file is not None:
+                json_file.write_text(json.dumps(collected) + "\n")
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
+    return collected
+
+
 def _end(rows: list[dict[str, Any]], json_file: Path | None, plot: Path | None, kind: str) -> None:
     """The document, the last line of the output; then the plot, so that no failure to draw loses what was measured."""
-    document = json.dumps(rows)
-    if json_file is not None:
-        json_file.write_text(document + "\n")
-        click.echo(f"written to {json_file}")
-    else:
-        click.echo(document)
+    click.echo(json.dumps(rows) if json_file is None else f"written to {json_file}")
     if plot is not None:
         from hf_pqcache.eval.bench_plot import draw
 
@@ -63,11 +71,7 @@ def kernel(cases: Sequence[str], json_file: Path | None, plot: Path | None) -> N
             chosen = tuple(bench_kernel.Case(**dict(zip(names, map(int, c.split(",")), strict=False))) for c in cases)
         except (TypeError, ValueError) as error:
             raise click.BadParameter(f"expected numbers {','.join(names)}: {error}", param_hint="--case") from error
-    try:
-        rows = bench_kernel.bench_kernel(chosen)
-    except RuntimeError as error:
-        raise click.ClickException(str(error)) from error
-    _end(rows, json_file, plot, "kernel")
+    _end(_collect(bench_kernel.bench_kernel(chosen), json_file), json_file, plot, "kernel")
 
 
 def _print_generate(rows: list[dict[str, Any]]) -> None:
@@ -142,15 +146,16 @@ def generate(
         raise click.BadParameter(f"unknown shapes {unknown}; known ones are {sorted(bench.SHAPES)}", param_hint="--case")
     if unknown := sorted(set(caches) - set(bench.CACHES)):
         raise click.BadParameter(f"unknown caches {unknown}; known ones are {bench.CACHES}", param_hint="--cache")
-    rows = []
-    try:
-        prefill = () if no_prefill else (8192, 32768)
-        for row in bench.bench_generate(
-            chosen, caches or bench.CACHES, new_tokens, prefill, note=click.echo, is_stop_deferred=deferred_stop
-        ):
-            rows.append(row)
+    prefill = () if no_prefill else (8192, 32768)
+    measured = bench.bench_generate(
+        chosen, caches or bench.CACHES, new_tokens, prefill, note=click.echo, is_stop_deferred=deferred_stop
+    )
+
+    def shown() -> Iterator[dict[str, Any]]:
+        for row in measured:
             click.echo({k: v for k, v in row.items() if k not in ("gpu", "torch", "dtype", "copy_tb_per_s")})
-    except RuntimeError as error:
-        raise click.ClickException(str(error)) from error
+            yield row
+
+    rows = _collect(shown(), json_file)
     _print_generate(rows)
     _end(rows, json_file, plot, "generate")
