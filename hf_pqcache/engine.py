@@ -34,7 +34,7 @@ def publish(state: DeviceState, layer: int, view: LayerView) -> None:
     To be called again whenever one of the view's tensors is replaced, or its centroids change.
     """
     choice = _select(view, 1)
-    book, device = view.codebook, view.window_keys.device
+    book, device = view.codebook, view.device
     if choice.name == "torch":
         view.kernels = None
         if book is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -159,6 +159,7 @@ class LayerView:
         codebook: the `LayerCodebook` that the centroids are from, None before there is one.
         kernels: what the CUDA engine prepared for this layer (`cuda_engine.Prepared`), None where plain torch serves it.
         codec: what a page holds.
+        device: of all tensors. Code that is compiled asks here, where it need not check a tensor of every layer in each step.
         host: the pages in host memory if they lie there; key_pages and value_pages are then shared with other layers, and
             hold this layer's after `bring`.
     """
@@ -179,6 +180,10 @@ class LayerView:
     kernels: Any = None
     codec: PageCodec = CODED
     host: HostPages | None = None
+    device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device = self.window_keys.device
 
     def bring(self) -> None:
         """To be called before pages are read or written."""

@@ -118,7 +118,7 @@ class Room:
         return [max(0, position - start) for position, start in zip(positions, self.starts, strict=True)]
 
     def state(self, layer: int) -> DeviceState:
-        return self.states[self.views[layer].window_keys.device]
+        return self.states[self.views[layer].device]
 
     def device_position(self, layer: int) -> Tensor:
         """int32 () on the device: positions that `layer` has seen, compiled steps included."""
@@ -231,7 +231,7 @@ class Room:
                 pages = [self.codec.new_pages(w, view.config, view.num_subspaces) for w in windows]
             else:
                 like = [self.codec.new_pages(w.to("meta"), view.config, view.num_subspaces) for w in windows]
-                view.host = self.offload.open(layer, view.window_keys.device, like)
+                view.host = self.offload.open(layer, view.device, like)
                 pages = view.host.staging
         view.key_pages, view.value_pages = pages
         view.codebook, view.is_coded = book, True  # `publish` brings the centroids to the device

@@ -305,7 +305,7 @@ class Storage(Room):
         """Read the windows that move to other rows; what is returned writes them. Addresses stay: graphs hold them."""
         staged: list[tuple[Tensor, Tensor, Tensor]] = []
         for view in self.views.values() if moved else ():
-            targets, sources = torch.tensor(moved, device=view.window_keys.device).unbind(1)
+            targets, sources = torch.tensor(moved, device=view.device).unbind(1)
             staged += [(w, targets, w[sources]) for w in (view.window_keys, view.window_values)]
 
         def commit() -> None:
