@@ -24,8 +24,8 @@ def _select(view: LayerView, group: int) -> selection.Choice:
     window, value_dim = view.window_keys, view.window_values.shape[3]
     head_dim = window.shape[3]
     if not view.codec.needs_centroids:
-        return selection.select_paged(head_dim, value_dim, group, window.dtype, window.device)
-    return selection.select(head_dim, value_dim, view.num_subspaces, view.config.num_bits, group, window.dtype, window.device)
+        return selection.select_paged(head_dim, value_dim, group, window.dtype, view.device)
+    return selection.select(head_dim, value_dim, view.num_subspaces, view.config.num_bits, group, window.dtype, view.device)
 
 
 def publish(state: DeviceState, layer: int, view: LayerView) -> None:

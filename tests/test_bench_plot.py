@@ -99,7 +99,7 @@ def test_a_run_that_ends_early_keeps_its_rows(tmp_path: Path, monkeypatch: pytes
         raise RuntimeError("wrong logits")
 
     monkeypatch.setattr(bench_generate, "bench_generate", interrupted)
-    file = tmp_path / "g.json"
+    file = tmp_path / "results" / "g.json"  # a folder that is not there yet
     failed = CliRunner().invoke(main, ["bench", "generate", "--json", str(file)])
     assert failed.exit_code == 1
     assert "wrong logits" in failed.output

@@ -174,7 +174,12 @@ def _common(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in merged.items() if all(one.get(name, value) == value for one in settings)}
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def save_json(path: Path, document: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Save, and say where."""
+    save_json(path, document)
     click.echo(f"written to {path}")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-FILE = click.Path(dir_okay=False, path_type=Path)
+from hf_pqcache.commands._options import FILE, new_console, save_json
 
 
 @click.group()
@@ -22,14 +21,17 @@ def command() -> None:
     """
 
 
-def _collect(rows: Iterable[dict[str, Any]], json_file: Path | None) -> list[dict[str, Any]]:
-    """All rows. After each of them the file holds those so far: a run that is killed keeps what it measured."""
+def _collect(
+    rows: Iterable[dict[str, Any]], json_file: Path | None, show: Callable[[dict[str, Any]], None] = lambda row: None
+) -> list[dict[str, Any]]:
+    """All rows, shown as they come. The file holds those so far: a run that is killed keeps what it measured."""
     collected = []
     try:
         for row in rows:
+            show(row)
             collected.append(row)
             if json_file is not None:
-                json_file.write_text(json.dumps(collected) + "\n")
+                save_json(json_file, collected)
     except RuntimeError as error:
         raise click.ClickException(str(error)) from error
     return collected
@@ -74,8 +76,12 @@ def kernel(cases: Sequence[str], json_file: Path | None, plot: Path | None) -> N
     _end(_collect(bench_kernel.bench_kernel(chosen), json_file), json_file, plot, "kernel")
 
 
+def _show_row(row: dict[str, Any]) -> None:
+    click.echo({k: v for k, v in row.items() if k not in ("gpu", "torch", "dtype", "copy_tb_per_s")})
+
+
 def _print_generate(rows: list[dict[str, Any]]) -> None:
-    console = Console()
+    console = new_console()
     table = Table(title="Decode through generate, batch 1, float16")
     for heading in ("model", "tokens", "cache", "ms/token", "GPU busy ms", "floor ms", "slower than ours", "first call s"):
         table.add_column(heading, justify="left" if heading in ("model", "cache") else "right")
@@ -150,12 +156,6 @@ def generate(
     measured = bench.bench_generate(
         chosen, caches or bench.CACHES, new_tokens, prefill, note=click.echo, is_stop_deferred=deferred_stop
     )
-
-    def shown() -> Iterator[dict[str, Any]]:
-        for row in measured:
-            click.echo({k: v for k, v in row.items() if k not in ("gpu", "torch", "dtype", "copy_tb_per_s")})
-            yield row
-
-    rows = _collect(shown(), json_file)
+    rows = _collect(measured, json_file, _show_row)
     _print_generate(rows)
     _end(rows, json_file, plot, "generate")

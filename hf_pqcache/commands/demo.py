@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
+
+from hf_pqcache.commands import _options
 
 
 def _print_demo(result: dict[str, Any]) -> None:
@@ -55,5 +56,4 @@ def command(model: str | None, text: Path | None, tokens: int, json_file: Path |
         raise click.ClickException(str(error)) from error
     _print_demo(result)
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
-        click.echo(f"written to {json_file}")
+        _options.write_json(json_file, result)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
+
+from hf_pqcache.commands import _options
 
 MARKS = {"ok": "[green]ok[/]", "note": "[yellow]--[/]", "fail": "[red]FAIL[/]"}
 
@@ -36,7 +37,7 @@ def command(no_kernels: bool, json_file: Path | None) -> None:
         console.print(f"{finding.name}: {finding.fix}", markup=False, highlight=False, soft_wrap=True)
     broken = [finding.name for finding in findings if finding.status == "fail"]
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
+        _options.save_json(json_file, [asdict(finding) for finding in findings])
     if broken:
         raise click.ClickException(f"broken: {', '.join(broken)}")
     click.echo("nothing is broken")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
+
+from hf_pqcache.commands import _options
 
 
 @click.command()
@@ -30,4 +31,4 @@ def command(results: tuple[Path, ...], out: Path, title: str, json_file: Path | 
         raise click.ClickException(str(error)) from error
     click.echo(f"{files[0]}, and {len(files) - 1} plots beside it")
     if json_file is not None:
-        json_file.write_text(json.dumps({"page": str(files[0]), "plots": [str(file) for file in files[1:]]}, indent=2) + "\n")
+        _options.save_json(json_file, {"page": str(files[0]), "plots": [str(file) for file in files[1:]]})
