@@ -27,6 +27,7 @@ from hf_pqcache.codebook import Codebook, LayerCodebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.caches import CacheSpec
 from hf_pqcache.eval.speed import deferred_stop_check, timed_generate
+from hf_pqcache.hf_names import cache_kwargs
 from hf_pqcache.paged import PagedCache
 
 SPARE_TOKENS = 256  # room for what a benchmark generates
@@ -155,7 +156,7 @@ def check_logits(model: Any, tokens: int = 2000, steps: int = 3) -> float:
     for step in range(steps):
         ids = torch.full((1, 1), 100 + step, device=model.device)
         twin = _with_torch_attention(model, cache, ids)
-        logits = model(ids, past_key_values=cache).logits.float()
+        logits = model(ids, **cache_kwargs(cache)).logits.float()
         worst = max(worst, float((logits - twin).norm() / twin.norm()))
     if not worst < 0.02:
         raise RuntimeError(f"decode through the kernels differs from plain torch by {worst:.2%} (2 % expected at most)")
@@ -174,7 +175,7 @@ def _with_torch_attention(model: Any, cache: PagedPQCache, ids: Tensor) -> Tenso
 
     engine.attend = plain
     try:
-        logits: Tensor = model(ids, past_key_values=cache).logits.float()
+        logits: Tensor = model(ids, **cache_kwargs(cache)).logits.float()
     finally:
         engine.attend = kernels
     cache.crop(-1)
@@ -199,7 +200,7 @@ def time_prefill(model: Any, lengths: Sequence[int], repeats: int = 7) -> list[d
                 torch.cuda.synchronize()
                 begin = time.perf_counter()
                 with torch.inference_mode():
-                    model(ids, past_key_values=cache, logits_to_keep=1)
+                    model(ids, **cache_kwargs(cache), logits_to_keep=1)
                 torch.cuda.synchronize()
                 taken.append(time.perf_counter() - begin)
         plain, ours = (median(taken[1:]) for taken in seconds.values())

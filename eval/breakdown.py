@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from hf_pqcache.eval.speed import random_prompt
+from hf_pqcache.hf_names import cache_kwargs
 
 #: embedding: token vectors. norm: all layer norms. projection: query, key, value and output matrices of attention.
 #: append: the cache's update. attention: what is left of the attention block: rotary embedding and attention itself,
@@ -61,14 +62,14 @@ def measure_breakdown(
     """
     ids = random_prompt(model, batch, tokens + warmup + steps, seed)
     cache = make_cache()
-    model(input_ids=ids[:, :tokens], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids[:, :tokens], **cache_kwargs(cache, model), use_cache=True, logits_to_keep=1)
     for i in range(tokens, tokens + warmup):
-        model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, i : i + 1], **cache_kwargs(cache, model), use_cache=True)
     watch = _Stopwatch(model.device)
     with _hooks(model, cache, watch):
         for i in range(tokens + warmup, ids.shape[1]):
             watch.start("step")
-            model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, i : i + 1], **cache_kwargs(cache, model), use_cache=True)
             watch.stop("step")
     total = {name: ms / steps for name, ms in watch.total_ms().items()}
     if "block" not in total or "append" not in total:

@@ -15,6 +15,7 @@ from hf_pqcache.config import PQConfig
 from hf_pqcache.demo import MODEL, TEXT
 from hf_pqcache.eval.perplexity import perplexity
 from hf_pqcache.eval.recall import recall
+from hf_pqcache.hf_names import cache_kwargs
 
 SEPARATOR = "<|endoftext|>"
 #: (bits per value, subspaces as a share of head_dim, bits of a code)
@@ -48,7 +49,7 @@ def split_text(text: str, documents: int = 3) -> tuple[str, str]:
 
 def _cache_bytes(model: Any, ids: torch.Tensor, cache: PagedPQCache) -> dict[str, Any]:
     with torch.inference_mode():
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **cache_kwargs(cache), logits_to_keep=1)
     return cache.stats()
 
 
@@ -81,7 +82,7 @@ def run_demo(
 
     def continuation(cache: Any) -> str:
         mask = torch.ones_like(prompt)
-        out = model.generate(prompt, attention_mask=mask, past_key_values=cache, max_new_tokens=24, do_sample=False)
+        out = model.generate(prompt, attention_mask=mask, **cache_kwargs(cache), max_new_tokens=24, do_sample=False)
         return str(tokenizer.decode(out[0, tokens:], skip_special_tokens=True))
 
     measure = {"window": tokens, "progress": progress}

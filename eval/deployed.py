@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_pqcache.eval.perplexity import spans
+from hf_pqcache.hf_names import cache_kwargs
 
 #: Tokens of a step; the groups and residual windows of all peers are multiples of it.
 CHUNK = 16
@@ -73,7 +74,7 @@ def _window_loss(
     total, begin = 0.0, 0
     while begin < ids.numel():
         end = min(ids.numel(), begin + (chunk if begin else prefill))
-        logits = model(input_ids=ids[None, begin:end], past_key_values=cache, use_cache=True).logits[0]
+        logits = model(input_ids=ids[None, begin:end], **cache_kwargs(cache, model), use_cache=True).logits[0]
         targets = ids[begin + 1 : end + 1]  # one fewer at the very end
         start = max(0, first - begin - 1)
         if start < targets.numel():

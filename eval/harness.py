@@ -25,6 +25,7 @@ from hf_pqcache.eval.model_config import load_model_config
 from hf_pqcache.eval.models import public_name
 from hf_pqcache.eval.session import Session
 from hf_pqcache.eval.setup import Calibration, with_codebook
+from hf_pqcache.hf_names import cache_kwargs
 
 _SHAPE = tuple(field.name for field in fields(PQConfig))
 
@@ -141,9 +142,9 @@ class CacheLM(HFLM):
         type_ = self.mixed_precision_dtype
         with torch.autocast(device_type=self.device.type, dtype=type_, enabled=type_ is not None):
             if prefix:
-                self.model(input_ids=ids[:, :prefix], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                self.model(input_ids=ids[:, :prefix], **cache_kwargs(cache, self.model), use_cache=True, logits_to_keep=1)
             parts = [
-                self.model(input_ids=part, past_key_values=cache, use_cache=True).logits.float()
+                self.model(input_ids=part, **cache_kwargs(cache, self.model), use_cache=True).logits.float()
                 for part in ids[:, prefix:].split(self.chunk, dim=1)
             ]
         logits = torch.cat(parts, dim=1)
@@ -152,7 +153,7 @@ class CacheLM(HFLM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Any:
         """`generate` as the harness calls it, into a fresh cache."""
         cache = self.spec.make(self.model, max_length, context.shape[0] * int(options.get("num_beams") or 1))
-        return super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
+        return super()._model_generate(context, max_length, stop, **cache_kwargs(cache), **options)
 
 
 def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import yaml
 
+from hf_pqcache.hf_names import cache_kwargs
+
 #: Tasks whose examples are a continued pattern or code: the official runs give them to chat models as plain text.
 PLAIN_TASKS = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
 
@@ -123,7 +125,7 @@ def answer(model: Any, tokenizer: Any, ids: torch.Tensor, task: str, max_new_tok
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **cache_kwargs(cache),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,

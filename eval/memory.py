@@ -10,6 +10,7 @@ import torch
 
 from hf_pqcache.eval.caches import CacheBytes, weigh
 from hf_pqcache.eval.speed import random_prompt
+from hf_pqcache.hf_names import cache_kwargs
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,6 @@ def measure_memory(
     cache = make_cache()
     parts = [*ids[:, :tokens].split(prefill_chunk, dim=1), *ids[:, tokens:].split(1, dim=1)]
     for part in parts:
-        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=part, **cache_kwargs(cache, model), use_cache=True, logits_to_keep=1)
     peak = torch.cuda.max_memory_allocated(device) - before if on_cuda else None
     return Memory(weigh(cache, model, batch * (tokens + new_tokens)), peak)

@@ -22,11 +22,15 @@ RECIPE = '''"""generate() with the KV cache compressed by this repository's code
     model.generate(**inputs, custom_generate="{repo_id}", trust_remote_code=True)
 """
 
+import inspect
 from functools import lru_cache
+
+from transformers import GenerationMixin
 
 from hf_pqcache import Codebook, PagedPQCache
 
 REPOSITORY = "{repo_id}"
+NAMES = ("cache", "past_key_values")  # of the argument: since transformers 5.24, and before
 
 
 @lru_cache(maxsize=4)
@@ -35,14 +39,18 @@ def load(codebook, revision):
 
 
 def generate(model, codebook=REPOSITORY, revision=None, cache_options=None, **kwargs):
-    """As model.generate, with a compressed cache unless `past_key_values` brings one.
+    """As model.generate, with a compressed cache unless `cache` (before transformers 5.24: `past_key_values`) brings one.
 
     codebook: folder or Hub repository. revision: its commit, branch or tag (and that of this file).
     cache_options: settings of hf_pqcache.PQConfig that win over the published ones, e.g. {{"max_pages": 4000}}.
     """
-    if kwargs.get("past_key_values") is None:
+    given = [kwargs.pop(name, None) for name in NAMES]
+    cache = next((cache for cache in given if cache is not None), None)
+    if cache is None:
         book = load(codebook, revision)
-        kwargs["past_key_values"] = PagedPQCache(model.config, book, book.config, **(cache_options or {{}}))
+        cache = PagedPQCache(model.config, book, book.config, **(cache_options or {{}}))
+    known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    kwargs[next((name for name in NAMES if name in known), NAMES[0])] = cache
     return model.generate(**kwargs)
 '''
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from hf_pqcache.hf_names import cache_kwargs
+
 #: Things that keys are for; plain words that every tokenizer has.
 NAMES = ("garden", "library", "harbour", "station", "museum", "kitchen", "tower", "bridge", "school", "market")
 
@@ -66,7 +68,7 @@ def recall_at(
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=make_cache(),
+            **cache_kwargs(make_cache()),
             max_new_tokens=digits + 1,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id or 0,

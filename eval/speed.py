@@ -18,6 +18,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.utils import DeferredStopCheck
 
+from hf_pqcache.hf_names import cache_kwargs
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -97,7 +99,7 @@ def timed_generate(model: Any, ids: torch.Tensor, cache: Any, new_tokens: int, *
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **cache_kwargs(cache),
         max_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=0,

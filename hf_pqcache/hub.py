@@ -182,7 +182,7 @@ def model_card(
             "from hf_pqcache import PagedPQCache",
             "",
             f'cache = PagedPQCache.from_pretrained("{repo_id}", model)  # revision="..." pins a commit',
-            "model.generate(**inputs, past_key_values=cache)",
+            "model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache",
             "```",
             *(recipe if has_recipe else []),
             "",

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from hf_pqcache.hf_names import CACHE
+
 #: Why codes are decoded at every step for models that do not reach their attention through transformers' interface.
 DECODED = "the model reads keys and values itself; they are decoded for it at every step"
 
@@ -43,6 +45,6 @@ class SingleAttention:
         self._last = layer
         if is_twice or is_given_to_generate:
             raise ValueError(
-                "an encoder-decoder model has two caches and was given one: pass past_key_values="
+                f"an encoder-decoder model has two caches and was given one: pass {CACHE}="
                 "EncoderDecoderCache(PagedPQCache(model.config), DynamicCache(config=model.config))"
             )

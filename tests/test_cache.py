@@ -21,6 +21,7 @@ from transformers import (
 
 from hf_pqcache import PagedPQCache
 from hf_pqcache.errors import PagesExhaustedError
+from hf_pqcache.hf_names import cache_kwargs
 
 COMMON = {
     "vocab_size": 128,
@@ -67,7 +68,7 @@ def prompt(batch: int, tokens: int, padded: bool) -> dict[str, torch.Tensor]:
 
 def generate(model: PreTrainedModel, cache: object, inputs: dict[str, torch.Tensor], **kwargs: object) -> torch.Tensor:
     options = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True, "output_logits": True, **kwargs}
-    out = model.generate(**inputs, past_key_values=cache, **options)
+    out = model.generate(**inputs, **cache_kwargs(cache), **options)
     return torch.stack(out.logits)
 
 
@@ -124,10 +125,10 @@ def test_exhausted_pages_leave_the_cache_unchanged() -> None:
     model = build("llama")
     cache = PagedPQCache(model.config, **{**SMALL, "max_pages": 1})
     with torch.no_grad():
-        model(**prompt(1, 50, False), past_key_values=cache)
+        model(**prompt(1, 50, False), **cache_kwargs(cache))
         before = cache.layers[0].keys.clone()
         with pytest.raises(PagesExhaustedError, match=r"PQC001.*max_pages"):
-            model(torch.full((1, 40), 5), past_key_values=cache)
+            model(torch.full((1, 40), 5), **cache_kwargs(cache))
     assert cache.get_seq_length() == 50
     torch.testing.assert_close(cache.layers[0].keys, before, rtol=0, atol=0)
 
@@ -137,7 +138,7 @@ def test_a_cache_born_in_inference_mode_is_usable_outside_of_it() -> None:
     for _ in range(2):  # the second cache takes over the first one's state
         cache = PagedPQCache(model.config, **SMALL)
         with torch.inference_mode():
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **cache_kwargs(cache))
         with torch.no_grad():
-            model(torch.full((1, 1), 5), past_key_values=cache)
+            model(torch.full((1, 1), 5), **cache_kwargs(cache))
         del cache

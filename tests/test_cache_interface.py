@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_pqcache import PagedPQCache
+from hf_pqcache.hf_names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT = 50
@@ -26,20 +27,20 @@ def make(name: str = "llama", rows: int = 2, count: int = COUNT, **options: Any)
     cache = PagedPQCache(model.config, codebook_of(name), SMALL, **options)
     if count:
         with torch.no_grad():
-            model(tokens(rows, count), past_key_values=cache)
+            model(tokens(rows, count), **cache_kwargs(cache))
     return cache
 
 
 def exact(rows: int = 2, count: int = COUNT) -> DynamicCache:
     cache = DynamicCache(config=build("llama").config)
     with torch.no_grad():
-        build("llama")(tokens(rows, count), past_key_values=cache)
+        build("llama")(tokens(rows, count), **cache_kwargs(cache))
     return cache
 
 
 def step(cache: Any, rows: int = 2) -> torch.Tensor:
     with torch.no_grad():
-        return build("llama")(tokens(rows, 1, seed=7), past_key_values=cache).logits
+        return build("llama")(tokens(rows, 1, seed=7), **cache_kwargs(cache)).logits
 
 
 # -- what is exercised: member -> check ------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ def early_initialization() -> None:
     assert cache.get_seq_length() == 0
     ids, model = tokens(2, 9), build("llama")
     with torch.no_grad():
-        got = model(ids, past_key_values=cache).logits
+        got = model(ids, **cache_kwargs(cache)).logits
         torch.testing.assert_close(got, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Llam
 from hf_pqcache import pq
 from hf_pqcache.calibrate import calibrate, compressible_layers, learn_layer
 from hf_pqcache.config import PQConfig
+from hf_pqcache.hf_names import output_cache
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 TINY, ARTICLES = SHARED / "models" / "tiny", SHARED / "data" / "text" / "articles.txt"
@@ -85,7 +86,7 @@ def test_samples_are_the_rotated_keys_and_the_values(model: Any) -> None:
     book = calibrate(model, ByteTokenizer(), TEXT[:window], CONFIG, window=window, progress=False)
     ids = torch.tensor([list(TEXT[:window].encode())])
     with torch.no_grad():
-        cached = model(ids, use_cache=True).past_key_values.layers[1]
+        cached = output_cache(model(ids, use_cache=True)).layers[1]
     for x, centroids in ((cached.keys, book.layers[1].keys), (cached.values, book.layers[1].values)):
         decoded = pq.decode(pq.encode(x[0], centroids), centroids)
         torch.testing.assert_close(decoded[:, skip:], x[0, :, skip:], rtol=5e-3, atol=5e-3)  # float16 centroids
@@ -139,7 +140,7 @@ def test_real_keys_are_coded_with_small_error() -> None:
     assert book.metadata["model"] == "tiny"  # the name, never the path
     ids = torch.tensor([tokenizer(text[-4000:])["input_ids"]])
     with torch.no_grad():
-        cached = tiny(ids, use_cache=True).past_key_values.layers[2]
+        cached = output_cache(tiny(ids, use_cache=True)).layers[2]
     for x, centroids in ((cached.keys, book.layers[2].keys), (cached.values, book.layers[2].values)):
         decoded = pq.decode(pq.encode(x[0], centroids), centroids)
         relative = (decoded - x[0]).norm() / x[0].norm()

@@ -13,6 +13,7 @@ from transformers import CompileConfig, DynamicCache
 
 from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.eval.speed import deferred_stop_check
+from hf_pqcache.hf_names import cache_kwargs
 from hf_pqcache.reference import ReferenceCache
 from hf_pqcache.storage import Storage
 
@@ -49,7 +50,7 @@ def graphs() -> Iterator[Graphs]:
 
 def generate(model: Any, cache: Any, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
     settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    out = model.generate(**inputs, past_key_values=cache, **(settings | options))
+    out = model.generate(**inputs, **cache_kwargs(cache), **(settings | options))
     return out.sequences, torch.stack(out.logits)
 
 
@@ -191,7 +192,7 @@ def test_other_modes_compile_too(mode: str, graphs: Graphs) -> None:
                 options["compile_config"].fullgraph = False
         else:
             with torch.no_grad():
-                model(ids[:, :40], past_key_values=cache)
+                model(ids[:, :40], **cache_kwargs(cache))
             cache = copy.deepcopy(cache)
         results.append(generate(model, cache, {"input_ids": ids}, **options))
     assert_same(*results)

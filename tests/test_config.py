@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_pqcache import PagedKVCache, PagedPQCache, PQConfig
 from hf_pqcache.config import MAX_TOKENS, choose_page_size
 from hf_pqcache.errors import PagesExhaustedError
+from hf_pqcache.hf_names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = pytest.mark.parametrize("kind", ["codes", "exact"])
@@ -100,7 +101,7 @@ def test_growth_beyond_max_pages_is_refused_and_nothing_grows(kind: str) -> None
 
     def forward(count: int) -> None:
         with torch.no_grad():
-            model(tokens(1, count), past_key_values=cache)
+            model(tokens(1, count), **cache_kwargs(cache))
 
     def step_by_step(count: int) -> None:
         for _ in range(count):
@@ -116,7 +117,7 @@ def test_growth_beyond_max_pages_is_refused_and_nothing_grows(kind: str) -> None
     room = cache.storage.config.sink_tokens + cache.storage.config.extended_residual + 6 * 16 - 1
     assert cache.get_seq_length() == room, "every token that there is room for, and not one more"
     with pytest.raises(PagesExhaustedError, match="PQC001"):
-        model.generate(tokens(1, room + 1), past_key_values=cache, max_new_tokens=5)
+        model.generate(tokens(1, room + 1), **cache_kwargs(cache), max_new_tokens=5)
     assert (cache.get_seq_length(), cache.stats()["pages_used"], cache.stats()["pages_free"]) == (room, 5, 0)
     cache.crop(-40)
     forward(40)

@@ -18,6 +18,7 @@ from hf_pqcache.eval.deployed import cache_perplexity
 from hf_pqcache.eval.memory import measure_memory
 from hf_pqcache.eval.models import load_model, public_name
 from hf_pqcache.eval.perplexity import perplexity, token_ids
+from hf_pqcache.hf_names import cache_kwargs
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_peers_run_weigh_and_cost_more_with_fewer_bits(tiny: Any, text: str) -> 
     except ImportError as error:
         pytest.skip(str(error))
     with torch.inference_mode():
-        model(ids[None, :200], past_key_values=cache)
+        model(ids[None, :200], **cache_kwargs(cache))
     assert 2 < weigh(cache, model, 200).bits < 8.6  # type: ignore[operator]
     common: dict[str, Any] = {"window": 200, "max_windows": 1, "progress": False}
     exact = perplexity(model, None, ids, **common).value
@@ -95,7 +96,7 @@ def test_weighing_a_dynamic_cache_counts_its_tensors(tiny: Any) -> None:
     model, _, ids = tiny
     cache = CacheSpec("dynamic").make(model, 100)
     with torch.inference_mode():
-        model(ids[None, :100], past_key_values=cache)
+        model(ids[None, :100], **cache_kwargs(cache))
     found = weigh(cache, model, 100)
     assert found.tokens == sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
     assert found.bits == 32

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.errors import PagesExhaustedError
+from hf_pqcache.hf_names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HERE, THERE = torch.device("cpu"), torch.device("cpu", 1)
@@ -54,7 +55,7 @@ def make(kind: str, model: Any, **options: Any) -> Any:
 
 def generate(model: Any, cache: Any, **options: Any) -> tuple[Tensor, Tensor]:
     settings = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    out = model.generate(**padded(2, 50)[0], past_key_values=cache, **(settings | options))
+    out = model.generate(**padded(2, 50)[0], **cache_kwargs(cache), **(settings | options))
     return out.sequences, torch.stack(out.logits)
 
 
@@ -113,13 +114,13 @@ def test_rows_move_on_every_device(kind: str, spread: Any) -> None:
 def test_an_exhausted_pool_leaves_every_device_as_it_was(spread: Any) -> None:
     cache = make("coded", spread, max_pages=4)
     with torch.no_grad():
-        spread(tokens(2, 40), past_key_values=cache)
+        spread(tokens(2, 40), **cache_kwargs(cache))
         used = cache.stats()["pages_used"]
         with pytest.raises(PagesExhaustedError):
-            spread(tokens(2, 60), past_key_values=cache)
+            spread(tokens(2, 60), **cache_kwargs(cache))
         assert (cache.get_seq_length(), cache.stats()["pages_used"]) == (40, used)
         assert_in_step(cache)
-        spread(tokens(2, 1), past_key_values=cache)
+        spread(tokens(2, 1), **cache_kwargs(cache))
     assert_in_step(cache)
     assert cache.get_seq_length() == 41
 

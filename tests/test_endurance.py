@@ -18,6 +18,7 @@ from transformers import DynamicCache, LlamaConfig
 
 from hf_pqcache import Codebook, PagedKVCache, PagedPQCache
 from hf_pqcache.codebook import LayerCodebook
+from hf_pqcache.hf_names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HEAD_DIM, PAGE, MAX_PAGES = 8, 16, 200
@@ -95,7 +96,7 @@ def run(name: str, new_cache: Callable[[], Any], seed: int) -> tuple[Tensor, Ten
     for turn in range(2):
         out = model.generate(
             **inputs,
-            past_key_values=cache,
+            **cache_kwargs(cache),
             max_new_tokens=20,
             do_sample=False,
             return_dict_in_generate=True,
@@ -146,7 +147,7 @@ def test_caches_that_take_turns_step_by_step_do_not_disturb_one_another(name: st
 
     def step(cache: Any, seed: int, i: int) -> Tensor:
         with torch.no_grad():
-            return model(tokens(2, 1 if i else 40 + seed, 10 * seed + i), past_key_values=cache).logits
+            return model(tokens(2, 1 if i else 40 + seed, 10 * seed + i), **cache_kwargs(cache)).logits
 
     alone = []
     for seed, new in enumerate(caches(name)):

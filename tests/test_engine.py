@@ -14,6 +14,7 @@ from tiny_models import SMALL, build, codebook_of, padded
 from transformers import DynamicCache
 
 from hf_pqcache import PagedKVCache, PagedPQCache, jit, kernel_plan, selection
+from hf_pqcache.hf_names import cache_kwargs
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is built with g++")
 
@@ -39,7 +40,7 @@ def model() -> Any:
 def generate(model: Any, cache: Any) -> Any:
     inputs, _ = padded(2, 40)
     options = {"max_new_tokens": 14, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    return model.generate(**inputs, past_key_values=cache, **options)
+    return model.generate(**inputs, **cache_kwargs(cache), **options)
 
 
 def first_difference(a: Any, b: Any) -> float:

@@ -14,6 +14,7 @@ from tiny_models import SMALL, build, codebook_of, tokens
 
 from hf_pqcache import PagedPQCache, PQCacheError, errors, selection
 from hf_pqcache.cli import main
+from hf_pqcache.hf_names import cache_kwargs
 from hf_pqcache.pages import CodedPages
 from hf_pqcache.storage import Storage
 
@@ -26,7 +27,7 @@ def make(**options: Any) -> PagedPQCache:
 
 def forward(cache: PagedPQCache, count: int) -> torch.Tensor:
     with torch.no_grad():
-        return build("llama")(tokens(2, count), past_key_values=cache).logits
+        return build("llama")(tokens(2, count), **cache_kwargs(cache)).logits
 
 
 def pages_exhausted(monkeypatch: pytest.MonkeyPatch) -> tuple[PagedPQCache, str]:

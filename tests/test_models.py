@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from hf_pqcache import PagedPQCache
+from hf_pqcache.hf_names import cache_kwargs
 from hf_pqcache.reference import ReferenceCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +29,7 @@ KINDS = {
 
 def generate(model: Any, cache: Any, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
     settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    out = model.generate(**inputs, past_key_values=cache, **(settings | options))
+    out = model.generate(**inputs, **cache_kwargs(cache), **(settings | options))
     return out.sequences, torch.stack(out.logits)
 
 
@@ -142,7 +143,7 @@ def test_a_bare_cache_for_an_encoder_decoder_model_is_refused(name: str) -> None
     with pytest.raises(ValueError, match=r"EncoderDecoderCache\(PagedPQCache"):
         generate(model, PagedPQCache(model.config), inputs)
     with pytest.raises(ValueError, match=r"EncoderDecoderCache\(PagedPQCache"):
-        model(**inputs, decoder_input_ids=tokens(2, 3), past_key_values=PagedPQCache(model.config))
+        model(**inputs, decoder_input_ids=tokens(2, 3), **cache_kwargs(PagedPQCache(model.config)))
 
 
 def test_a_cache_that_was_reset_takes_another_number_of_rows() -> None:
@@ -150,7 +151,7 @@ def test_a_cache_that_was_reset_takes_another_number_of_rows() -> None:
     cache = PagedPQCache(model.config, book, SMALL)
     generate(model, cache, {"input_ids": tokens(3, 50)})
     with pytest.raises(ValueError, match=r"holds 3 sequences, not 2.*reset"):
-        model(tokens(2, 4), past_key_values=cache)
+        model(tokens(2, 4), **cache_kwargs(cache))
     cache.reset()
     inputs, starts = padded(2, 50)
     assert_same(generate(model, cache, inputs), generate(model, ReferenceCache(model.config, book, SMALL, starts), inputs))

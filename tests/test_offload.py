@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 
 from hf_pqcache import PagedKVCache, PagedPQCache, offload
 from hf_pqcache.errors import CacheOutOfMemoryError, PagesExhaustedError
+from hf_pqcache.hf_names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAME = "llama_deep"
@@ -76,7 +77,7 @@ def test_the_device_holds_the_pages_of_two_layers(kind: str) -> None:
     for options in ({}, {"offload": True}):
         cache = make(kind, **options)
         with torch.no_grad():
-            build(NAME)(tokens(2, 70), past_key_values=cache)
+            build(NAME)(tokens(2, 70), **cache_kwargs(cache))
         found.append((sum(pools(cache).values()), cache.stats(), cache))
     (whole, plain, _), (staged, stats, cache) = found
     assert stats["pages_used"] == plain["pages_used"] > 0
@@ -112,10 +113,10 @@ def test_every_layer_comes_once_a_step_and_ahead_of_its_turn(monkeypatch: pytest
 
     def step() -> None:
         with torch.no_grad():
-            model(tokens(1, 1), past_key_values=cache)
+            model(tokens(1, 1), **cache_kwargs(cache))
 
     with torch.no_grad():
-        model(tokens(1, 100), past_key_values=cache)
+        model(tokens(1, 100), **cache_kwargs(cache))
     step()
     assert transfers(cache, monkeypatch, step) == [0, 1, 2, 3, 4]
 
@@ -204,20 +205,20 @@ def test_a_transfer_that_is_not_waited_for_is_noticed(device: Device, monkeypatc
 def test_pages_that_nobody_refers_to_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = make("exact", offload=True)
     with torch.no_grad():
-        build(NAME)(tokens(2, 200), past_key_values=cache)
+        build(NAME)(tokens(2, 200), **cache_kwargs(cache))
     host = cache.storage.views[3].host
     assert len(host.group.layers[host.place].kept) == 2 * 12
     cache.batch_select_indices(torch.tensor([0]))
     cache.crop(-100)
     with torch.no_grad():
-        build(NAME)(tokens(1, 1), past_key_values=cache)
+        build(NAME)(tokens(1, 1), **cache_kwargs(cache))
     assert len(host.group.layers[host.place].kept) == 6
 
 
 def test_writing_out_of_turn_is_noticed() -> None:
     cache = make("exact", offload=True)
     with torch.no_grad():
-        build(NAME)(tokens(1, 50), past_key_values=cache)
+        build(NAME)(tokens(1, 50), **cache_kwargs(cache))
     hosts = [view.host for view in cache.storage.views.values()]
     hosts[0].bring()
     with pytest.raises(RuntimeError, match="while another layer's pages were on the device"):
@@ -262,11 +263,11 @@ def test_it_runs_eagerly_and_says_so() -> None:
 def test_what_runs_out_is_said_and_leaves_the_cache_usable() -> None:
     cache = make("exact", offload=True)
     with torch.no_grad():
-        build(NAME)(tokens(1, 500), past_key_values=cache)
+        build(NAME)(tokens(1, 500), **cache_kwargs(cache))
         with pytest.raises(PagesExhaustedError, match="PQC001"):
-            build(NAME)(tokens(1, 600), past_key_values=cache)
+            build(NAME)(tokens(1, 600), **cache_kwargs(cache))
         cache.crop(-100)
-        build(NAME)(tokens(1, 90), past_key_values=cache)
+        build(NAME)(tokens(1, 90), **cache_kwargs(cache))
     config = LlamaConfig(num_hidden_layers=1, num_attention_heads=64, head_dim=256)
     huge = PagedKVCache(config, page_size=512, max_pages=1 << 21, offload=True)
     k = torch.zeros(1, 64, 3, 256)

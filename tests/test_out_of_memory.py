@@ -15,6 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from hf_pqcache import Codebook, PagedKVCache, PagedPQCache, ops
 from hf_pqcache.codebook import LayerCodebook
 from hf_pqcache.errors import CacheOutOfMemoryError
+from hf_pqcache.hf_names import cache_kwargs
 
 LAYERS, HEADS, HEAD_DIM = 3, 2, 16
 CONFIG = LlamaConfig(
@@ -174,11 +175,11 @@ def test_out_of_memory_anywhere_in_a_forward_pass(kind: str, count: int, lasting
 
     def run(kv: Any) -> Tensor:
         with torch.no_grad():
-            return model(step, past_key_values=kv).logits
+            return model(step, **cache_kwargs(kv)).logits
 
     def started(kv: Any) -> Any:
         with torch.no_grad():
-            model(prompt, past_key_values=kv)
+            model(prompt, **cache_kwargs(kv))
         return kv
 
     expected, plain = run(started(make(kind))), run(started(DynamicCache(config=CONFIG)))

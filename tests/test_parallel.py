@@ -17,6 +17,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Confi
 from hf_pqcache import Codebook, PagedPQCache, parallel
 from hf_pqcache.calibrate import learn_layer
 from hf_pqcache.codebook import LayerCodebook
+from hf_pqcache.hf_names import cache_kwargs
 
 SHAPE = {**COMMON, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 #: name -> (model class, config class, how it is told to spread its heads)
@@ -37,7 +38,7 @@ def write_folder(folder: Path, name: str) -> None:
     model.save_pretrained(folder / "model")
     past = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(torch.randint(3, SHAPE["vocab_size"], (1, 256)), past_key_values=past)
+        model(torch.randint(3, SHAPE["vocab_size"], (1, 256)), **cache_kwargs(past))
     books = {i: learn_layer(x.keys[0], x.values[0], SMALL, iterations=5) for i, x in enumerate(past.layers)}
     Codebook(books, num_bits=SMALL.num_bits).save_pretrained(folder / "codebook")
     (folder / "settings.json").write_text(json.dumps({"dtype": "float32", "plan": plan, "cache": SMALL.to_dict()}))

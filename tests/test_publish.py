@@ -19,8 +19,9 @@ from hf_pqcache import Codebook, PagedPQCache, demo
 from hf_pqcache.cli import main
 from hf_pqcache.codebook import LayerCodebook
 from hf_pqcache.eval.model_config import load_model_config
-from hf_pqcache.eval.publish import evaluations, publish
+from hf_pqcache.eval.publish import RECIPE, evaluations, publish
 from hf_pqcache.eval.results import Results, Row
+from hf_pqcache.hf_names import cache_kwargs
 
 REPO = "user/book"
 FILES = {
@@ -168,14 +169,25 @@ def test_recipe_generates_from_a_folder_as_the_cache_does(
     model, tokenizer = load_tiny(), AutoTokenizer.from_pretrained(demo.MODEL)
     inputs = tokenizer(demo.TEXT.read_text()[:600], return_tensors="pt")
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(**inputs, **options, past_key_values=PagedPQCache(model.config, book(), **SETTINGS))
+    expected = model.generate(**inputs, **options, **cache_kwargs(PagedPQCache(model.config, book(), **SETTINGS)))
     recipe = {"custom_generate": str(out), "codebook": str(out), "trust_remote_code": True}
     assert torch.equal(model.generate(**inputs, **options, **recipe), expected)
     given = PagedPQCache(model.config, book(), **SETTINGS)
-    model.generate(**inputs, **options, **recipe, past_key_values=given)
+    model.generate(**inputs, **options, **recipe, **cache_kwargs(given))
     assert given.get_seq_length() > inputs["input_ids"].shape[1]
     exact = model.generate(**inputs, **options)
     assert not torch.equal(exact, expected)  # random centroids: the recipe's cache was really used
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_recipe_takes_a_cache_under_either_name_and_then_loads_no_codebook(tmp_path: Path, name: str) -> None:
+    recipe: dict[str, Any] = {}
+    exec(RECIPE.format(repo_id=str(tmp_path / "nothing here")), recipe)
+    model = load_tiny()
+    given = PagedPQCache(model.config, book(), **SETTINGS)
+    options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    recipe["generate"](model, inputs=torch.arange(5, 45)[None], **{name: given}, **options)
+    assert given.get_seq_length() == 41
 
 
 @pytest.mark.slow

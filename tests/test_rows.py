@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_pqcache import PagedPQCache
+from hf_pqcache.hf_names import cache_kwargs
 from hf_pqcache.reference import ReferenceCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,7 +44,7 @@ def filled(count: int, rows: int = 2) -> PagedPQCache:
     model = build("llama")
     cache = PagedPQCache(model.config, codebook_of("llama"), SMALL)
     with torch.no_grad():
-        model(tokens(rows, count), past_key_values=cache)
+        model(tokens(rows, count), **cache_kwargs(cache))
     cache.stats()  # stores what waits
     return cache
 
@@ -87,7 +88,7 @@ def test_repeated_rows_share_pages_until_they_part() -> None:
     cache.batch_repeat_interleave(4)
     assert cache.stats()["pages_used"] == pages
     with torch.no_grad():
-        model(tokens(4, 17), past_key_values=cache)
+        model(tokens(4, 17), **cache_kwargs(cache))
     assert cache.stats()["pages_used"] == pages + 4
     cache.batch_select_indices(torch.tensor([2]))
     assert cache.stats()["pages_used"] == pages + 1
@@ -109,7 +110,7 @@ def test_crop_anywhere(crops: list[int], is_padded: bool) -> None:
     for cache, out in zip(caches, logits, strict=True):
         mask = inputs.get("attention_mask", torch.ones(2, 90, dtype=torch.long))
         with torch.no_grad():
-            model(inputs["input_ids"], attention_mask=mask, past_key_values=cache)
+            model(inputs["input_ids"], attention_mask=mask, **cache_kwargs(cache))
             for step, count in enumerate(crops):
                 cache.crop(-count)
                 mask = mask[:, :-count]
@@ -117,7 +118,7 @@ def test_crop_anywhere(crops: list[int], is_padded: bool) -> None:
                 for new in (1, 3, 1):
                     # Past a row's padding only: a row of padding alone would attend to nothing.
                     mask = torch.nn.functional.pad(mask, (0, new), value=1)
-                    out.append(model(tokens(2, new, seed=step), attention_mask=mask, past_key_values=cache).logits)
+                    out.append(model(tokens(2, new, seed=step), attention_mask=mask, **cache_kwargs(cache)).logits)
     for a, b in zip(*logits, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -137,7 +138,7 @@ def test_a_deep_copy_has_pages_of_its_own() -> None:
     assert not pool_pointers(cache) & pool_pointers(twin)
     before = [layer.keys.clone() for layer in cache.layers]
     with torch.no_grad():
-        model(tokens(2, 40), past_key_values=twin)
+        model(tokens(2, 40), **cache_kwargs(twin))
     assert (cache.get_seq_length(), twin.get_seq_length()) == (60, 100)
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
     assert all(torch.equal(layer.keys[:, :, :36], keys[:, :, :36]) for layer, keys in zip(twin.layers, before, strict=True))

@@ -21,6 +21,7 @@ from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.demo import MODEL, TEXT
 from hf_pqcache.eval.selftest.checks import Check, CheckSkipped, Machine, expect, expect_close, expect_equal
+from hf_pqcache.hf_names import cache_kwargs
 from hf_pqcache.reference import ReferenceCache
 
 #: Pages leave the window every 16 tokens, and most of the prompts below are codes. The shape has a tuned kernel.
@@ -59,7 +60,7 @@ class Setup:
         """(tokens (B, n), logits (steps, B, vocabulary))."""
         fixed = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": NEW_TOKENS}
         fixed |= {"output_logits": True, "return_dict_in_generate": True}
-        out = self.model.generate(**inputs, past_key_values=cache, **(fixed | options))
+        out = self.model.generate(**inputs, **cache_kwargs(cache), **(fixed | options))
         return out.sequences, torch.stack(out.logits)
 
     def coded(self, **options: Any) -> PagedPQCache:
@@ -158,7 +159,7 @@ def learnt(machine: Machine) -> str:
     keys = cache.layers[0].keys
     exact: Any = DynamicCache(config=s.config)
     with torch.no_grad():
-        s.model(s.prompt(1, 200)["input_ids"], past_key_values=exact)
+        s.model(s.prompt(1, 200)["input_ids"], **cache_kwargs(exact))
     expect_close("keys of the first layer", keys[:, :, :200], exact.layers[0].keys, 0.6)
     return f"{book.nbytes:,} bytes learnt from a prompt of 200 tokens"
 
@@ -187,9 +188,9 @@ def cropping(machine: Machine) -> str:
     logits = []
     for one in caches:
         with torch.no_grad():
-            s.model(s.prompt()["input_ids"], past_key_values=one)
+            s.model(s.prompt()["input_ids"], **cache_kwargs(one))
             one.crop(-70)
-            logits.append(s.model(s.prompt(2, 160)["input_ids"][:, PROMPT_TOKENS - 70 :], past_key_values=one).logits)
+            logits.append(s.model(s.prompt(2, 160)["input_ids"][:, PROMPT_TOKENS - 70 :], **cache_kwargs(one)).logits)
     expect_close("logits after a crop by 70 tokens", *logits, bound=BOUNDS[s.model.dtype])
     return "prompt lookup, and a crop across pages"
 

@@ -12,6 +12,7 @@ from hf_pqcache.eval.caches import CacheSpec, head_dim, weigh
 from hf_pqcache.eval.selftest.checks import REPORT, CheckFailed, Machine, expect
 from hf_pqcache.eval.selftest.integration import Setup, setup
 from hf_pqcache.eval.speed import measure_speed
+from hf_pqcache.hf_names import cache_kwargs
 
 PERFORMANCE = ("dynamic", "static", "pq:4", "paged-kv")
 COMPARISON = ("dynamic", "fp8", "quanto:4", "hqq:4", "paged-kv", "pq:4", "pq:3", "pq:2")
@@ -48,7 +49,7 @@ def measure(names: Sequence[str], machine: Machine) -> Iterator[Figures]:
     mask = torch.ones_like(prompt)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": NEW_TOKENS}
     exact = CacheSpec("dynamic").make(s.model, TOKENS)
-    continued = s.model.generate(prompt, attention_mask=mask, past_key_values=exact, **options)
+    continued = s.model.generate(prompt, attention_mask=mask, **cache_kwargs(exact), **options)
     for name in names:
         spec = CacheSpec.parse(name, head_dim(s.model))
         try:
@@ -67,11 +68,11 @@ def _measure(s: Setup, spec: CacheSpec, continued: torch.Tensor) -> Figures:
 
     cache, predicted = fresh(), []
     with torch.inference_mode():
-        logits = s.model(continued[:, :TOKENS], past_key_values=cache, logits_to_keep=1).logits
+        logits = s.model(continued[:, :TOKENS], **cache_kwargs(cache), logits_to_keep=1).logits
         weight = weigh(cache, s.model, TOKENS)
         for t in range(TOKENS, TOKENS + NEW_TOKENS):
             predicted.append(logits[0, -1].argmax())
-            logits = s.model(continued[:, t : t + 1], past_key_values=cache).logits
+            logits = s.model(continued[:, t : t + 1], **cache_kwargs(cache)).logits
     agreement = float((torch.stack(predicted) == continued[0, TOKENS:]).float().mean())
     wanted = LOSSLESS.get(spec.name, 0.0)
     expect(agreement >= wanted, f"{spec.label} to predict {wanted:.0%} of the tokens of DynamicCache", f"{agreement:.0%}")

@@ -13,6 +13,7 @@ from gpu_models import VOCABULARY, first_difference, llama_config, random_book
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hf_pqcache import Codebook, PagedKVCache, PagedPQCache, jit
+from hf_pqcache.hf_names import cache_kwargs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,7 +64,7 @@ def generate(model: Any, cache: Any, **options: Any) -> Any:
     mask = torch.ones_like(ids)
     mask[1, :60] = 0
     settings = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, **(settings | options))
+    return model.generate(ids, attention_mask=mask, **cache_kwargs(cache), **(settings | options))
 
 
 def assert_placed(cache: Any) -> None:

@@ -10,6 +10,7 @@ from gpu_models import HEAD_DIM, KV_HEADS, VOCABULARY, first_difference, llama_c
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hf_pqcache import PagedKVCache, PagedPQCache, engine
+from hf_pqcache.hf_names import cache_kwargs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -41,7 +42,7 @@ def prompt(model: Any, lengths: list[int]) -> dict[str, Any]:
 def generate(model: Any, cache: Any, lengths: list[int], new: int = 40) -> Any:
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True}
     return model.generate(
-        **prompt(model, lengths), past_key_values=cache, max_new_tokens=new, return_dict_in_generate=True, **options
+        **prompt(model, lengths), **cache_kwargs(cache), max_new_tokens=new, return_dict_in_generate=True, **options
     )
 
 

@@ -10,6 +10,7 @@ from gpu_models import VOCABULARY, llama_config, random_book
 from transformers import LlamaForCausalLM
 
 from hf_pqcache import PagedKVCache, PagedPQCache, offload
+from hf_pqcache.hf_names import cache_kwargs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -36,7 +37,7 @@ def generate(model: Any, cache: Any, length: int = 1500, **options: Any) -> tupl
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **cache_kwargs(cache),
         return_dict_in_generate=True,
         output_logits=True,
         **(settings | options),
@@ -85,7 +86,7 @@ def test_the_device_needs_room_for_two_layers(model: Any, kind: str) -> None:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         with torch.no_grad():
-            model(prompt, past_key_values=cache, logits_to_keep=1)
+            model(prompt, **cache_kwargs(cache), logits_to_keep=1)
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated() - before)
         view = cache.storage.views[0]

@@ -18,6 +18,7 @@ from tiny_models import SMALL, build, codebook_of, tokens
 
 from hf_pqcache import Codebook, PagedPQCache, calibrate
 from hf_pqcache.errors import NoKernelError, PagesExhaustedError
+from hf_pqcache.hf_names import cache_kwargs
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def _cache(name: str = "llama", count: int = 50, **options: Any) -> PagedPQCache
 def _pass(cache: Any, name: str = "llama", count: int = 50, rows: int = 2) -> None:
     if count:
         with torch.no_grad():
-            build(name)(tokens(rows, count), past_key_values=cache)
+            build(name)(tokens(rows, count), **cache_kwargs(cache))
 
 
 def _raises(error: type[Exception], match: str, call: Callable[[], Any]) -> None:
@@ -71,7 +72,7 @@ def _encoder_decoder() -> None:
     config = tf.T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, **ids)
     model: Any = tf.T5ForConditionalGeneration(config).eval()
     cache = PagedPQCache(model.config, num_bits=4)
-    _raises(ValueError, "EncoderDecoderCache", lambda: model.generate(tokens(1, 9), past_key_values=cache, max_new_tokens=3))
+    _raises(ValueError, "EncoderDecoderCache", lambda: model.generate(tokens(1, 9), **cache_kwargs(cache), max_new_tokens=3))
 
 
 def _mixed_use() -> None:

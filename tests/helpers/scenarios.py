@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from hf_pqcache.hf_names import cache_kwargs
 from hf_pqcache.paged import PagedCache
 
 PROMPT, NEW = 50, 10  # a page of the small caches is full at 36 tokens, and the next one while decoding
@@ -35,7 +36,7 @@ class Run:
     def generate(self, cache: Any, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, list[Tensor]]:
         torch.manual_seed(0)
         settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-        out = self.model.generate(**inputs, past_key_values=cache, **(settings | options))
+        out = self.model.generate(**inputs, **cache_kwargs(cache), **(settings | options))
         return out.sequences, list(out.logits)
 
     def plain(self, **options: Any) -> tuple[Tensor, list[Tensor]]:
@@ -96,7 +97,7 @@ def prefix_copied(run: Run) -> tuple[Tensor, list[Tensor]]:
     """generate's recipe for a shared prompt: a deep copy of its cache for each question."""
     cache, prefix, logits = run.new_cache([0]), tokens(2, run.length), []
     with torch.no_grad():
-        run.model(prefix, past_key_values=cache)
+        run.model(prefix, **cache_kwargs(cache))
     for seed in (5, 6, 5):
         ids = torch.cat([prefix, tokens(2, 4, seed)], dim=1)
         sequences, more = run.generate(copy.deepcopy(cache), {"input_ids": ids})
@@ -117,14 +118,14 @@ def rows_moved(run: Run) -> tuple[Tensor, list[Tensor]]:
         (lambda c: c.batch_repeat_interleave(2), [0, 0]),
     ]
     with torch.no_grad():
-        run.model(**inputs, past_key_values=cache)
+        run.model(**inputs, **cache_kwargs(cache))
         for i, (move, rows) in enumerate(moves):
             move(cache)
             mask = torch.nn.functional.pad(mask[rows], (0, 4), value=1)
-            logits.append(run.model(tokens(len(rows), 4, 20 + i), attention_mask=mask, past_key_values=cache).logits)
+            logits.append(run.model(tokens(len(rows), 4, 20 + i), attention_mask=mask, **cache_kwargs(cache)).logits)
             for j in range(7):
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-                logits.append(run.model(tokens(len(rows), 1, 40 + j), attention_mask=mask, past_key_values=cache).logits)
+                logits.append(run.model(tokens(len(rows), 1, 40 + j), attention_mask=mask, **cache_kwargs(cache)).logits)
     return mask, logits
 
 
@@ -138,8 +139,8 @@ def hand_made_mask(run: Run) -> tuple[Tensor, list[Tensor]]:
     if run.implementation == "eager":  # adds its mask to the scores
         mask, step = (torch.zeros(m.shape).masked_fill(~m, torch.finfo(torch.float32).min) for m in (mask, step))
     with torch.no_grad():
-        first = run.model(ids, attention_mask=mask, past_key_values=cache).logits
-        second = run.model(ids[:, :1], attention_mask=step, past_key_values=cache).logits
+        first = run.model(ids, attention_mask=mask, **cache_kwargs(cache)).logits
+        second = run.model(ids[:, :1], attention_mask=step, **cache_kwargs(cache)).logits
     return ids, [first, second]
 
 

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from hf_pqcache.calibrate import learn_layer
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
+from hf_pqcache.hf_names import cache_kwargs
 
 #: A cache in which 50 tokens already fill a page of codes, and whose borders are passed every 16 tokens.
 SMALL = PQConfig(num_bits=4, page_size=16, extended_residual=16, max_pages=64)
@@ -154,7 +155,7 @@ def codebook_of(name: str, settings: PQConfig = SMALL) -> Codebook | None:
     model = build(name)
     past = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(tokens(1, 256, seed=99), past_key_values=past)
+        model(tokens(1, 256, seed=99), **cache_kwargs(past))
     books = {
         i: learn_layer(layer.keys[0], layer.values[0], settings, iterations=5)
         for i, layer in enumerate(past.layers)

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 from transformers.distributed import DistributedConfig
 
 from hf_pqcache import Codebook, PagedKVCache, PagedPQCache
+from hf_pqcache.hf_names import cache_kwargs
 
 PROMPT, NEW, FEW = 60, 24, 8
 
@@ -66,7 +67,7 @@ def inputs(model: Any) -> dict[str, Tensor]:
 def generate(model: Any, cache: Any, **options: Any) -> tuple[Tensor, Tensor]:
     settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     print(f"{type(cache).__name__}, eager: {cache.stats()['eager_because']}", file=sys.stderr, flush=True)
-    out = model.generate(**inputs(model), past_key_values=cache, **(settings | options))
+    out = model.generate(**inputs(model), **cache_kwargs(cache), **(settings | options))
     return out.sequences.cpu(), torch.stack(out.logits).float().cpu()
 
 
