@@ -1,12 +1,20 @@
-"""Product-quantized, paged KV cache for Hugging Face transformers: `generate` unchanged, a quarter of the memory."""
+"""Product-quantized, paged KV cache for Hugging Face transformers: `generate` unchanged, a quarter of the memory.
 
+Nothing is imported before it is asked for: `pqcache --help` needs no torch.
+"""
+
+import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from hf_pqcache.cache import PagedKVCache, PagedPQCache
-from hf_pqcache.calibrate import calibrate
-from hf_pqcache.codebook import Codebook
-from hf_pqcache.config import PQConfig
-from hf_pqcache.errors import PQCacheError
+if TYPE_CHECKING:
+    from hf_pqcache.cache import PagedKVCache, PagedPQCache
+    from hf_pqcache.calibrate import calibrate
+    from hf_pqcache.codebook import Codebook
+    from hf_pqcache.config import PQConfig
+    from hf_pqcache.errors import PQCacheError
 
 # A wheel carries eval/, kernels/ and model_configs/ inside this folder; a checkout has them beside it.
 if not Path(__file__).with_name("kernels").is_dir():
@@ -14,3 +22,35 @@ if not Path(__file__).with_name("kernels").is_dir():
 
 __version__ = "0.1.0"
 __all__ = ["Codebook", "PQCacheError", "PQConfig", "PagedKVCache", "PagedPQCache", "calibrate"]
+
+#: name -> the file that has it.
+_HOMES = {
+    "Codebook": "codebook",
+    "PQCacheError": "errors",
+    "PQConfig": "config",
+    "PagedKVCache": "cache",
+    "PagedPQCache": "cache",
+    "calibrate": "calibrate",
+}
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Once a file is imported Python makes it an attribute here; the function of that name (calibrate) comes first."""
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -43,15 +43,15 @@ class Finding:
     fix: str = ""
 
 
-def diagnose(progress: Callable[[str], object] | None = None, *, kernels: bool = True) -> list[Finding]:
-    """Look at everything. `progress` is told what is looked at next; `kernels=False` leaves out compiling them."""
+def diagnose(show: Callable[[Finding], object] | None = None, *, kernels: bool = True) -> list[Finding]:
+    """Look at everything. `show` is given each finding as it is made; `kernels=False` leaves out compiling them."""
     steps = [_versions, _gpu, _cupy, _nvrtc, *([_kernels] if kernels else []), _engine, _memory]
     findings: list[Finding] = []
     for step in steps:
         for finding in step():
             findings.append(finding)
-            if progress is not None:
-                progress(finding.name)
+            if show is not None:
+                show(finding)
     return findings
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from hf_pqcache.eval.results import Row
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -128,6 +128,8 @@ def lengths_option(default: str) -> Decorator:
 
 def finish(rows: Sequence[Row], json_file: Path | None, title: str) -> None:
     """Print the rows as a table, and write them as JSON; of several processes the main one does."""
+    from rich.table import Table
+
     from hf_pqcache.eval.distributed import is_main
     from hf_pqcache.eval.naming import UNREAD, labels, settings_text
 
@@ -161,6 +163,8 @@ def finish(rows: Sequence[Row], json_file: Path | None, title: str) -> None:
 
 def new_console() -> Console:
     """For tables: as wide as the terminal, and 120 columns in a file or a pipe."""
+    from rich.console import Console
+
     return Console(width=None if sys.stdout.isatty() else 120)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 
 from hf_pqcache.commands._options import FILE, new_console, save_json
 
@@ -81,6 +80,8 @@ def _show_row(row: dict[str, Any]) -> None:
 
 
 def _print_generate(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
     console = new_console()
     table = Table(title="Decode through generate, batch 1, float16")
     for heading in ("model", "tokens", "cache", "ms/token", "GPU busy ms", "floor ms", "slower than ours", "first call s"):

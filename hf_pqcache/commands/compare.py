@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 
 from hf_pqcache.commands import _options
 
@@ -38,6 +37,8 @@ def command(
 
     Example:  pqcache compare --model tiny --caches dynamic,hqq:4,pq:4,pq:2 --tokens 1024
     """
+    from rich.table import Table
+
     from hf_pqcache.eval.caches import CacheSpec, head_dim
     from hf_pqcache.eval.compare import COLUMNS, DEFAULT_CACHES, cells, compare, markdown
     from hf_pqcache.eval.setup import text_of

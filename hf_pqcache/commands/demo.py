@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from hf_pqcache.commands import _options
 
 
 def _print_demo(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console()
     conditions = result["conditions"]
     table = Table(title=f"One sequence of {conditions['tokens']} tokens, {conditions['model'].rsplit('/', 1)[-1]}")

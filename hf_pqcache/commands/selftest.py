@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from hf_pqcache.commands import _options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.console import Console
 
     from hf_pqcache.eval.selftest.checks import Machine, Outcome
     from hf_pqcache.eval.selftest.timing import Figures
@@ -35,6 +34,8 @@ def command(mode: str, phase: int | None, debug: bool, json_file: Path | None) -
 
     Example:  pqcache selftest --quick
     """
+    from rich.console import Console
+
     from hf_pqcache.eval import selftest
     from hf_pqcache.eval.results import provenance
     from hf_pqcache.eval.selftest.checks import Machine, run_checks
@@ -65,6 +66,8 @@ def command(mode: str, phase: int | None, debug: bool, json_file: Path | None) -
 
 
 def _print_outcome(console: Console, outcome: Outcome, debug: bool) -> None:
+    from rich.markup import escape
+
     mark = MARKS[outcome.status]
     console.print(
         f"  {mark} {escape(outcome.name)} [dim]{outcome.seconds:.1f} s  {escape(outcome.detail)}[/]",
@@ -81,6 +84,8 @@ def _print_outcome(console: Console, outcome: Outcome, debug: bool) -> None:
 
 def _time(kind: str, machine: Machine, console: Console) -> tuple[list[Figures], Outcome]:
     """Measure the caches of --performance or --compare and print their table."""
+    from rich.table import Table
+
     from hf_pqcache.eval.selftest import timing
     from hf_pqcache.eval.selftest.checks import Check, run_checks
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from hf_pqcache.commands import _options
 
@@ -22,6 +20,9 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 
 
 def _print_search(search: Any, tokens: int, budget: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=f"{budget}; bytes of {tokens} tokens; exact perplexity {search.exact:.4f}")
     for heading in ("", "M", "n", "page", "recent", "of fp16", "perplexity", "loss", ""):
         table.add_column(heading, justify="left" if heading == "" else "right")
