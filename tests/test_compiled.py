@@ -198,7 +198,7 @@ def test_other_modes_compile_too(mode: str, graphs: Graphs) -> None:
     assert_same(*results)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "gptj", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "reader", "deepseek_v3"])
 def test_what_cannot_compile_says_no_before_it_starts(name: str, graphs: Graphs) -> None:
     """Sliding layers of transformers cannot be compiled, nor models that read keys themselves: they run eagerly."""
     model, book = build(name, "eager" if name in EAGER_ONLY else "sdpa"), codebook_of(name)

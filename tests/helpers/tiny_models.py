@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 import transformers as tf
+from own_attention import ReaderConfig, ReaderForCausalLM
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -94,6 +97,8 @@ def _config(name: str) -> tuple[type, Any]:
         case "gptj":
             sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512, "rotary_dim": 8}
             return tf.GPTJForCausalLM, tf.GPTJConfig(vocab_size=VOCABULARY, **sizes, eos_token_id=None, bos_token_id=1)
+        case "reader":
+            return ReaderForCausalLM, ReaderConfig(**COMMON, **heads)
         case "falcon":
             return tf.FalconForCausalLM, tf.FalconConfig(**{k: v for k, v in COMMON.items() if k != "num_key_value_heads"})
         case "deepseek_v3":
@@ -118,7 +123,7 @@ MORE_FUSED = ("granite", "olmo2", "gpt2", "gemma2")
 #: Those that transformers' own mask code can compile: every layer is full attention.
 COMPILED = ("llama", "qwen3", "mistral", "phi3", "granite", "olmo2", "gpt2", "opt")
 #: Models that do not support torch's SDPA.
-EAGER_ONLY = ("gpt_oss", "gemma2", "gptj")
+EAGER_ONLY = ("gpt_oss", "gemma2", "gptj", "reader")
 
 
 @cache
@@ -134,6 +139,11 @@ def build(name: str, implementation: str = "sdpa") -> Any:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+def asks_for_attention(model: Any) -> bool:
+    """Whether the file that the model comes from looks an attention function up; more of them do with each transformers."""
+    return "get_interface" in inspect.getsource(sys.modules[type(model).__module__])
 
 
 @cache
