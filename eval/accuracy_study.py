@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from hf_pqcache.calibrate import calibrate
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.perplexity import Mode, perplexity
+from hf_pqcache.eval.texts import read_text
 from hf_pqcache.kmeans import Objective
 
 
@@ -77,12 +77,6 @@ def cache_bits(
     }
     parts["total"] = sum(parts.values())
     return parts
-
-
-def read_text(path: str | Path) -> str:
-    """Contents of a UTF-8 text file, plain or .xz."""
-    path = Path(path)
-    return (lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()).decode("utf-8")
 
 
 def study(

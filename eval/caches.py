@@ -24,6 +24,17 @@ PQ_BITS = {4: (2, 8), 3: (2, 6), 2: (4, 8)}
 _PIP = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq")}
 
 
+def check_name(text: str) -> tuple[str, int | None]:
+    """ "hqq:3" -> ("hqq", 3), "pq" -> ("pq", None). Raises ValueError naming the choices."""
+    name, _, wanted = text.partition(":")
+    if name not in CACHES:
+        raise ValueError(f"cache {name!r} is unknown; use one of {CACHES}")
+    if wanted and (name not in BITS or not wanted.isdigit() or int(wanted) not in BITS[name]):
+        choices = f"use one of {BITS[name]}" if name in BITS else f"{name} has no choice of bits"
+        raise ValueError(f"cache {text!r}: {choices}")
+    return name, int(wanted) if wanted else None
+
+
 @dataclass(frozen=True)
 class CacheSpec:
     """A kind of cache and its settings; `make` builds fresh ones.
@@ -52,22 +63,17 @@ class CacheSpec:
 
         Raises ValueError naming the choices.
         """
-        name, _, wanted = text.partition(":")
-        if name not in CACHES:
-            raise ValueError(f"cache {name!r} is unknown; use one of {CACHES}")
-        if wanted and (name not in BITS or not wanted.isdigit() or int(wanted) not in BITS[name]):
-            choices = f"use one of {BITS[name]}" if name in BITS else f"{name} has no choice of bits"
-            raise ValueError(f"cache {text!r}: {choices}")
+        name, wanted = check_name(text)
         if name == "pq":
             settings = (config or PQConfig()).to_dict()
             if wanted or config is None:
-                width, num_bits = PQ_BITS[int(wanted or 4)]
+                width, num_bits = PQ_BITS[wanted or 4]
                 settings |= {"num_subspaces": head_dim // width, "num_bits": num_bits}
             return cls(name, settings)
         if name == "paged-kv":
             config = config or PQConfig()
             return cls(name, {"page_size": config.page_size, "max_pages": config.max_pages})
-        return cls(name, {"nbits": int(wanted or BITS[name][0])} if name in BITS else {})
+        return cls(name, {"nbits": wanted or BITS[name][0]} if name in BITS else {})
 
     @property
     def label(self) -> str:

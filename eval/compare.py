@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from hf_pqcache.eval import tasks
 from hf_pqcache.eval.caches import CacheSpec, head_dim
 from hf_pqcache.eval.deployed import CHUNK
+from hf_pqcache.eval.naming import format_value
 from hf_pqcache.eval.results import Row
 from hf_pqcache.eval.session import Session
 from hf_pqcache.eval.setup import Calibration, with_codebook
@@ -52,7 +53,7 @@ def compare(
     recall_count: int = 20,
     new_tokens: int = 32,
 ) -> tuple[list[Line], list[Row]]:
-    """Measure every cache -> (lines of the table, rows). A cache whose library is missing gets a line that says so.
+    """Measure every cache -> (lines of the table, rows). A cache that fails gets a line that says why.
 
     Perplexity is that of the running cache (mode cache), for ours too: no simulation takes part.
 
@@ -72,8 +73,9 @@ def compare(
                 one = session.with_cache(with_codebook(session, spec, learning))
                 one.cache.make(one.model, tokens)
                 found = _measure(one, text, text_name, tokens, windows, chunk, recall_count, new_tokens)
-            except ImportError as error:
-                lines.append(Line(spec.label, note=str(error)))
+            except Exception as error:  # of one cache; the others are measured all the same
+                why = " ".join(str(error).split()) or type(error).__name__
+                lines.append(Line(spec.label, note=why if isinstance(error, ImportError | ValueError) else f"failed: {why}"))
                 continue
             rows += found
             value = {row.metric: row.value for row in found if row.task != "recall"}
@@ -134,6 +136,20 @@ COLUMNS = {
     "ms/token": ("tpot_ms", ".1f"),
     "slower": ("slowdown", ".2f"),
 }
+
+
+def table(lines: Sequence[Line]) -> dict[str, list[str]]:
+    """The columns of the table for a terminal, bytes in binary units."""
+    texts: dict[str, list[str]] = {"cache": [line.cache for line in lines]}
+    for heading, (name, form) in COLUMNS.items():
+        values = [getattr(line, name) for line in lines]
+        if form == ",d":
+            texts[heading.removesuffix(" bytes")] = [
+                "" if x is None else format_value(x, "bytes") if x else "0" for x in values
+            ]
+        else:
+            texts[heading] = ["" if x is None else format(x, form) for x in values]
+    return texts
 
 
 def cells(line: Line, empty: str = "") -> list[str]:

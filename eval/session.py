@@ -26,6 +26,7 @@ class Session:
         progress: show progress bars.
         seed: of whatever a task draws at random.
         notes: added to the provenance of every row.
+        loading: how the model was loaded, where that changes figures; settings of every row.
     """
 
     model: Any
@@ -37,6 +38,7 @@ class Session:
     progress: bool = True
     seed: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
+    loading: dict[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +65,7 @@ class Session:
             unit=unit,
             model=self.model_name,
             cache=self.cache.name,
-            settings={**settings, "dtype": str(self.model.dtype).removeprefix("torch.")},
+            settings={**settings, **self.loading, "dtype": str(self.model.dtype).removeprefix("torch.")},
             cache_config=dict(self.cache.settings),
             task_version=version,
             codebook=None if book is None else book.fingerprint,

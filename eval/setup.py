@@ -14,13 +14,16 @@ from hf_pqcache.calibrate import calibrate
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval import distributed, tasks
-from hf_pqcache.eval.accuracy_study import read_text
-from hf_pqcache.eval.caches import CacheSpec, head_dim
+from hf_pqcache.eval.caches import CacheSpec, check_name, head_dim
 from hf_pqcache.eval.demo import split_text
 from hf_pqcache.eval.model_config import DEMO, ModelConfig, load_model_config
 from hf_pqcache.eval.models import load_model, public_name
 from hf_pqcache.eval.results import Results
 from hf_pqcache.eval.session import Session
+from hf_pqcache.eval.texts import read_text
+
+#: Of the arguments of `load_model`, those that change figures; the dtype is in every row by itself.
+LOADING_SETTINGS = ("quantization", "attn_implementation", "model_kwargs")
 
 
 def text_of(source: str, data_dir: str | Path | None = None, *, is_calibration: bool = False) -> tuple[str, str]:
@@ -118,13 +121,13 @@ def open_session(
     calibration: str | None = None,
     merge: bool = False,
     data_dir: Path | None = None,
-    dtype: str = "auto",
     device: str | None = None,
     results: Path | None = None,
     force: bool = False,
     progress: bool = True,
     seed: int = 0,
     notes: Mapping[str, Any] | None = None,
+    **loading: Any,
 ) -> tuple[Session, ModelConfig, Calibration]:
     """Load everything that a measurement needs.
 
@@ -134,13 +137,15 @@ def open_session(
         overrides: settings of the model config that win over its file.
         codebook: folder or Hub repository; without one a pq cache is calibrated.
         calibration: text to do that on, see `text_of`; None is the model config's.
+        device: see `load_model`. loading: more of its arguments; dtype, quantization, attn_implementation, ...
         results: JSONL file. Codebooks made here are kept in a folder beside it.
 
     Raises FileNotFoundError, ValueError, OSError with the way out.
     """
     config = load_model_config(model, overrides)
+    check_name(cache)
     loaded, tokenizer = load_model(
-        config.source, revision=config.revision, dtype=dtype, device=device or distributed.local_device()
+        config.source, revision=config.revision, device=device or distributed.local_device(), **loading
     )
     config.check(loaded.config)
     name = public_name(config.source)
@@ -156,6 +161,7 @@ def open_session(
         progress=progress and distributed.is_main(),
         seed=seed,
         notes=dict(notes or {}),
+        loading={name: loading[name] for name in LOADING_SETTINGS if loading.get(name)},
     )
     spec = CacheSpec.parse(cache, head_dim(loaded), config.pq_config)
     book = codebook or (None if ":" in cache else config.codebook)

@@ -153,9 +153,9 @@ def test_pipeline_stages_stand_alone_and_resume(tmp_path: Path, data_dir: Path, 
     assert {row.metric for row in rows if row.task == "breakdown"} >= {"embedding", "append", "attention", "mlp"}
 
 
-def command(*arguments: str) -> str:
+def command(*arguments: str, code: int = 0) -> str:
     result = CliRunner().invoke(main, [str(x) for x in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == code, result.output
     return result.output
 
 
@@ -211,12 +211,14 @@ def test_eval_commands_yield_rows(tmp_path: Path, data_dir: Path) -> None:
 
 
 def test_compare_puts_caches_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "hqq", None)  # a missing library is a line, not the end
+    monkeypatch.setitem(sys.modules, "hqq", None)  # a missing library is a line, not the end; and a failure
     options = (
         "--caches dynamic,hqq:4,pq --nbits 4 --tokens 256 --limit 1 --recall-count 1 --new-tokens 2 --calibration-tokens 600"
     )
     files = ["--markdown", str(tmp_path / "table.md"), "--json", str(tmp_path / "table.json")]
-    command("compare", "--model", str(MODEL), *options.split(), *files, "--quiet", "--results", str(tmp_path / "r.jsonl"))
+    more = ["--quiet", "--results", str(tmp_path / "r.jsonl")]
+    told = command("compare", "--model", str(MODEL), *options.split(), *files, *more, code=1)
+    assert "Error: 1 of 3 caches were not measured: hqq 4 bits" in told
     dynamic, missing, ours = json.loads((tmp_path / "table.json").read_text())["table"]
     assert (dynamic["change"], dynamic["bits"]) == (0, 16)
     assert (dynamic["slowdown"], ours["slowdown"]) == (1, ours["tpot_ms"] / dynamic["tpot_ms"])

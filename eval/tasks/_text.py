@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from hf_pqcache.eval.accuracy_study import bits_per_value, read_text
+from hf_pqcache.eval.accuracy_study import bits_per_value
 from hf_pqcache.eval.deployed import CHUNK, cache_perplexity
 from hf_pqcache.eval.perplexity import perplexity, token_ids
 from hf_pqcache.eval.results import Row
 from hf_pqcache.eval.session import Session
+from hf_pqcache.eval.texts import read_text
 
 SPLITS = ("train", "validation", "test")
 #: "cache" runs the real cache; the others are those of `perplexity`, which simulates it.

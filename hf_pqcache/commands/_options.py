@@ -1,39 +1,162 @@
-"""What the evaluation commands share: their options, how they end, and the tables that they print."""
+"""The options that commands share, what they are parsed to, and the session that they open; prints nothing."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from hf_pqcache.eval.results import Row
+from hf_pqcache.commands import _output
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, exists=True, path_type=Path)
-#: Dashes and underscores in option names are the same.
-CONTEXT = {"token_normalize_func": lambda name: name.replace("_", "-")}
+NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+#: Names of `hf_pqcache.eval.models.QUANTIZATIONS`.
+QUANTIZATIONS = ("bnb-4bit", "bnb-8bit", "hqq-4bit", "hqq-8bit", "quanto-int4", "quanto-int8", "torchao-int8")
+_DEVICE = re.compile(r"(auto|cpu|(cuda|mps|xpu|hpu|npu|mlu)(:\d+)?)")
 
+
+class Lengths(click.ParamType):
+    """1K,2K,512 as a list of positive ints."""
+
+    name = "lengths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if isinstance(value, list):
+            return value
+        words = [word for word in str(value).replace(" ", "").split(",") if word]
+        try:
+            found = [int(word[:-1]) * 1024 if word[-1] in "kK" else int(word) for word in words]
+        except ValueError:
+            self.fail(f"{value!r}: give lengths like 512,1K,32K", param, ctx)
+        if not found or min(found) < 1:
+            self.fail(f"{value!r}: give one length or more, each of at least 1 token, like 512,1K,32K", param, ctx)
+        return found
+
+
+class Length(click.ParamType):
+    """128K or 131072 as an int."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = [value] if isinstance(value, int) else Lengths().convert(value, param, ctx)
+        if len(found) != 1:
+            self.fail(f"{value!r}: give one length like 2048 or 128K", param, ctx)
+        return found[0]
+
+
+class Numbers(click.ParamType):
+    """0,0.25,1 as a list of numbers of one kind.
+
+    Args:
+        kind: int or float. low, high: bounds, included.
+    """
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float], low: float, high: float) -> None:
+        self.kind, self.low, self.high = kind, low, high
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        try:
+            found = [self.kind(word) for word in str(value).split(",") if word.strip()]
+        except ValueError:
+            found = []
+        if not found or not all(self.low <= x <= self.high for x in found):
+            kind = "whole numbers" if self.kind is int else "numbers"
+            self.fail(f"{value!r}: give {kind} from {self.low:g} to {self.high:g}, separated by commas", param, ctx)
+        return found
+
+
+class Device(click.ParamType):
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _DEVICE.fullmatch(str(value)):
+            self.fail(f"{value!r} is no device; use cpu, cuda, cuda:1, mps or auto", param, ctx)
+        return str(value)
+
+
+class Settings(click.ParamType):
+    """name=value,... or a JSON object, as a dict; values are read as JSON where they are."""
+
+    name = "settings"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return value
+        if value.lstrip().startswith("{"):
+            try:
+                return dict(json.loads(value))
+            except ValueError as error:
+                self.fail(f"{value!r} is no JSON object: {error}", param, ctx)
+        pairs = [word.partition("=") for word in value.split(",") if word.strip()]
+        if not all(name.strip() and sign for name, sign, _ in pairs):
+            self.fail(f"{value!r}: give name=value,name=value or a JSON object", param, ctx)
+        return {name.strip(): _value(text.strip()) for name, _, text in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def _json_to(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    ctx.meta[_output.JSON_TO_OUTPUT] = value == _output.STDOUT
+    return value
+
+
+def _hush(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    if value:
+        from hf_pqcache.commands._progress import no_bars
+
+        ctx.find_root().with_resource(no_bars())
+    return value
+
+
+def json_option(what: str) -> Decorator:
+    """--json FILE as `json_file`; "-" is the output, and what is said for people then goes to the error stream."""
+    return click.option(
+        "--json", "json_file", type=FILE, callback=_json_to, help=f"Write {what} as JSON here; - is the output."
+    )
+
+
+def quiet_option() -> Decorator:
+    return click.option("--quiet", is_flag=True, callback=_hush, help="No progress bars and no warnings, of any library.")
+
+
+LOADING = (
+    click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Of the model's numbers."),
+    click.option("--device", type=Device(), help="cpu, cuda, cuda:1, auto; the GPU if there is one."),
+    click.option("--device-map", help="Spread the weights over devices: auto, balanced, sequential, or JSON."),
+    click.option("--revision", help="Commit, branch or tag of the model; the model config's if absent."),
+    click.option("--attn-implementation", help="sdpa, eager, flash_attention_2, ...; transformers' choice if absent."),
+    click.option("--quantization", type=click.Choice(QUANTIZATIONS), help="Quantize the weights as they are loaded."),
+    click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model."),
+    click.option("--model-kwargs", type=Settings(), help="More arguments of from_pretrained: name=value,... or JSON."),
+)
 _MODEL = (
     click.option("-f", "--config", "model_config", help="A model config: its name, or a YAML file."),
     click.option("--model", help="A folder or Hub id, with -f in place of the config's own; or what -f takes."),
-    click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", show_default=True),
-    click.option("--device", default=None, help="cpu, cuda, cuda:1, auto; the GPU if there is one."),
+    *LOADING,
 )
 _CALIBRATION = (
     click.option("--calibration", help="Text to calibrate on: a file, demo, or task/split. The model config's if absent."),
     click.option("--calibration-tokens", type=click.IntRange(min=1), help="Tokens to sample."),
     click.option("--data-dir", type=FOLDER, help="Folder with the data sets' plain files, instead of the Hub."),
 )
-_SHAPE = (
+SHAPE = (
     click.option("-M", "--num-subspaces", "num_subspaces", type=int, help="Subspaces of a head vector."),
     click.option("--nbits", "--num-bits", "num_bits", type=click.IntRange(4, 8), help="Bits of a code."),
     click.option("--page-size", type=int, help="Tokens of a page."),
@@ -44,10 +167,11 @@ _SHAPE = (
 _RESULTS = (
     click.option("--results", type=FILE, help="JSONL file of result rows; what is in it is not measured again."),
     click.option("--force", is_flag=True, help="Measure again what is in --results."),
-    click.option("--json", "json_file", type=FILE, help="Also write the rows here."),
-    click.option("--seed", type=int, default=0, show_default=True),
-    click.option("--quiet", is_flag=True, help="No progress bars."),
+    json_option("the rows"),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of whatever is drawn at random."),
+    quiet_option(),
 )
+CODEBOOK = click.option("--codebook", help="Folder or Hub repository; without one a pq cache is calibrated.")
 _CACHE = (
     click.option(
         "--cache",
@@ -55,11 +179,11 @@ _CACHE = (
         show_default=True,
         help="dynamic, static, quanto[:4|2], hqq[:8|4|3|2|1], fp8, pq[:4|3|2], paged-kv; the number is bits a value.",
     ),
-    click.option("--codebook", help="Folder or Hub repository; without one a pq cache is calibrated."),
+    CODEBOOK,
 )
 
 
-def _apply(options: Sequence[Decorator], function: Callable[..., Any]) -> Callable[..., Any]:
+def apply(options: Sequence[Decorator], function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         function = option(function)
     return function
@@ -67,36 +191,34 @@ def _apply(options: Sequence[Decorator], function: Callable[..., Any]) -> Callab
 
 def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """All options of `session_of`."""
-    return _apply((*_MODEL, *_CACHE, *_SHAPE, *_CALIBRATION, *_RESULTS), function)
+    return apply((*_MODEL, *_CACHE, *SHAPE, *_CALIBRATION, *_RESULTS), function)
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same without the choice of a cache."""
-    return _apply((*_MODEL, *_SHAPE, *_CALIBRATION, *_RESULTS), function)
+    return apply((*_MODEL, *SHAPE, *_CALIBRATION, *_RESULTS), function)
 
 
-@contextmanager
-def friendly_errors() -> Iterator[None]:
-    """What a user can mend ends as one line and a non-zero exit."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        raise click.ClickException(str(error)) from error
+def loading_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `load_model` but the name and revision, from the values of LOADING, which are taken out of `options`."""
+    found = {name: options.pop(name) for name in ("dtype", "device", "attn_implementation", "quantization")}
+    found |= {"trust_remote_code": options.pop("trust_remote_code"), "model_kwargs": options.pop("model_kwargs") or {}}
+    device_map = options.pop("device_map")
+    if device_map is not None:
+        found["device_map"] = Settings().convert(device_map, None, None) if "{" in device_map else device_map
+    return found
 
 
 def session_of(options: dict[str, Any], **more: Any) -> tuple[Any, Any, Any]:
     """(session, model config, calibration) from the values of `session_options`, which are taken out of `options`."""
-    from hf_pqcache.eval.setup import open_session
-
     shape = ("num_subspaces", "num_bits", "page_size", "max_pages", "extended_residual", "sink_tokens", "calibration_tokens")
-    overrides = {name: options.pop(name) for name in shape}
+    overrides = {name: options.pop(name) for name in (*shape, "revision")}
     name, model = options.pop("model_config"), options.pop("model")
     if name is None and model is None:
-        raise click.UsageError("which model? Give -f with a model config, or --model with a folder or a Hub id.")
-    if options["quiet"]:
-        from transformers.utils import logging
+        raise click.UsageError("which model? Give -f with a model config, or --model with a folder or a Hub id")
+    loading = loading_of(options)
+    from hf_pqcache.eval.setup import open_session
 
-        logging.disable_progress_bar()
     return open_session(
         name or model,
         options.pop("cache", "dynamic"),
@@ -104,86 +226,19 @@ def session_of(options: dict[str, Any], **more: Any) -> tuple[Any, Any, Any]:
         codebook=options.pop("codebook", None),
         calibration=options.pop("calibration"),
         data_dir=options.pop("data_dir"),
-        dtype=options.pop("dtype"),
-        device=options.pop("device"),
         results=options.pop("results"),
         force=options.pop("force"),
         progress=not options.pop("quiet"),
         seed=options.pop("seed"),
+        **loading,
         **more,
     )
 
 
 def lengths_option(default: str) -> Decorator:
     """--lengths 1K,2K,4K as a list of ints."""
-
-    def parse(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
-        try:
-            return [int(x[:-1]) * 1024 if x[-1:] in "kK" else int(x) for x in value.replace(" ", "").split(",") if x]
-        except ValueError as error:
-            raise click.BadParameter(f"{value!r}: give lengths like 512,1K,32K") from error
-
-    return click.option("--lengths", default=default, show_default=True, callback=parse, help="Tokens, e.g. 512,1K,32K.")
+    return click.option("--lengths", type=Lengths(), default=default, show_default=True, help="Tokens, e.g. 512,1K,32K.")
 
 
-def finish(rows: Sequence[Row], json_file: Path | None, title: str) -> None:
-    """Print the rows as a table, and write them as JSON; of several processes the main one does."""
-    from rich.table import Table
-
-    from hf_pqcache.eval.distributed import is_main
-    from hf_pqcache.eval.naming import UNREAD, labels, settings_text
-
-    if not is_main():
-        return
-    shared, names = _common([row.settings for row in rows]), labels(rows)
-    caches = {key: name.partition(",")[0] for key, name in names.items()}
-    columns = {
-        "task": [row.task for row in rows],
-        "metric": [row.metric for row in rows],
-        "value": [_value(row) for row in rows],
-        "unit": [row.unit for row in rows],
-        "cache": [caches[row.key] if len(set(caches.values())) > 1 else "" for row in rows],
-        "bits": ["" if row.true_bits is None else f"{row.true_bits:.2f}" for row in rows],
-        "settings": [settings_text({k: v for k, v in row.settings.items() if k not in {*shared, *UNREAD}}) for row in rows],
-    }
-    columns = {heading: texts for heading, texts in columns.items() if any(texts)}
-    table = Table(title=title)
-    for heading in columns:
-        justify: Any = "right" if heading in ("value", "bits") else "left"
-        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading not in ("task", "settings"))
-    for texts in zip(*columns.values(), strict=True):
-        table.add_row(*texts)
-    console = new_console()
-    console.print(table)
-    if told := settings_text({k: v for k, v in shared.items() if k not in UNREAD}):
-        console.print(told, style="dim", markup=False)
-    if json_file is not None:
-        write_json(json_file, {"rows": [row.to_dict() for row in rows]})
-
-
-def new_console() -> Console:
-    """For tables: as wide as the terminal, and 120 columns in a file or a pipe."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120)
-
-
-def _value(row: Row) -> str:
-    return f"{row.value:,.0f}" if row.unit == "bytes" else f"{row.value:,.4g}" if row.unit else f"{row.value:.4f}"
-
-
-def _common(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Settings in which all rows that have them agree, where several rows are shown."""
-    merged = {name: value for one in settings for name, value in one.items()}
-    return {name: value for name, value in merged.items() if all(one.get(name, value) == value for one in settings)}
-
-
-def save_json(path: Path, document: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Save, and say where."""
-    save_json(path, document)
-    click.echo(f"written to {path}")
+def text_option(what: str) -> Decorator:
+    return click.option("--text", default="demo", show_default=True, help=f"{what}: a file, demo, or task/split.")

@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from hf_pqcache.commands import _options
+from hf_pqcache.commands import _options, _output
 
 
-@click.command(context_settings=_options.CONTEXT)
+@click.command()
 @_options.model_options
 @click.option("--caches", help="Comma-separated, e.g. dynamic,hqq:3,pq:3; the standard ten if absent.")
-@click.option("--text", default="demo", show_default=True, help="To evaluate on: a file, demo, or task/split.")
+@_options.text_option("To evaluate on")
 @click.option("--tokens", type=click.IntRange(min=64), default=2048, show_default=True, help="Length of everything.")
 @click.option("--limit", type=click.IntRange(min=1), default=4, show_default=True, help="Perplexity windows.")
 @click.option("--chunk", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens a step of the perplexity.")
@@ -33,45 +33,42 @@ def command(
     json_file: Path | None,
     **options: Any,
 ) -> None:
-    """Perplexity, recall, bytes and speed of a model under every cache, measured by the same code.
+    """Perplexity, recall, bytes and speed of a model under every cache, side by side.
 
-    Example:  pqcache compare --model tiny --caches dynamic,hqq:4,pq:4,pq:2 --tokens 1024
+    \b
+    Example:  pqcache compare --model tiny --caches dynamic,pq:4,pq:2 --tokens 1024
     """
-    from rich.table import Table
-
-    from hf_pqcache.eval.caches import CacheSpec, head_dim
-    from hf_pqcache.eval.compare import COLUMNS, DEFAULT_CACHES, cells, compare, markdown
+    from hf_pqcache.eval.caches import CacheSpec, check_name, head_dim
+    from hf_pqcache.eval.compare import DEFAULT_CACHES, compare, markdown, table
     from hf_pqcache.eval.setup import text_of
 
-    with _options.friendly_errors():
-        evaluated, name = text_of(text, options["data_dir"])
-        session, config, learning = _options.session_of(options)
-        names = caches.split(",") if caches else DEFAULT_CACHES
-        specs = [CacheSpec.parse(x.strip(), head_dim(session.model), config.pq_config) for x in names]
-        lines, rows = compare(
-            session,
-            specs,
-            learning,
-            evaluated,
-            name,
-            tokens=tokens,
-            windows=limit,
-            chunk=chunk,
-            recall_count=recall_count,
-            new_tokens=new_tokens,
-        )
-    console = _options.new_console()
-    table = Table(title=f"{session.model_name}, {tokens} tokens, {session.device_name}, {session.model.dtype}, text {name}")
-    has_notes = any(line.note for line in lines)
-    for heading in ("cache", *COLUMNS, *([""] if has_notes else [])):
-        table.add_column(
-            heading, justify="left" if heading in ("cache", "") else "right", overflow="fold", no_wrap=heading == "cache"
-        )
-    for line in lines:
-        table.add_row(line.cache, *cells(line), *([line.note] if has_notes else []))
-    console.print(table)
+    names = [name.strip() for name in caches.split(",")] if caches is not None else DEFAULT_CACHES
+    for name in names:
+        check_name(name)
+    evaluated, name = text_of(text, options["data_dir"])
+    session, config, learning = _options.session_of(options)
+    lines, rows = compare(
+        session,
+        [CacheSpec.parse(x, head_dim(session.model), config.pq_config) for x in names],
+        learning,
+        evaluated,
+        name,
+        tokens=tokens,
+        windows=limit,
+        chunk=chunk,
+        recall_count=recall_count,
+        new_tokens=new_tokens,
+    )
+    failed = [line for line in lines if line.note]
+    _output.show_table(
+        f"{session.model_name}, {tokens} tokens, {session.device_name}, {session.model.dtype}, text {name}",
+        table(lines),
+        notes=[f"{line.cache}: {line.note}" for line in failed],
+    )
     if markdown_file is not None:
-        markdown_file.write_text(markdown(lines), encoding="utf-8")
-        click.echo(f"written to {markdown_file}")
-    if json_file is not None:
-        _options.write_json(json_file, {"table": [asdict(x) for x in lines], "rows": [row.to_dict() for row in rows]})
+        _output.say(_output.written(markdown_file, _output.save_text(markdown_file, markdown(lines))))
+    _output.write_json(json_file, {"table": [asdict(x) for x in lines], "rows": [row.to_dict() for row in rows]})
+    if failed:
+        raise click.ClickException(
+            f"{len(failed)} of {len(lines)} caches were not measured: {', '.join(x.cache for x in failed)}"
+        )

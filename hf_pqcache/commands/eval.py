@@ -8,13 +8,15 @@ from typing import Any
 
 import click
 
-from hf_pqcache.commands import _options
+from hf_pqcache.commands import _options, _rows
+from hf_pqcache.commands._groups import Group
 
 
-@click.group()
+@click.group(cls=Group)
 def command() -> None:
-    """Measure a model under one cache: wikitext, ptb, longbench, harness, speed, memory, recall, breakdown.
+    """Measure a model under one cache, by task.
 
+    \b
     Example:  pqcache eval memory --model tiny --cache pq --lengths 512,1K,2K
     """
 
@@ -25,16 +27,15 @@ def _task(function: Callable[..., Any]) -> click.Command:
     def call(json_file: Path | None, **options: Any) -> None:
         from hf_pqcache.eval import tasks
 
-        with _options.friendly_errors():
-            data_dir = options["data_dir"]
-            session, config, _ = _options.session_of(options)
-            rows = function(tasks.get, session, config=config, data_dir=data_dir, **options)
-        _options.finish(rows, json_file, f"{session.model_name}, {session.cache.label}, {session.device_name}")
+        data_dir = options["data_dir"]
+        session, config, _ = _options.session_of(options)
+        rows = function(tasks.get, session, config=config, data_dir=data_dir, **options)
+        _rows.finish(rows, json_file, f"{session.model_name}, {session.cache.label}, {session.device_name}")
 
     call.__doc__ = function.__doc__
     call.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
     name = function.__name__.strip("_")
-    return command.command(name, context_settings=_options.CONTEXT)(_options.session_options(call))
+    return command.command(name)(_options.session_options(call))
 
 
 def _windows(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,6 +62,7 @@ def _windows(function: Callable[..., Any]) -> Callable[..., Any]:
 def wikitext(get: Any, session: Any, *, config: Any, dataset: str, window: int | None, **options: Any) -> Any:
     """Perplexity of WikiText.
 
+    \b
     Example:  pqcache eval wikitext --model small.yaml --cache pq:3 --data-dir data --limit 12
     """
     return [get(dataset).run(session, window=window or config.window_tokens, **options)]
@@ -71,6 +73,7 @@ def wikitext(get: Any, session: Any, *, config: Any, dataset: str, window: int |
 def ptb(get: Any, session: Any, *, config: Any, window: int | None, **options: Any) -> Any:
     """Perplexity of the Penn Treebank (Mikolov's form).
 
+    \b
     Example:  pqcache eval ptb --model tiny --cache pq --data-dir data
     """
     return [get("ptb_text_only").run(session, window=window or config.window_tokens, **options)]
@@ -89,6 +92,7 @@ def ptb(get: Any, session: Any, *, config: Any, window: int | None, **options: A
 def longbench(get: Any, session: Any, *, config: Any, names: str, max_tokens: int | None, **options: Any) -> Any:
     """LongBench; `accelerate launch -m hf_pqcache eval longbench ...` shares the examples among processes.
 
+    \b
     Example:  pqcache eval longbench --model qwen2.5-7b --cache pq --tasks qasper,lcc --results results.jsonl
     """
     from hf_pqcache.eval.tasks.longbench import NAMES, NAMES_E
@@ -113,6 +117,7 @@ def longbench(get: Any, session: Any, *, config: Any, names: str, max_tokens: in
 def harness(get: Any, session: Any, *, config: Any, data_dir: Any, names: str, **options: Any) -> Any:
     """Any task of lm-evaluation-harness; `pqcache lm-eval` is its own command line.
 
+    \b
     Example:  pqcache eval harness --model qwen2.5-7b --cache pq --tasks piqa,arc_easy --results results.jsonl
     """
     return get("harness").run(session, [name.strip() for name in names.split(",")], **options)
@@ -126,6 +131,7 @@ def harness(get: Any, session: Any, *, config: Any, data_dir: Any, names: str, *
 def speed(get: Any, session: Any, *, config: Any, data_dir: Any, **options: Any) -> Any:
     """Time to the first token, time per token, tokens per second.
 
+    \b
     Example:  pqcache eval speed --model tiny --cache dynamic --lengths 512,1K
     """
     return get("speed").run(session, **options)
@@ -137,6 +143,7 @@ def speed(get: Any, session: Any, *, config: Any, data_dir: Any, **options: Any)
 def memory(get: Any, session: Any, *, config: Any, data_dir: Any, **options: Any) -> Any:
     """Bytes of the cache, and the allocator's peak on CUDA.
 
+    \b
     Example:  pqcache eval memory --model tiny --cache pq --lengths 512,1K,2K
     """
     return get("memory").run(session, **options)
@@ -144,17 +151,24 @@ def memory(get: Any, session: Any, *, config: Any, data_dir: Any, **options: Any
 
 @_task
 @_options.lengths_option("1K,2K")
-@click.option("--depths", default="0,0.25,0.5,0.75,1", show_default=True, help="Where keys hide: 0 first, 1 last.")
+@click.option(
+    "--depths",
+    type=_options.Numbers(float, 0, 1),
+    default="0,0.25,0.5,0.75,1",
+    show_default=True,
+    help="Where: 0 first, 1 last.",
+)
 @click.option("--count", type=click.IntRange(min=1), default=4, show_default=True, help="Pass keys for every cell.")
-@click.option("--text", default="demo", show_default=True, help="Filler: a file, demo, or task/split.")
-def recall(get: Any, session: Any, *, config: Any, data_dir: Any, depths: str, text: str, **options: Any) -> Any:
+@_options.text_option("Filler")
+def recall(get: Any, session: Any, *, config: Any, data_dir: Any, text: str, **options: Any) -> Any:
     """Pass keys over depth and length.
 
+    \b
     Example:  pqcache eval recall --model tiny --cache pq:2 --lengths 512,1K
     """
     from hf_pqcache.eval.setup import text_of
 
-    return get("recall").run(session, text_of(text, data_dir)[0], depths=[float(x) for x in depths.split(",")], **options)
+    return get("recall").run(session, text_of(text, data_dir)[0], **options)
 
 
 @_task
@@ -164,6 +178,7 @@ def recall(get: Any, session: Any, *, config: Any, data_dir: Any, depths: str, t
 def breakdown(get: Any, session: Any, *, config: Any, data_dir: Any, **options: Any) -> Any:
     """Where the time of a decode step goes.
 
+    \b
     Example:  pqcache eval breakdown --model tiny --cache pq --tokens 1024
     """
     return get("breakdown").run(session, **options)

@@ -6,29 +6,28 @@ from pathlib import Path
 
 import click
 
-from hf_pqcache.commands import _options
+from hf_pqcache.commands import _options, _output
 
 
 @click.command()
 @click.argument("results", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("report"), show_default=True)
+@click.option("-o", "--out", type=_options.NEW_FOLDER, default=Path("report"), show_default=True, help="Folder of the page.")
 @click.option("--title", default="KV cache evaluation", show_default=True, help="Heading of the page.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also list the files here.")
+@_options.json_option("the list of files")
 def command(results: tuple[Path, ...], out: Path, title: str, json_file: Path | None) -> None:
     """Draw result files: perplexity against bits, time and memory against length, recall maps, one page with all.
 
+    \b
     Example:  pqcache report results.jsonl -o report
     """
     try:
-        from hf_pqcache.eval.report import write_report
+        from hf_pqcache.eval.report import PAGE, write_report
     except ModuleNotFoundError as error:
         if error.name not in ("matplotlib", "jinja2"):
             raise
         raise click.ClickException(f"{error.name} is not installed; run: pip install 'hf-pqcache[plot]'") from error
-    try:
-        files = write_report(results, out, title)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(f"{files[0]}, and {len(files) - 1} plots beside it")
+    was_there = (out / PAGE).exists()
+    files = write_report(results, out, title)
+    _output.say(f"{files[0]}, and {len(files) - 1} plots beside it" + (", over those that were there" if was_there else ""))
     if json_file is not None:
-        _options.save_json(json_file, {"page": str(files[0]), "plots": [str(file) for file in files[1:]]})
+        _output.save_json(json_file, {"page": str(files[0]), "plots": [str(file) for file in files[1:]]})

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from hf_pqcache.commands import _options
+from hf_pqcache.commands import _options, _output, _rows
 
 
 class _SeveralWords(click.Command):
@@ -25,7 +25,7 @@ class _SeveralWords(click.Command):
         return super().parse_args(ctx, spread)
 
 
-@click.command(cls=_SeveralWords, context_settings=_options.CONTEXT)
+@click.command(cls=_SeveralWords)
 @_options.model_options
 @click.option("--dataset", default="wikitext-2-raw-v1", show_default=True, help="Task whose text is evaluated.")
 @click.option("-p", "stages", multiple=True, help="Stages: baseline sampling training evaluation; all if absent.")
@@ -36,7 +36,7 @@ class _SeveralWords(click.Command):
 @click.option("--window", type=click.IntRange(min=2), help="Tokens of a perplexity window; the model config's if absent.")
 @click.option("--stride", type=click.IntRange(min=1), help="The next window starts so many tokens later.")
 @click.option("--limit", type=click.IntRange(min=1), help="Windows to measure; all if absent.")
-@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), help="Folder for samples, codebook, results.")
+@click.option("-o", "--output", type=_options.NEW_FOLDER, help="Folder for samples, codebook, results.")
 def command(
     stages: tuple[str, ...],
     dataset: str,
@@ -53,8 +53,10 @@ def command(
 ) -> None:
     """Baseline, sampling, training and evaluation of a codebook for one model.
 
-    Example:  pqcache run -f llama-2-7b --dataset wikitext-2-raw-v1 -M 64 --nbits 8 -m --half --paged
-    --page_size 64 --extended_residual 128 --max_pages 2000 --breakdown -p baseline sampling training evaluation
+    \b
+    Example:  pqcache run -f llama-2-7b --dataset wikitext-2-raw-v1 -M 64 \\
+              --nbits 8 -m --half --paged --page_size 64 --extended_residual 128 \\
+              --breakdown -p baseline sampling training evaluation
     """
     from hf_pqcache.eval.caches import head_dim
     from hf_pqcache.eval.pipeline import STAGES, Pipeline
@@ -66,20 +68,19 @@ def command(
     folder = output or Path("runs") / (name + ("-merged" if merge else ""))
     options["results"] = options["results"] or folder / "results.jsonl"
     options["calibration"] = options["calibration"] or dataset
-    with _options.friendly_errors():
-        session, config, learning = _options.session_of(options, merge=merge)
-        shape = config.pq_config
-        pipeline = Pipeline(
-            session,
-            shape.replace(num_subspaces=shape.subspaces(head_dim(session.model))),
-            learning,
-            dataset,
-            folder,
-            window=window or config.window_tokens,
-            stride=stride,
-            limit=limit,
-            with_breakdown=breakdown,
-        )
-        rows = pipeline.run(stages or STAGES)
-    _options.finish(rows, json_file, f"{session.model_name} on {dataset}")
-    click.echo(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    session, config, learning = _options.session_of(options, merge=merge)
+    shape = config.pq_config
+    pipeline = Pipeline(
+        session,
+        shape.replace(num_subspaces=shape.subspaces(head_dim(session.model))),
+        learning,
+        dataset,
+        folder,
+        window=window or config.window_tokens,
+        stride=stride,
+        limit=limit,
+        with_breakdown=breakdown,
+    )
+    rows = pipeline.run(stages or STAGES)
+    _rows.finish(rows, json_file, f"{session.model_name} on {dataset}")
+    _output.say(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")

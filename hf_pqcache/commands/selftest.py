@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hf_pqcache.commands import _options
+from hf_pqcache.commands import _options, _output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,14 +28,13 @@ MARKS = {"ok": "[green]ok[/]     ", "skipped": "[yellow]skipped[/]", "FAILED": "
 @click.option("--compare", "mode", flag_value="compare", help="Bytes, speed and tokens of other compressed caches, too.")
 @click.option("--phase", type=click.IntRange(1, 3), help="Only 1 data structures, 2 kernels or 3 integration.")
 @click.option("--debug", is_flag=True, help="Show where a check failed.")
-@click.option("--json", "json_file", type=_options.FILE, help="Also write the outcomes here.")
+@_options.json_option("the outcomes")
 def command(mode: str, phase: int | None, debug: bool, json_file: Path | None) -> None:
     """Check data structures, kernels and generate on this machine, offline; exit 1 if something fails.
 
+    \b
     Example:  pqcache selftest --quick
     """
-    from rich.console import Console
-
     from hf_pqcache.eval import selftest
     from hf_pqcache.eval.results import provenance
     from hf_pqcache.eval.selftest.checks import Machine, run_checks
@@ -44,7 +43,7 @@ def command(mode: str, phase: int | None, debug: bool, json_file: Path | None) -
         raise click.UsageError(f"--phase chooses among the checks and --{mode} runs none of them; give one of the two")
     machine = Machine.here(is_full=mode == "full")
     checks = [check for check in selftest.CHECKS if phase in (None, check.phase) and mode in ("quick", "full")]
-    console = Console()
+    console = _output.console()
     outcomes: list[Outcome] = []
     figures: list[Figures] = []
     with console.status("") as status:
@@ -61,7 +60,7 @@ def command(mode: str, phase: int | None, debug: bool, json_file: Path | None) -
             _print_outcome(console, outcome, debug)
     if json_file is not None:
         report = {"mode": mode, "outcomes": [asdict(x) for x in outcomes], "caches": [asdict(x) for x in figures]}
-        _options.write_json(json_file, {**report, "provenance": provenance(machine.device)})
+        _output.write_json(json_file, {**report, "provenance": provenance(machine.device)})
     _finish(outcomes)
 
 
@@ -84,8 +83,6 @@ def _print_outcome(console: Console, outcome: Outcome, debug: bool) -> None:
 
 def _time(kind: str, machine: Machine, console: Console) -> tuple[list[Figures], Outcome]:
     """Measure the caches of --performance or --compare and print their table."""
-    from rich.table import Table
-
     from hf_pqcache.eval.selftest import timing
     from hf_pqcache.eval.selftest.checks import Check, run_checks
 
@@ -98,13 +95,22 @@ def _time(kind: str, machine: Machine, console: Console) -> tuple[list[Figures],
 
     with console.status("timing caches"):
         (outcome,) = run_checks([Check(kind, 3, run)], machine)
-    table = Table(title=f"embedded model on {machine.device.type}: {timing.TOKENS} tokens and {timing.NEW_TOKENS} more")
-    for heading in ("cache", "KV bytes", "TTFT ms", "tokens/s", "tokens as DynamicCache", ""):
-        table.add_column(heading, justify="left" if heading in ("cache", "") else "right")
-    for x in figures:
-        cells = zip((x.kv_bytes, x.ttft_ms, x.tokens_per_s, x.agreement), (",", ".0f", ".1f", ".0%"), strict=True)
-        table.add_row(x.cache, *("" if value is None else format(value, form) for value, form in cells), x.note)
-    console.print(table)
+
+    def texts(name: str, form: str) -> list[str]:
+        values = [getattr(x, name) for x in figures]
+        return ["" if value is None else format(value, form) for value in values]
+
+    _output.show_table(
+        f"embedded model on {machine.device.type}: {timing.TOKENS} tokens and {timing.NEW_TOKENS} more",
+        {
+            "cache": [x.cache for x in figures],
+            "KV": [_output.bytes_text(x.kv_bytes) for x in figures],
+            "TTFT ms": texts("ttft_ms", ".0f"),
+            "tokens/s": texts("tokens_per_s", ".1f"),
+            "as DynamicCache": texts("agreement", ".0%"),
+        },
+        notes=[f"{x.cache}: {x.note}" for x in figures if x.note],
+    )
     return figures, outcome
 
 
@@ -115,4 +121,4 @@ def _finish(outcomes: Sequence[Outcome]) -> None:
     seconds = sum(x.seconds for x in outcomes)
     if failed:
         raise click.ClickException(f"selftest FAILED: {', '.join(failed)} ({len(failed)} of {len(outcomes)} checks)")
-    click.echo(f"selftest passed: {len(outcomes) - skipped} checks, {skipped} skipped, {seconds:.0f} s")
+    _output.say(f"selftest passed: {len(outcomes) - skipped} checks, {skipped} skipped, {seconds:.0f} s")
