@@ -85,7 +85,7 @@ def run_demo(
         out = model.generate(prompt, attention_mask=mask, **cache_kwargs(cache), max_new_tokens=24, do_sample=False)
         return str(tokenizer.decode(out[0, tokens:], skip_special_tokens=True))
 
-    measure = {"window": tokens, "progress": progress}
+    measure: dict[str, Any] = {"window": tokens, "progress": progress}
     exact = perplexity(model, tokenizer, held_out, mode="exact", **measure).value
     sample = _cache_bytes(model, prompt, PagedPQCache(model.config, max_pages=64))
     fp16_bytes = sample["bytes_fp16"]

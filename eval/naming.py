@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from hf_pqcache.eval.results import Row
 
 K = TypeVar("K")
+T = TypeVar("T")
 #: Caches that keep every number as the model computed it: what the others are compared with.
 EXACT = ("dynamic", "static", "paged-kv")
 #: Metrics that are measured over the length of a sequence: (heading, unit, is smaller better).
@@ -137,9 +138,9 @@ def grouped(rows: Sequence[Row], metrics: set[str], without: set[str]) -> dict[t
     return dict(groups)
 
 
-def split(rows: Iterable[Row], key: Callable[[Row], K]) -> dict[K, list[Row]]:
-    """The rows by what `key` makes of them, in their order."""
-    groups: dict[K, list[Row]] = {}
+def split(rows: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """The rows (or whatever else) by what `key` makes of them, in their order."""
+    groups: dict[K, list[T]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups

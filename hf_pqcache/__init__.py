@@ -5,7 +5,6 @@ Nothing is imported before it is asked for: `pqcache --help` needs no torch.
 
 import importlib
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +14,6 @@ if TYPE_CHECKING:
     from hf_pqcache.codebook import Codebook
     from hf_pqcache.config import PQConfig
     from hf_pqcache.errors import PQCacheError
-
-# A wheel carries eval/, kernels/ and model_configs/ inside this folder; a checkout has them beside it.
-if not Path(__file__).with_name("kernels").is_dir():
-    __path__.append(str(Path(__file__).parents[1]))
 
 __version__ = "0.1.0"
 __all__ = ["Codebook", "PQCacheError", "PQConfig", "PagedKVCache", "PagedPQCache", "calibrate"]

@@ -19,9 +19,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# A wheel carries kernels/ inside the package; a checkout has it beside the package.
-_INSIDE = Path(__file__).with_name("kernels")
-SOURCES = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[1] / "kernels"
+SOURCES = Path(__file__).with_name("kernels")
 
 
 @dataclass(frozen=True)

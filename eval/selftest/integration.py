@@ -191,7 +191,7 @@ def cropping(machine: Machine) -> str:
             s.model(s.prompt()["input_ids"], **cache_kwargs(one))
             one.crop(-70)
             logits.append(s.model(s.prompt(2, 160)["input_ids"][:, PROMPT_TOKENS - 70 :], **cache_kwargs(one)).logits)
-    expect_close("logits after a crop by 70 tokens", *logits, bound=BOUNDS[s.model.dtype])
+    expect_close("logits after a crop by 70 tokens", logits[0], logits[1], bound=BOUNDS[s.model.dtype])
     return "prompt lookup, and a crop across pages"
 
 

@@ -44,7 +44,10 @@ class MemoryTask:
                     *([memory.peak_bytes] if memory.peak_bytes is not None else []),
                 ]
 
-            done += session.measure(rows, run, true_bits=lambda found=found: found[0].cache.bits)
+            def bits(found: list[Memory] = found) -> float | None:
+                return found[0].cache.bits
+
+            done += session.measure(rows, run, true_bits=bits)
         return done
 
 
