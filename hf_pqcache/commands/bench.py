@@ -29,7 +29,7 @@ class _KernelCase(click.ParamType):
     name = "case"
     names = ("batch", "kv_heads", "group", "tokens", "head_dim", "num_subspaces", "num_bits")
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, int]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
         words = str(value).split(",")
         if not all(word.strip().isdigit() for word in words) or len(words) not in (4, 5, 7):
             self.fail(
@@ -94,7 +94,7 @@ def _end(rows: list[dict[str, Any]], json_file: Path | None, plot: Path | None, 
 )
 @_options.json_option("the document")
 @click.option("--plot", type=_options.FILE, help="Draw the speed-ups here (PNG; needs matplotlib).")
-def kernel(cases: Sequence[dict[str, int]], json_file: Path | None, plot: Path | None) -> None:
+def kernel(cases: Sequence[dict[str, Any]], json_file: Path | None, plot: Path | None) -> None:
     """Decode attention over pages, of codes or exact, against torch's fp16 attention: flash, cuDNN, memory-efficient.
 
     \b
