@@ -9,16 +9,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+HERE = Path(__file__).parent
 TOKEN = "hf_ThisTokenMustNeverBeSeenAnywhere"
 #: The status of a download that is cut off in the middle.
 CUT_OFF = -1
@@ -225,6 +228,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.answer(206 if start else 200, data[start:], **headers)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` look at tests/gpu only: a machine with a GPU need not have what other test files import."""
+    is_gpu_only = re.fullmatch(r"gpu( and .*)?", config.option.markexpr.strip())
+    is_elsewhere = collection_path.suffix == ".py" and (HERE / "gpu") not in collection_path.parents
+    return True if is_gpu_only and is_elsewhere else None
 
 
 @pytest.fixture

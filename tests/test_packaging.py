@@ -101,6 +101,17 @@ def test_nothing_else_of_the_checkout_can_be_imported(kind: str, checkout: Path,
         assert {name for name in names if found[name]} == {"hf_pqcache"}
 
 
+def test_gpu_tests_are_collected_without_what_only_other_tests_need() -> None:
+    missing = ("datasets", "evaluate", "lm_eval", "jieba", "playwright", "hypothesis", "matplotlib", "jinja2", "accelerate")
+    block = f"import sys; sys.modules.update(dict.fromkeys({missing}))"
+    script = f"{block}; import pytest; sys.exit(pytest.main(['-m', 'gpu', '--collect-only', '-q', '-p', 'no:cacheprovider']))"
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # hypothesis brings a plugin
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    collected = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert collected == {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+
+
 def test_every_package_is_named_for_the_build() -> None:
     named = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     roots = [ROOT / "hf_pqcache", *(ROOT / folder for folder in FOLDERS)]
