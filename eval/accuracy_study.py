@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_pqcache.calibrate import calibrate
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
+from hf_pqcache.eval import caches
 from hf_pqcache.eval.perplexity import Mode, perplexity
 from hf_pqcache.eval.texts import read_text
 from hf_pqcache.kmeans import Objective
@@ -98,7 +99,7 @@ def study(
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     common: dict[str, Any] = {"window": window, "max_windows": max_windows, "progress": progress}
     exact = perplexity(model, tokenizer, ids, **common)
-    head_dim = _head_dim(model.config)
+    head_dim = caches.head_dim(model)
     rows = []
     for setting in settings:
         config = PQConfig(num_subspaces=head_dim // setting.subspace_width, num_bits=setting.num_bits)
@@ -173,11 +174,6 @@ def table(result: dict[str, Any]) -> str:
 
 def _cell(figures: dict[str, float] | None, name: str, form: str) -> str:
     return "-" if figures is None else format(figures[name], form)
-
-
-def _head_dim(config: Any) -> int:
-    text = config.get_text_config(decoder=True)
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def main() -> None:

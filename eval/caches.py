@@ -15,6 +15,7 @@ from hf_pqcache.cache import PagedKVCache, PagedPQCache
 from hf_pqcache.calibrate import compressible_layers
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
+from hf_pqcache.shapes import kv_shape, layer_configs
 
 CACHES = ("dynamic", "static", "quanto", "hqq", "fp8", "pq", "paged-kv")
 #: Bits a value that each family offers, its default first; families that are not here offer no choice.
@@ -157,15 +158,16 @@ def weigh(cache: Any, model: Any, num_tokens: int) -> CacheBytes:
 
 def kv_numbers_per_token(model: Any) -> int:
     """Key and value numbers of one token, over the layers that keep every token; 0 if the config does not say."""
-    text: Any = model.config.get_text_config(decoder=True)
-    heads: Any = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
-    return 2 * len(compressible_layers(model.config)) * int(heads) * head_dim(model)
+    layers = layer_configs(model.config.get_text_config(decoder=True))
+    shapes = [kv_shape(layers[i]) for i in compressible_layers(model.config)]
+    return 2 * sum((heads or 0) * (dim or 0) for heads, dim in shapes)
 
 
 def head_dim(model: Any) -> int:
-    """Numbers in a key of one head."""
-    text: Any = model.config.get_text_config(decoder=True)
-    return getattr(text, "head_dim", None) or int(text.hidden_size // text.num_attention_heads)
+    """Numbers in a key of one head, in the first layer that can be compressed; 0 if the config does not say."""
+    layers = layer_configs(model.config.get_text_config(decoder=True))
+    first = next(iter(compressible_layers(model.config)), 0)
+    return kv_shape(layers[first])[1] or 0
 
 
 def storage_bytes(root: Any) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from hf_pqcache import demo
-from hf_pqcache.codebook import kv_shape
 from hf_pqcache.config import PQConfig
+from hf_pqcache.shapes import kv_shape, layer_configs
 
 #: The YAML files that come along: inside the installed package, and beside this folder in a checkout.
 FOLDER = Path(__file__).parents[1] / "model_configs"
@@ -96,13 +96,13 @@ class ModelConfig:
 
     def check(self, config: Any) -> None:
         """Compare with the config of the loaded model. Raises ValueError saying what differs and what to do."""
-        num_kv_heads, head_dim = kv_shape(config.get_text_config(decoder=True))
-        for name, found in (("head_dim", head_dim), ("num_kv_heads", num_kv_heads)):
-            expected = getattr(self, name)
-            if expected is not None and found is not None and expected != found:
+        heads, head_dims = zip(*map(kv_shape, layer_configs(config.get_text_config(decoder=True))), strict=True)
+        for name, values in (("head_dim", head_dims), ("num_kv_heads", heads)):
+            expected, found = getattr(self, name), [*dict.fromkeys(values)]  # layers may differ
+            if expected is not None and None not in found and expected not in found:
                 raise ValueError(
-                    f"expected {name}={expected}, got {found} in the config of {self.model!r}: correct the model config, or "
-                    "load the model that it was written for"
+                    f"expected {name}={expected}, got {' and '.join(map(str, found))} in the config of {self.model!r}: "
+                    "correct the model config, or load the model that it was written for"
                 )
 
     def to_dict(self) -> dict[str, Any]:

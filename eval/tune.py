@@ -15,13 +15,14 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hf_pqcache.calibrate import compressible_layers
-from hf_pqcache.codebook import Codebook, kv_shape
+from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.accuracy_study import cache_bits
 from hf_pqcache.eval.caches import CacheSpec
 from hf_pqcache.eval.results import Row
 from hf_pqcache.eval.session import Session
 from hf_pqcache.eval.tasks._text import run_perplexity
+from hf_pqcache.shapes import kv_shape, layer_configs
 
 FULL_BITS = 16
 
@@ -178,10 +179,10 @@ def layer_shapes(config: Any) -> list[tuple[int, int, int]]:
     Raises ValueError if the config does not say.
     """
     text = config.get_text_config(decoder=True)
-    views = getattr(text, "per_layer_config", None)
+    views = layer_configs(text)
     shapes = []
     for i in compressible_layers(config):
-        heads, head_dim = kv_shape(text if views is None else views[i])
+        heads, head_dim = kv_shape(views[i])
         if heads is None or head_dim is None:
             raise ValueError(f"layer {i}: the model's config does not say how many KV heads it has, or their head_dim")
         shapes.append((heads, head_dim, head_dim))

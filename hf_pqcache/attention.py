@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from hf_pqcache.handles import KEY, VALUE, KVHandle, LazyKV
+from hf_pqcache.shapes import has_latent_attention
 
 #: Keywords that do not change what attention computes, or that the fused path honours. Anything else that is set
 #: sends the call to the original function with decoded keys.
@@ -168,7 +169,7 @@ def goes_through_interface(config: PreTrainedConfig) -> bool:
     Others (GPT-J, Falcon) read keys themselves, and latent attention (DeepSeek) expands them after `update`: such
     models run eagerly, on decoded keys.
     """
-    if getattr(config, "kv_lora_rank", None):
+    if has_latent_attention(config):
         return False
     try:
         model_class: Any = MODEL_MAPPING[type(config)]

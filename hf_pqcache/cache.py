@@ -15,6 +15,7 @@ from hf_pqcache.codebook import Codebook, most_bytes
 from hf_pqcache.config import PQConfig, choose_page_size
 from hf_pqcache.paged import PagedCache, full_attention
 from hf_pqcache.pages import EXACT
+from hf_pqcache.shapes import kv_shape, layer_configs
 from hf_pqcache.storage import Storage
 
 
@@ -188,11 +189,23 @@ def _kernels_serve(text_config: PreTrainedConfig, settings: PQConfig | None) -> 
     """
     if not torch.cuda.is_available():
         return False
-    heads = text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    group = heads // (getattr(text_config, "num_key_value_heads", None) or heads)
     dtype = getattr(text_config, "dtype", None) or torch.float16
     device = torch.device("cuda", torch.cuda.current_device())
+    shapes = {(kv_shape(layer), getattr(layer, "num_attention_heads", None)) for layer in layer_configs(text_config)}
+    return all(_serve(head_dim, heads, queries, dtype, device, settings) for (heads, head_dim), queries in shapes)
+
+
+def _serve(
+    head_dim: int | None,
+    heads: int | None,
+    query_heads: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    settings: PQConfig | None,
+) -> bool:
+    if not (head_dim and heads and query_heads):  # the config does not say
+        return False
+    group = query_heads // heads
     if settings is None:
         return selection.select_paged(head_dim, head_dim, group, dtype, device).name != "torch"
     try:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hf_pqcache import hub
 from hf_pqcache.config import MAX_BITS, PQConfig
+from hf_pqcache.shapes import has_latent_attention, kv_shape, layer_configs
 
 FORMAT, SCHEMA_VERSION = "hf-pqcache-codebook", 1
 TENSOR_FILE, CONFIG_FILE = "codebook.safetensors", "codebook.json"
@@ -124,11 +125,11 @@ class Codebook:
         num_layers = text.num_hidden_layers
         if outside := [i for i in self.layers if i >= num_layers]:
             raise ValueError(f"codebook has layers {outside}, the model has {num_layers} layers only; {way_out}")
-        if getattr(text, "kv_lora_rank", None):
-            return  # latent attention: what is cached follows from no two numbers; the cache checks its first tokens
-        views = getattr(text, "per_layer_config", None)  # transformers' view of models whose layers differ
+        if has_latent_attention(text):
+            return  # what is cached follows from no two numbers; the cache checks its first tokens
+        views = layer_configs(text)
         for i, layer in sorted(self.layers.items()):
-            heads, head_dim = kv_shape(text if views is None else views[i])
+            heads, head_dim = kv_shape(views[i])
             got_heads, got_dim = layer.keys.shape[0], layer.head_dims[0]
             if heads is not None and got_heads != heads:
                 raise ValueError(f"layer {i}: expected {heads} KV heads, got {got_heads} in the codebook; {way_out}")
@@ -252,8 +253,7 @@ def most_bytes(config: Any) -> int:
     As many centroids as codes have values, keys and values of up to twice the announced head_dim, and the file's header.
     """
     text = config.get_text_config(decoder=True)
-    views = getattr(text, "per_layer_config", None)
-    shapes = [kv_shape(text if views is None else views[i]) for i in range(text.num_hidden_layers)]
+    shapes = [kv_shape(layer) for layer in layer_configs(text)]
     if any(heads is None or head_dim is None for heads, head_dim in shapes):
         return hub.GIBIBYTE
     numbers = sum((heads or 0) * (head_dim or 0) for heads, head_dim in shapes)
@@ -278,18 +278,6 @@ def to_float16(centroids: Tensor, name: str) -> Tensor:
             f"{name}: a centroid of magnitude {centroids.abs().max().item():.4g} does not fit float16 (at most 65504)"
         )
     return rounded.contiguous()
-
-
-def kv_shape(config: Any) -> tuple[int | None, int | None]:
-    """(KV heads, head_dim) that a transformers config announces for a layer; None where it does not say."""
-    query_heads = getattr(config, "num_attention_heads", None)
-    heads = getattr(config, "num_key_value_heads", None)
-    if heads is None and not hasattr(config, "multi_query"):  # Falcon, GPT-BigCode: one head, or as many as it computes
-        heads = query_heads
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim is None and isinstance(query_heads, int) and isinstance(getattr(config, "hidden_size", None), int):
-        head_dim = config.hidden_size // query_heads
-    return (heads if isinstance(heads, int) else None), (head_dim if isinstance(head_dim, int) else None)
 
 
 def _check_tensor(name: str, x: Tensor, config: PQConfig, layer: LayerCodebook) -> None:
