@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,6 +19,8 @@ from hf_pqcache.shapes import kv_shape, layer_configs
 FOLDER = Path(__file__).parents[1] / "model_configs"
 #: What `model` and `calibration_text` call the embedded model and the embedded articles.
 DEMO = "demo"
+#: Settings that may be paths.
+_PATH_KEYS = ("model", "calibration_text", "codebook")
 _CACHE_KEYS = tuple(field.name for field in fields(PQConfig))
 
 
@@ -134,18 +137,11 @@ def load_model_config(name_or_path: str | os.PathLike[str], overrides: Mapping[s
         FileNotFoundError: it is none of these.
         ValueError: the file is no YAML mapping, has an unknown key, or a value is out of range. The message names them.
     """
-    name, path = os.fspath(name_or_path), Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        values = _read(path)
-    elif name in available():
-        values = _read(FOLDER / f"{name}.yaml")
-    elif (path / "config.json").is_file() or (name.count("/") == 1 and not path.exists() and name[0] not in "./~"):
-        values = {"model": name}
-    else:
-        raise FileNotFoundError(
-            f"there is no model config {name!r}: use one of {available()}, a .yaml file, a model's folder, or a Hub id"
-        )
+    name = os.fspath(name_or_path)
+    values = _values(name)
     values.update({key: value for key, value in (overrides or {}).items() if value is not None})
+    if (overrides or {}).get("model") is not None:
+        values["model"] = _local_first(values["model"])
     known = [field.name for field in fields(ModelConfig)]
     if unknown := sorted(set(map(str, values)) - set(known)):
         raise ValueError(f"{name}: unknown settings {unknown}; known ones are {known}")
@@ -158,12 +154,51 @@ def load_model_config(name_or_path: str | os.PathLike[str], overrides: Mapping[s
         raise ValueError(f"{name}: {error}") from None
 
 
+def _values(name: str) -> dict[str, Any]:
+    """The settings that a name, a YAML file, a folder or a Hub id stands for; what lies here comes before what came along."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return _read(path)
+    if (path / "config.json").is_file():
+        return {"model": _local_first(name)}
+    if name in available():
+        return _read(FOLDER / f"{name}.yaml")
+    if path.is_dir():
+        raise FileNotFoundError(f"the folder {name!r} holds no model: there is no config.json in it")
+    if name == DEMO or (name.count("/") == 1 and name[0] not in "./~" and not name.endswith("/")):
+        return {"model": name}
+    raise FileNotFoundError(
+        f"there is no model config {name!r}: use one of {', '.join(available())}, a .yaml file, a model's folder, or a Hub id"
+    )
+
+
+def _local_first(model: str) -> str:
+    """A model's name; where a folder and something built in have it, the folder, with a warning."""
+    if not (Path(model) / "config.json").is_file() or (model != DEMO and model not in available()):
+        return model
+    warnings.warn(
+        f"{model!r} is a model's folder here and a built-in name; the folder is taken (elsewhere, or renamed, it is clear)",
+        stacklevel=4,
+    )
+    return os.path.join(".", model)
+
+
 def _read(path: Path) -> dict[str, Any]:
-    """The mapping of a YAML file; relative paths in it are left as they are. Raises ValueError if it is no mapping."""
+    """The mapping of a YAML file, its relative paths seen from the file's folder. Raises ValueError if it is no mapping."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold settings such as 'num_bits: 8', got {type(data).__name__}")
-    return data
+    return {key: _path(value, path.parent) if key in _PATH_KEYS else value for key, value in data.items()}
+
+
+def _path(value: Any, folder: Path) -> Any:
+    """A setting that may be a path: seen from `folder` if it begins with a dot or is there, as it stands if not."""
+    if not isinstance(value, str) or not value:
+        return value
+    found = folder / os.path.expanduser(value)
+    if not (value.startswith(("./", "../", "~")) or found.exists()):
+        return value
+    return os.path.join(".", value) if str(found) == DEMO else str(found)

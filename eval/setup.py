@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,11 +36,13 @@ def text_of(source: str, data_dir: str | Path | None = None, *, is_calibration: 
 
     Raises FileNotFoundError or ValueError saying what to give instead.
     """
+    if Path(source).is_file():
+        if source == DEMO or source in tasks.registry():
+            warnings.warn(f"{source!r} is a file here and a built-in text; the file is taken", stacklevel=2)
+        return read_text(source), Path(source).name
     if source == DEMO:
         calibration, held_out = split_text(demo.TEXT.read_text(encoding="utf-8"))
         return (calibration, DEMO) if is_calibration else (held_out, f"{DEMO}/test")
-    if Path(source).is_file():
-        return read_text(source), Path(source).name
     name, _, split = source.partition("/")
     try:
         task = tasks.get(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,17 +29,6 @@ def speaks_beside_json() -> bool:
 def say(text: str) -> None:
     """A line for people; not in the way of --json -."""
     click.echo(text, err=speaks_beside_json())
-
-
-def note(text: str) -> None:
-    """What a user should know besides the results, on the error stream, beside any progress bar."""
-    if "tqdm" in sys.modules:
-        from tqdm import tqdm
-
-        with tqdm.external_write_mode():
-            click.echo(text, err=True)
-    else:
-        click.echo(text, err=True)
 
 
 def console() -> Console:
@@ -72,8 +60,9 @@ def show_table(
     from rich.table import Table
 
     output = console()
-    shown = {heading: texts for heading, texts in columns.items() if any(texts)}
-    first, *others = shown
+    first = next(iter(columns))
+    shown = {heading: texts for heading, texts in columns.items() if any(texts) or heading == first}
+    others = list(shown)[1:]
     widths = {h: max([cell_len(h), *map(cell_len, shown[h])]) for h in shown}
     for heading in (h for h in others if h in left):
         widths[heading] = min(widths[heading], _LEAST_TEXT)
@@ -88,7 +77,7 @@ def show_table(
         parts[-1].append(heading)
         taken += widths[heading] + 2
     output.print(title, style="bold", markup=False)
-    for part in parts:
+    for part in parts if others else []:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
         for heading in (first, *part):
             is_text = heading == first or heading in left

@@ -5,32 +5,38 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
+
+import click
 
 
 @contextmanager
 def tidy_bars() -> Iterator[None]:
-    """Warnings and log lines come between bars, not into them."""
+    """Warnings are one line each; they and log lines come between bars, not into them."""
+    emit = logging.StreamHandler.emit
 
-    def beside(write: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if "tqdm" not in sys.modules:
-                return write(*args, **kwargs)
-            from tqdm import tqdm
+    def emit_beside(self: Any, record: logging.LogRecord) -> None:
+        with _between_bars():
+            emit(self, record)
 
-            with tqdm.external_write_mode():
-                return write(*args, **kwargs)
+    def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        with _between_bars():
+            click.echo(f"Warning: {' '.join(str(message).split())}", err=True)
 
-        return call
-
-    with (
-        patch.object(warnings, "showwarning", beside(warnings.showwarning)),
-        patch.object(logging.StreamHandler, "emit", beside(logging.StreamHandler.emit)),
-    ):
+    with patch.object(warnings, "showwarning", show), patch.object(logging.StreamHandler, "emit", emit_beside):
         yield
+
+
+def _between_bars() -> AbstractContextManager[Any]:
+    """Bars are taken away meanwhile."""
+    if "tqdm" not in sys.modules:
+        return nullcontext()
+    from tqdm import tqdm
+
+    return tqdm.external_write_mode()
 
 
 @contextmanager
