@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from hf_pqcache.eval import hub_data
 from hf_pqcache.hf_names import cache_kwargs
 
 #: Tasks whose examples are a continued pattern or code: the official runs give them to chat models as plain text.
@@ -79,10 +80,8 @@ def examples(task: str, data_dir: str | Path | None = None) -> list[dict[str, An
     Raises FileNotFoundError if data_dir has no such file.
     """
     if data_dir is None:
-        from datasets import load_dataset
-
         described = spec(task)
-        return [dict(row) for row in load_dataset(described.path, described.config, split="test")]
+        return [dict(row) for row in hub_data.load(described.path, described.config, split="test")]
     for folder in (Path(data_dir), Path(data_dir, "longbench"), Path(data_dir, "data")):
         if (path := folder / f"{task}.jsonl").is_file():
             return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

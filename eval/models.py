@@ -10,6 +10,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from hf_pqcache import hub
+
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 #: What `quantization` may be: (transformers' config class, its arguments).
 QUANTIZATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,7 +59,7 @@ def load_model(
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization={quantization!r} is unknown; use one of {sorted(QUANTIZATIONS)}")
     device = check_device(device)
-    where: dict[str, Any] = {"local_files_only": True} if Path(name).is_dir() else {"revision": revision}
+    where = _where(str(name), revision)
     where |= {"trust_remote_code": True} if trust_remote_code else {}
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **(model_kwargs or {})}
     if attn_implementation is not None:
@@ -80,6 +82,17 @@ def load_model(
     if "device_map" not in options:
         model.to(device)
     return model.eval(), tokenizer
+
+
+def _where(name: str, revision: str | None) -> dict[str, Any]:
+    """Arguments of from_pretrained: where a model is read from. Raises OSError at once if it is not to be had."""
+    if Path(name).is_dir():
+        return {"local_files_only": True}
+    if hub.is_reachable():
+        return {"revision": revision}
+    if not hub.has_local(name, "config.json", revision):
+        raise OSError(f"cannot get {name}: the Hub cannot be reached; give --model a folder to do without")
+    return {"revision": revision, "local_files_only": True}
 
 
 def check_device(device: str | None) -> str:
@@ -111,10 +124,7 @@ def _told(name: str | Path, error: Exception) -> Exception:
         hint = "; its weights may be cut short: copy or download it again" if is_cut else ""
         return ValueError(f"cannot load the model in {name}: {text or type(error).__name__}{hint}")
     if isinstance(error, OSError):
-        return OSError(
-            f"cannot get {name} from the Hub (no such repository, no access, or no network): give --model a folder "
-            f"to work offline. {text}"
-        )
+        return OSError(f"cannot get {name} from the Hub, give --model a folder to do without: {text}")
     return ValueError(f"cannot load {name}: {text or type(error).__name__}")
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
-from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download
+from huggingface_hub import EvalResult, HfApi, ModelCardData, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id
 
 #: Seconds between two tries of a call that failed in a way that may pass: no connection, too many requests, server error.
 RETRY_WAITS_S = (0.5, 1.0, 2.0)
@@ -109,6 +112,32 @@ def upload(
         )
     )
     return str(getattr(info, "commit_url", info))
+
+
+def is_reachable() -> bool:
+    """Whether the Hub answers, found out in seconds: huggingface_hub itself tries for half a minute."""
+    if constants.is_offline_mode():
+        return False
+    try:
+        get_session().head(_endpoint() or "https://huggingface.co", timeout=10)
+    except (HTTPError, OSError):
+        return False
+    return True
+
+
+def has_local(repo_id: str, file: str, revision: str | None = None) -> bool:
+    """Whether the local cache has a file of a repository."""
+    return isinstance(try_to_load_from_cache(repo_id, file, revision=revision), str)
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """What is read meanwhile comes from the local cache or not at all."""
+    with ExitStack() as stack:
+        for module in ("huggingface_hub.constants", "datasets.config"):
+            if module in sys.modules:
+                stack.enter_context(patch.object(sys.modules[module], "HF_HUB_OFFLINE", True))
+        yield
 
 
 def check_repo_id(repo_id: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hf_pqcache.eval import hub_data
 from hf_pqcache.eval.accuracy_study import bits_per_value
 from hf_pqcache.eval.deployed import CHUNK, cache_perplexity
 from hf_pqcache.eval.perplexity import perplexity, token_ids
@@ -58,9 +59,7 @@ class TextTask:
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is unknown; use one of {SPLITS}")
         if data_dir is None:
-            from datasets import load_dataset
-
-            data: Any = load_dataset(self.path, self.config, split=split, revision=self.revision)
+            data = hub_data.load(self.path, self.config, split=split, revision=self.revision)
             return self.join(list(data[self.column]))
         folders = [Path(data_dir, name) for name in (*self.folders, "")]
         for folder in folders:
