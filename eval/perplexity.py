@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_pqcache import pq
+from hf_pqcache import arguments, pq
 from hf_pqcache.attention import module_eager_attention
 from hf_pqcache.codebook import Codebook, LayerCodebook
 from hf_pqcache.config import PQConfig
@@ -91,6 +91,8 @@ def perplexity(
     Raises:
         ValueError: fewer than two tokens, an impossible window or stride, no codebook, a codebook of another model.
     """
+    arguments.check_codebook(codebook)
+    arguments.check_pq_config(config)
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; use one of {MODES}")
     stride = window if stride is None else stride

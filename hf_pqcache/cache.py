@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
-from hf_pqcache import parallel, selection
+from hf_pqcache import arguments, parallel, selection
 from hf_pqcache.calibrate import learn_layer
 from hf_pqcache.codebook import Codebook, most_bytes
 from hf_pqcache.config import PQConfig, choose_page_size
@@ -43,6 +43,7 @@ class PagedPQCache(PagedCache):
 
     Raises:
         ValueError: the codebook was made for another model, or a setting is out of range.
+        TypeError: a model, a path or a dict in place of a config or a codebook.
     """
 
     def __init__(
@@ -57,6 +58,9 @@ class PagedPQCache(PagedCache):
         expected_tokens: int | None = None,
         **overrides: Any,
     ) -> None:
+        arguments.check_config(config)
+        arguments.check_codebook(codebook)
+        arguments.check_pq_config(pq_config)
         text_config = config.get_text_config(decoder=True)
         if "page_size" in overrides:
             overrides["page_size"] = choose_page_size(overrides["page_size"], expected_tokens)
@@ -156,6 +160,7 @@ class PagedKVCache(PagedCache):
         compile: bool | None = None,
         offload: bool = False,
     ) -> None:
+        arguments.check_config(config)
         page_size = choose_page_size(page_size, expected_tokens)
         settings = PQConfig(page_size=page_size, max_pages=max_pages, sink_tokens=0, extended_residual=1)
         if expected_tokens is not None:

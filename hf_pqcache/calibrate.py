@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from hf_pqcache import arguments
 from hf_pqcache.codebook import Codebook, LayerCodebook, to_float16
 from hf_pqcache.config import PQConfig
 from hf_pqcache.hf_names import cache_kwargs
@@ -86,6 +87,8 @@ def sample(
         ValueError: the text has fewer tokens than centroids, the model has no full-attention layer, or its heads are
             spread over processes.
     """
+    arguments.check_model(model, tokenizer)
+    arguments.check_pq_config(config)
     config = config or PQConfig()
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError(

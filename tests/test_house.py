@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: {"config", "errors", "shapes", "hf_names", "layout", "pq", "kmeans", "hub", "handles", "offload"},
+    0: {"arguments", "config", "errors", "shapes", "hf_names", "layout", "pq", "kmeans", "hub", "handles", "offload"},
     1: {"codebook", "pages", "plan", "pool", "state", "jit"},
     2: {"torch_engine", "kernel_plan", "selection", "cuda_engine", "nvrtc", "parallel"},
     3: {"engine", "attention", "calibrate", "reference", "diagnose"},
