@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -150,6 +150,14 @@ class PagedLayer(CacheLayerMixin):
         )
 
     prefetch = offload
+
+    def _refuse_alone(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            "a layer in pages does not change alone: the layers of a cache share page tables and rows. Call reset, crop, "
+            "reorder_cache, batch_repeat_interleave or batch_select_indices on the cache"
+        )
+
+    reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse_alone
 
     def discard_pending(self) -> None:
         self._pending = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,11 @@ class PagedCache(SequenceCache, Cache):
     def _why_unfit(self, keys: Tensor, values: Tensor) -> str | None:
         """Why pages cannot hold tokens like these, if so."""
         return None
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """(keys, values, sliding window or None) of each layer, as DynamicCache gives them; ours are decoded."""
+        for layer in self.layers:
+            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Positions that the cache holds, left padding included: those that all its layers hold."""

@@ -84,8 +84,6 @@ def reset() -> None:
     cache = make()
     cache.reset()
     assert (cache.get_seq_length(), cache.stats()["pages_used"]) == (0, 0)
-    for layer in cache.layers:
-        layer.reset()  # one layer cannot go alone: all share their pages
 
 
 def reorder_cache() -> None:
