@@ -23,6 +23,9 @@ from hf_pqcache.hf_names import cache_kwargs
 #: for a compressed cache with the decoding of codes. mlp, head: as named. other: what is left of the step.
 STAGES = ("embedding", "norm", "projection", "append", "attention", "mlp", "head", "other")
 
+#: Steps that count, and steps before them.
+STEPS, WARM_UP = 16, 3
+
 
 class _Stopwatch:
     """Sums the time between `start` and `stop` by name, on the device's own clock."""
@@ -54,7 +57,14 @@ class _Stopwatch:
 
 @torch.inference_mode()
 def measure_breakdown(
-    model: Any, make_cache: Callable[[], Any], *, tokens: int, batch: int = 1, steps: int = 16, warmup: int = 3, seed: int = 0
+    model: Any,
+    make_cache: Callable[[], Any],
+    *,
+    tokens: int,
+    batch: int = 1,
+    steps: int = STEPS,
+    warmup: int = WARM_UP,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Mean milliseconds of each of STAGES in a decode step after a random prompt of `tokens`; their sum is the step.
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from hf_pqcache.cache import PagedKVCache, PagedPQCache
-from hf_pqcache.calibrate import compressible_layers
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
+from hf_pqcache.samples import compressible_layers
 from hf_pqcache.shapes import kv_shape, layer_configs
 
 CACHES = ("dynamic", "static", "quanto", "hqq", "fp8", "pq", "paged-kv")
@@ -165,8 +165,13 @@ def kv_numbers_per_token(model: Any) -> int:
 
 def head_dim(model: Any) -> int:
     """Numbers in a key of one head, in the first layer that can be compressed; 0 if the config does not say."""
-    layers = layer_configs(model.config.get_text_config(decoder=True))
-    first = next(iter(compressible_layers(model.config)), 0)
+    return head_dim_of(model.config)
+
+
+def head_dim_of(config: Any) -> int:
+    """The same from a transformers config."""
+    layers = layer_configs(config.get_text_config(decoder=True))
+    first = next(iter(compressible_layers(config)), 0)
     return kv_shape(layers[first])[1] or 0
 
 

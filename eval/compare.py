@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,13 @@ from tqdm.auto import tqdm
 from hf_pqcache.eval import tasks
 from hf_pqcache.eval.caches import CacheSpec, head_dim
 from hf_pqcache.eval.deployed import CHUNK
+from hf_pqcache.eval.lengths import lengths_within
 from hf_pqcache.eval.naming import format_value
+from hf_pqcache.eval.perplexity import token_ids
+from hf_pqcache.eval.recall import ANSWER_TOKENS, check_recall
 from hf_pqcache.eval.results import Row
 from hf_pqcache.eval.session import Session
-from hf_pqcache.eval.setup import Calibration, with_codebook
+from hf_pqcache.eval.setup import Setup
 from hf_pqcache.eval.tasks._text import run_perplexity
 
 DEFAULT_CACHES = ("dynamic", "fp8", "quanto:4", "quanto:2", "hqq:4", "hqq:3", "hqq:2", "pq:4", "pq:3", "pq:2")
@@ -40,10 +43,26 @@ class Line:
     note: str = ""
 
 
+def check(setup: Setup, text: str, *, tokens: int | None, recall_count: int, new_tokens: int) -> int:
+    """The length to compare at: `tokens`, or else 2048 or what leaves room for what is generated.
+
+    Raises ValueError if the model cannot hold that, the text is shorter, or the pass keys' prompts are longer.
+    """
+    asked = None if tokens is None else (tokens,)
+    room = max(new_tokens, ANSWER_TOKENS)
+    (found,) = lengths_within(setup.limit, asked, room, "a comparison", offered=(2048,))
+    ids = token_ids(setup.tokenizer, text)
+    if ids.numel() < found:
+        raise ValueError(f"the text has {ids.numel()} tokens and {found} are compared: give a longer one, or fewer --tokens")
+    if recall_count:
+        check_recall(setup.tokenizer, ids, (found,), (0.5,), setup.limit)
+    return found
+
+
 def compare(
     session: Session,
     specs: Sequence[CacheSpec],
-    learning: Calibration,
+    ready: Callable[[CacheSpec], Session],
     text: str,
     text_name: str,
     *,
@@ -58,6 +77,7 @@ def compare(
     Perplexity is that of the running cache (mode cache), for ours too: no simulation takes part.
 
     Args:
+        ready: the session under a cache, its codebook made or found; see `Setup.ready`.
         text: to evaluate on: windows of `tokens` tokens, and filler for the pass keys.
         tokens: window of the perplexity, length of the recall prompts and of the sequence that is weighed and timed.
         windows: of the perplexity; None measures the whole text.
@@ -70,7 +90,7 @@ def compare(
         for spec in bar:
             bar.set_postfix_str(spec.label)
             try:
-                one = session.with_cache(with_codebook(session, spec, learning))
+                one = ready(spec)
                 one.cache.make(one.model, tokens)
                 found = _measure(one, text, text_name, tokens, windows, chunk, recall_count, new_tokens)
             except Exception as error:  # of one cache; the others are measured all the same

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_pqcache.eval.perplexity import spans
 from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.positions import check_positions, max_positions
 
 #: Tokens of a step; the groups and residual windows of all peers are multiples of it.
 CHUNK = 16
@@ -56,6 +57,7 @@ def cache_perplexity(
     parts = list(spans(ids.numel(), window, stride))[:max_windows]
     if not parts:
         raise ValueError(f"the text has {ids.numel()} tokens; perplexity needs at least two")
+    check_positions(min(window, ids.numel()), max_positions(model.config), "a perplexity window", "the window")
     device = next(model.parameters()).device
     total, count = 0.0, 0
     tokens = sum(end - begin for begin, end, _ in parts)

@@ -26,6 +26,7 @@ from hf_pqcache.eval.models import public_name
 from hf_pqcache.eval.session import Session
 from hf_pqcache.eval.setup import Calibration, with_codebook
 from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.identity import model_fingerprint
 
 _SHAPE = tuple(field.name for field in fields(PQConfig))
 
@@ -94,7 +95,8 @@ class CacheLM(HFLM):
             learning = Calibration.of(config, data_dir=data_dir, **more)
             spec = CacheSpec.parse(cache, head_dim(self.model), config.pq_config)
             book = codebook or (None if ":" in cache else config.codebook)
-            session = Session(self.model, self.tokenizer, public_name(config.source))
+            fingerprint = model_fingerprint(self.model, config.source)
+            session = Session(self.model, self.tokenizer, public_name(config.source), fingerprint=fingerprint)
             self.spec = with_codebook(session, spec, learning, book, codebook_revision or config.codebook_revision)
 
     def _loglikelihood_tokens(

@@ -82,9 +82,15 @@ def examples(task: str, data_dir: str | Path | None = None) -> list[dict[str, An
     if data_dir is None:
         described = spec(task)
         return [dict(row) for row in hub_data.load(described.path, described.config, split="test")]
+    path = examples_file(task, data_dir)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def examples_file(task: str, data_dir: str | Path) -> Path:
+    """Where a folder has the task's examples. Raises FileNotFoundError if it has none."""
     for folder in (Path(data_dir), Path(data_dir, "longbench"), Path(data_dir, "data")):
         if (path := folder / f"{task}.jsonl").is_file():
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            return path
     raise FileNotFoundError(f"{data_dir} holds no {task}.jsonl, neither in itself nor in longbench/ or data/")
 
 

@@ -51,7 +51,7 @@ def measure_memory(
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     cache = make_cache()
-    parts = [*ids[:, :tokens].split(prefill_chunk, dim=1), *ids[:, tokens:].split(1, dim=1)]
+    parts = [*ids[:, :tokens].split(prefill_chunk, dim=1), *(ids[:, i : i + 1] for i in range(tokens, ids.shape[1]))]
     for part in parts:
         model(input_ids=part, **cache_kwargs(cache, model), use_cache=True, logits_to_keep=1)
     peak = torch.cuda.max_memory_allocated(device) - before if on_cuda else None

@@ -183,6 +183,11 @@ def _local_first(model: str) -> str:
     return os.path.join(".", model)
 
 
+def stated_settings(name_or_path: str | os.PathLike[str]) -> set[str]:
+    """The settings that a name, a YAML file, a folder or a Hub id gives a value; what `load_model_config` reads."""
+    return {key for key, value in _values(os.fspath(name_or_path)).items() if value is not None}
+
+
 def _read(path: Path) -> dict[str, Any]:
     """The mapping of a YAML file, its relative paths seen from the file's folder. Raises ValueError if it is no mapping."""
     try:

@@ -59,16 +59,15 @@ def load_model(
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization={quantization!r} is unknown; use one of {sorted(QUANTIZATIONS)}")
     device = check_device(device)
-    where = _where(str(name), revision)
-    where |= {"trust_remote_code": True} if trust_remote_code else {}
+    where = _where(str(name), revision, trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **(model_kwargs or {})}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
         kind, settings = QUANTIZATIONS[quantization]
         options["quantization_config"] = getattr(transformers, kind)(**settings)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name), **where)
         config = AutoConfig.from_pretrained(str(name), **where)
         if device_map is not None or device == "auto":
             options["device_map"] = device_map or "auto"
@@ -84,15 +83,40 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _where(name: str, revision: str | None) -> dict[str, Any]:
+def load_config(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """The model's transformers config, without its weights, as `load_model` would leave it. Raises what that raises."""
+    try:
+        return AutoConfig.from_pretrained(str(name), **_where(str(name), revision, trust_remote_code), **(model_kwargs or {}))
+    except Exception as error:
+        raise _told(name, error) from error
+
+
+def load_tokenizer(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer. Raises what `load_model` raises."""
+    try:
+        return AutoTokenizer.from_pretrained(str(name), **_where(str(name), revision, trust_remote_code))
+    except ImportError:
+        raise
+    except Exception as error:
+        raise _told(name, error) from error
+
+
+def _where(name: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """Arguments of from_pretrained: where a model is read from. Raises OSError at once if it is not to be had."""
+    remote = {"trust_remote_code": True} if trust_remote_code else {}
     if Path(name).is_dir():
-        return {"local_files_only": True}
+        return {"local_files_only": True, **remote}
     if hub.is_reachable():
-        return {"revision": revision}
+        return {"revision": revision, **remote}
     if not hub.has_local(name, "config.json", revision):
         raise OSError(f"cannot get {name}: the Hub cannot be reached; give --model a folder to do without")
-    return {"revision": revision, "local_files_only": True}
+    return {"revision": revision, "local_files_only": True, **remote}
 
 
 def check_device(device: str | None) -> str:
@@ -131,9 +155,3 @@ def _told(name: str | Path, error: Exception) -> Exception:
 def public_name(name: str | Path) -> str:
     """What result rows call a model: its Hub id, or the bare name of its folder (a path is nobody's business)."""
     return Path(name).resolve().name if Path(name).is_dir() else str(name)
-
-
-def context_tokens(model: Any) -> int:
-    """Longest context that the model's config allows, 2048 if it does not say."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(limit) if limit else 2048

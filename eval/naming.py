@@ -6,9 +6,11 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from hf_pqcache.eval.results import Row
+from hf_pqcache.identity import short
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -40,7 +42,7 @@ _TOLD = {"num_subspaces", "num_bits", "nbits"}
 #: Never told: they change no figure, or only how much room is reserved.
 _UNTOLD = {"max_pages", "learn_tokens", "backend"}
 #: Settings that belong to a cache, not to the condition that it was measured under.
-_OF_CACHE = {"calibrated_on", "merged"}
+_OF_CACHE = {"calibrated_on", "merged", "codebook_of"}
 #: Settings that say how a perplexity was computed, not of what.
 HOW = {"mode", "chunk"}
 #: Settings that keep measurements apart and that nobody wants to read.
@@ -69,6 +71,8 @@ def labels(rows: Sequence[Row]) -> dict[str, str]:
                 name += f" #{row.codebook[:6]}"
             if row.settings.get("merged"):
                 name += ", merged"
+            if row.settings.get("codebook_of"):
+                name += f", codebook of {row.settings['codebook_of']}"
             if str(row.settings.get("calibrated_on", "")).endswith("/test"):
                 name += f", calibrated on {row.settings['calibrated_on']}"
             found[row.key] = name
@@ -89,6 +93,20 @@ def _name(row: Row, varying: set[str]) -> str:
 def models(rows: Iterable[Row]) -> list[str]:
     """The models of the rows, in the order of their first row."""
     return list(dict.fromkeys(row.model for row in rows))
+
+
+def told_apart(rows: Iterable[Row]) -> list[Row]:
+    """The rows, models that share a name but not their weights renamed: "checkpoint-500 #3f2a1c"."""
+    rows = list(rows)
+    weights: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        weights[row.model].add(row.model_fingerprint)
+
+    def renamed(row: Row) -> Row:
+        mark = short(row.model_fingerprint) if row.model_fingerprint else "unknown"
+        return replace(row, model=f"{row.model} #{mark}")
+
+    return [renamed(row) if len(weights[row.model]) > 1 else row for row in rows]
 
 
 def length(row: Row) -> int | None:

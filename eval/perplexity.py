@@ -25,6 +25,7 @@ from hf_pqcache import arguments, pq
 from hf_pqcache.attention import module_eager_attention
 from hf_pqcache.codebook import Codebook, LayerCodebook
 from hf_pqcache.config import PQConfig
+from hf_pqcache.positions import check_positions, max_positions
 
 Mode = Literal["exact", "distort", "stream"]
 MODES = ("exact", "distort", "stream")
@@ -107,6 +108,7 @@ def perplexity(
     parts = list(spans(ids.numel(), window, stride))[:max_windows]
     if not parts:
         raise ValueError(f"the text has {ids.numel()} tokens; perplexity needs at least two")
+    check_positions(min(window, ids.numel()), max_positions(model.config), "a perplexity window", "the window")
 
     device = next(model.parameters()).device
     was_training = model.training

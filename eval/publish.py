@@ -190,8 +190,8 @@ def _rows_of(codebook: Codebook, rows: Sequence[Row]) -> list[Row]:
             f"no row of the results was measured with this codebook (fingerprint {codebook.fingerprint[:16]}): run "
             "`pqcache eval ... --codebook FOLDER --results FILE` with it first, or publish without results"
         )
-    models = {row.model for row in rows if row.codebook == codebook.fingerprint}
-    return [row for row in rows if row.model in models]
+    models = {(row.model, row.model_fingerprint) for row in rows if row.codebook == codebook.fingerprint}
+    return [row for row in rows if (row.model, row.model_fingerprint) in models]
 
 
 def _write_results(rows: Sequence[Row], root: Path) -> list[tuple[str, str]]:
@@ -216,6 +216,7 @@ def _body(codebook: Codebook, rows: Sequence[Row], plots: Sequence[tuple[str, st
     """Results, plots and conditions as Markdown; "" without rows."""
     if not rows:
         return ""
+    rows = naming.told_apart(rows)
     names = naming.labels(rows)
     own = {names[row.key] for row in rows if row.codebook == codebook.fingerprint}
     lines = ["## Results", "", f"This codebook: **{', '.join(sorted(own))}**. Every figure is in `results.jsonl`.", ""]

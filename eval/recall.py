@@ -9,30 +9,66 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from hf_pqcache.eval.lengths import lengths_within
 from hf_pqcache.hf_names import cache_kwargs
 
 #: Things that keys are for; plain words that every tokenizer has.
 NAMES = ("garden", "library", "harbour", "station", "museum", "kitchen", "tower", "bridge", "school", "market")
 
 
+#: Tokens that an answer takes at most: five digits, a space, and what ends it.
+ANSWER_TOKENS = 8
+
+
+def check_recall(
+    tokenizer: Any, filler: torch.Tensor, lengths: Sequence[int], depths: Sequence[float], limit: int | None
+) -> None:
+    """Raises ValueError unless prompts of these lengths hold a pass key and fit the model, and depths are from 0 to 1.
+
+    Args:
+        filler: int64 (N), what keys are to be hidden in. limit: tokens that the model can hold, None without an end.
+    """
+    if not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise ValueError(f"depths {list(depths)}: give one or more, from 0 (first) to 1 (last)")
+    lengths_within(limit, lengths, ANSWER_TOKENS, "recall")
+    least = 1 + max(sum(len(part) for part in _frame(tokenizer, name, "00000")) for name in NAMES)
+    for tokens in lengths:
+        if tokens < least:
+            raise ValueError(
+                f"recall at {tokens} tokens: the pass key and the question alone take {least - 1}; use {least} or more"
+            )
+        if filler.numel() < tokens:
+            raise ValueError(f"recall at {tokens} tokens: the text to hide keys in has {filler.numel()}; give a longer one")
+
+
+def _frame(tokenizer: Any, name: str, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of the sentence that holds the key, and of the question."""
+
+    def encode(text: str) -> torch.Tensor:
+        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+    asked = f"\nWhat is the pass key for {name}? The pass key for {name} is"
+    return encode(f" The pass key for {name} is {key}."), encode(asked)
+
+
 def passkey_prompt(tokenizer: Any, filler: torch.Tensor, tokens: int, depth: float, seed: int) -> tuple[torch.Tensor, str]:
-    """A prompt of about `tokens` tokens with one pass key at `depth` (0 first, 1 last) and the question at its end.
+    """A prompt of `tokens` tokens with one pass key at `depth` (0 first, 1 last) and the question at its end.
 
     Args:
         filler: int64 (N), ordinary text to hide it in; a seeded stretch of it is used.
 
     Returns:
-        ids int64 (1, n), and the five digits asked for.
+        ids int64 (1, tokens), and the five digits asked for.
+
+    Raises ValueError for a prompt too short for the key and the question, a filler shorter than the prompt, and a depth
+    that is none.
     """
     rng = random.Random(seed)
     name, key = rng.choice(NAMES), f"{rng.randrange(100000):05d}"
-
-    def encode(text: str) -> torch.Tensor:
-        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
-
-    fact = encode(f" The pass key for {name} is {key}.")
-    question = encode(f"\nWhat is the pass key for {name}? The pass key for {name} is")
-    room = max(0, tokens - fact.numel() - question.numel())
+    fact, question = _frame(tokenizer, name, key)
+    room = tokens - fact.numel() - question.numel()
+    if room < 1 or not 0 <= depth <= 1:
+        raise ValueError(f"a prompt of {tokens} tokens, a key at depth {depth}: use more than {tokens - room}, and 0 to 1")
     if filler.numel() < room:
         raise ValueError(f"the filler text has {filler.numel()} tokens and {room} are needed; pass a longer text")
     begin = rng.randrange(filler.numel() - room + 1)

@@ -32,6 +32,7 @@ def read_rows(paths: Iterable[str | Path]) -> list[Row]:
 
 def items(rows: Sequence[Row]) -> list[charts.Chart | charts.HeatMap]:
     """Everything that can be drawn of these rows."""
+    rows = naming.told_apart(rows)
     return [*charts.perplexity_charts(rows), *charts.length_charts(rows), *charts.recall_maps(rows)]
 
 
@@ -62,6 +63,7 @@ def write_report(paths: Iterable[str | Path], folder: str | Path, title: str = "
 
 def render(rows: Sequence[Row], title: str) -> str:
     """The page: tables, drawings, conditions. It asks for nothing from outside."""
+    rows = naming.told_apart(rows)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 #: What tells one measurement from another. The unit follows from the metric, the true bits from the settings.
-IDENTITY = ("task", "metric", "model", "cache", "settings", "cache_config", "task_version", "codebook", "seed")
+IDENTITY = (
+    *("task", "metric", "model", "model_fingerprint", "cache", "settings", "cache_config"),
+    *("task_version", "codebook", "seed"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Row:
         metric: "perplexity", "f1", "ttft", "tpot", "throughput", "peak_bytes", "kv_bytes", "recall", ...
         value: the figure; NaN (null in the file) if it could not be computed.
         unit: "ms", "bytes", "tokens/s", "percent"; "" for a pure number.
-        model: Hub id, or the bare name of a local folder.
+        model: Hub id, or the bare name of a local folder. model_fingerprint: which config and weights that was, see
+            identity.py; "" in rows that do not know.
         cache: dynamic, static, quanto, hqq, fp8, pq or paged-kv.
         settings: what else identifies the measurement: window, stride, mode, tokens, depth, limit, dtype, ...
         cache_config: the cache's own settings, e.g. of PQConfig, or num_bits and group size of a peer.
@@ -54,6 +58,7 @@ class Row:
     codebook: str | None = None
     seed: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
+    model_fingerprint: str = ""
 
     @cached_property
     def key(self) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from hf_pqcache.eval.caches import CacheSpec
+from hf_pqcache.eval.distributed import is_main
 from hf_pqcache.eval.results import Results, Row, device_name, provenance
+from hf_pqcache.identity import is_of_model, short, weights_fingerprint
 
 
 @dataclass
@@ -19,7 +23,8 @@ class Session:
 
     Attributes:
         model, tokenizer: from `load_model`.
-        model_name: as rows call it.
+        model_name: as rows call it. fingerprint: which config and weights that is, see identity.py; "" looks at the model
+            in memory whenever a row is made.
         cache: the cache under test.
         results: where rows are looked up and kept.
         force: measure again what is there already.
@@ -27,6 +32,7 @@ class Session:
         seed: of whatever a task draws at random.
         notes: added to the provenance of every row.
         loading: how the model was loaded, where that changes figures; settings of every row.
+        show: called with every row as soon as it is measured and kept.
     """
 
     model: Any
@@ -39,6 +45,8 @@ class Session:
     seed: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
     loading: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    show: Callable[[Row], None] = lambda row: None
 
     @property
     def device(self) -> torch.device:
@@ -49,6 +57,20 @@ class Session:
         """What the figures of speed depend on."""
         return device_name(self.device)
 
+    @property
+    def model_fingerprint(self) -> str:
+        return self.fingerprint or weights_fingerprint(self.model)
+
+    def say(self, text: str) -> None:
+        """Tell what goes on, above the progress bars."""
+        if self.progress:
+            tqdm.write(text, file=sys.stderr)
+
+    def warn(self, text: str) -> None:
+        """Tell what its reader should know before they believe the figures; also where progress is not shown."""
+        if is_main():
+            tqdm.write(f"note: {text}", file=sys.stderr)
+
     def with_cache(self, cache: CacheSpec) -> Session:
         return replace(self, cache=cache)
 
@@ -57,6 +79,8 @@ class Session:
         book = self.cache.codebook
         if book is not None:
             learnt = {"calibrated_on": book.metadata.get("source"), "merged": book.metadata.get("merged") or None}
+            if is_of_model(book.metadata, self.model, self.fingerprint or None) is False:
+                learnt["codebook_of"] = f"{book.metadata.get('model')} ({short(book.metadata['model_fingerprint'])})"
             settings |= {name: value for name, value in learnt.items() if value is not None}
         return Row(
             task=task,
@@ -64,6 +88,7 @@ class Session:
             value=float("nan"),
             unit=unit,
             model=self.model_name,
+            model_fingerprint=self.model_fingerprint,
             cache=self.cache.name,
             settings={**settings, **self.loading, "dtype": str(self.model.dtype).removeprefix("torch.")},
             cache_config=dict(self.cache.settings),
@@ -94,5 +119,10 @@ class Session:
             replace(row, value=float(value), true_bits=bits, provenance=origin) for row, value in zip(rows, values, strict=True)
         ]
         for row in done:
-            self.results.add(row)
+            self.keep(row)
         return done
+
+    def keep(self, row: Row) -> None:
+        """Add a row to the results, and show it."""
+        self.results.add(row)
+        self.show(row)

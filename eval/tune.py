@@ -14,7 +14,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from hf_pqcache.calibrate import compressible_layers
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.accuracy_study import cache_bits
@@ -22,6 +21,7 @@ from hf_pqcache.eval.caches import CacheSpec
 from hf_pqcache.eval.results import Row
 from hf_pqcache.eval.session import Session
 from hf_pqcache.eval.tasks._text import run_perplexity
+from hf_pqcache.samples import compressible_layers
 from hf_pqcache.shapes import kv_shape, layer_configs
 
 FULL_BITS = 16

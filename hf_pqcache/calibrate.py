@@ -2,122 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from hf_pqcache import arguments
 from hf_pqcache.codebook import Codebook, LayerCodebook, to_float16
 from hf_pqcache.config import PQConfig
-from hf_pqcache.hf_names import cache_kwargs
 from hf_pqcache.kmeans import Objective, kmeans
+from hf_pqcache.samples import LiveSamples, Samples, compressible_layers
+
+__all__ = ["calibrate", "compressible_layers", "learn", "learn_layer"]
 
 #: Lloyd steps. 12, 25 and 75 of them cost +0.26, +0.23 and +0.22 % of perplexity at 4 bits, in 3, 5 and 13 s on a GPU
 #: (12 M-parameter Llama, WikiText-2 in stream mode, 65 536 calibration tokens).
 ITERATIONS = 25
-#: Default window: long enough for positions to vary, short enough for every model that is in use.
-WINDOW = 2048
-
-
-def compressible_layers(config: Any) -> list[int]:
-    """Indices of the layers whose cache keeps every token (full attention), by transformers' own plan for the model."""
-    return [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Keys and values of calibration text, ready for k-means.
-
-    Attributes:
-        keys, values: float16 (H, N, d) on the CPU by layer; N is the same in all of them.
-        metadata: where they come from: model, tokens, window, seed, hash of the text, versions. JSON values only.
-    """
-
-    keys: dict[int, Tensor]
-    values: dict[int, Tensor]
-    metadata: dict[str, Any]
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
-        tensors = {f"{kind}.{i}": x for kind, side in (("keys", self.keys), ("values", self.values)) for i, x in side.items()}
-        save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata={"samples": json.dumps(self.metadata)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Samples:
-        """Inverse of `save`. Raises ValueError if the file holds no samples."""
-        keys: dict[int, Tensor] = {}
-        values: dict[int, Tensor] = {}
-        with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get("samples")
-            if metadata is None:
-                raise ValueError(f"{path} holds no sampled keys and values; sample them again")
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                kind, _, index = name.partition(".")
-                (keys if kind == "keys" else values)[int(index)] = file.get_tensor(name)
-        return cls(keys, values, json.loads(metadata))
-
-
-def sample(
-    model: Any,
-    tokenizer: Any,
-    texts: str | Iterable[str],
-    config: PQConfig | None = None,
-    *,
-    num_tokens: int = 65536,
-    window: int | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> Samples:
-    """First half of `calibrate`, with the same arguments: what the model's layers put into a cache.
-
-    Raises:
-        ValueError: the text has fewer tokens than centroids, the model has no full-attention layer, or its heads are
-            spread over processes.
-    """
-    arguments.check_model(model, tokenizer)
-    arguments.check_pq_config(config)
-    config = config or PQConfig()
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        raise ValueError(
-            f"the model's heads are spread over {model._tp_size} processes, and a codebook holds those of all: calibrate "
-            "with the model in one process (device_map='auto' spreads its layers), and load the codebook in each"
-        )
-    layers = compressible_layers(model.config)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no full-attention layer, so there is nothing to compress")
-    documents = [texts] if isinstance(texts, str) else list(texts)
-    ids = _token_ids(tokenizer, documents)
-    window = min(window or WINDOW, ids.numel())
-    if ids.numel() < config.num_centroids or window <= config.sink_tokens:
-        raise ValueError(
-            f"the text has {ids.numel()} tokens; {config.num_centroids} centroids need at least as many, and "
-            f"{4 * config.num_centroids} or more to be of use: give more text or use fewer bits a code"
-        )
-    keys, values = _sample(model, ids, layers, config.sink_tokens, window, num_tokens, seed, progress)
-    metadata = {
-        "model": _model_name(model),
-        "tokens": next(iter(keys.values())).shape[1],
-        "window": window,
-        "skipped_tokens_per_window": config.sink_tokens,
-        "seed": seed,
-        "text_sha256": hashlib.sha256("\0".join(documents).encode()).hexdigest(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    return Samples(keys, values, metadata)
 
 
 def learn(
@@ -131,9 +33,10 @@ def learn(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Codebook:
-    """Second half of `calibrate`: k-means over samples.
+    """Second half of `calibrate`: k-means over samples, a layer at a time.
 
     Args:
+        samples: live ones, or those of a file.
         merge: learn one set of centroids for all layers and heads, from an equal share of samples of each (as MILLION
             does, Wang et al. 2025); for comparison, it costs more than twice the loss.
         device: where k-means runs.
@@ -145,10 +48,11 @@ def learn(
     config = config or PQConfig()
     books: dict[int, LayerCodebook] = {}
     options: dict[str, Any] = {"objective": objective, "iterations": iterations}
-    problems = {0: _merged(samples, seed)} if merge else {i: (samples.keys[i], samples.values[i]) for i in sorted(samples.keys)}
-    total = sum(2 * keys.shape[0] * config.subspaces(keys.shape[2], values.shape[2]) for keys, values in problems.values())
+    shapes = samples.shapes
+    total = sum(2 * (1 if merge else heads) * config.subspaces(dk, dv) for heads, dk, dv in shapes.values())
+    total //= len(shapes) if merge else 1
     with tqdm(total=total, desc="k-means", unit="subspace", disable=not progress, leave=False) as bar:
-        for i, (keys, values) in problems.items():
+        for i, keys, values in [_merged(samples, seed)] if merge else samples.layers():
             name = "all layers" if merge else f"layer {i}"
             sides = (keys.to(device), values.to(device))
             layer = learn_layer(*sides, config, seed=seed * 65_537 + i, progress=bar.update, name=name, **options)
@@ -156,8 +60,8 @@ def learn(
     if merge:
         one = books[0]
         books = {
-            i: LayerCodebook(one.keys.repeat(k.shape[0], 1, 1, 1), one.values.repeat(k.shape[0], 1, 1, 1))
-            for i, k in samples.keys.items()
+            i: LayerCodebook(one.keys.repeat(heads, 1, 1, 1), one.values.repeat(heads, 1, 1, 1))
+            for i, (heads, _, _) in shapes.items()
         }
     return Codebook(
         layers=books,
@@ -167,26 +71,25 @@ def learn(
     )
 
 
-def _merged(samples: Samples, seed: int) -> tuple[Tensor, Tensor]:
-    """An equal share of every layer's and head's samples as one head: keys (1, N, d) and values (1, N, dv)."""
-    shapes = {(k.shape[2], samples.values[i].shape[2]) for i, k in samples.keys.items()}
-    if len(shapes) > 1:
-        raise ValueError(f"layers of different head_dim {sorted(shapes)} cannot share one codebook; leave them apart")
-    num_heads = sum(k.shape[0] for k in samples.keys.values())
-    num_tokens = next(iter(samples.keys.values())).shape[1]
+def _merged(samples: Samples, seed: int) -> tuple[int, Tensor, Tensor]:
+    """Layer 0 with an equal share of every layer's and head's samples as its one head: keys (1, N, d), values (1, N, dv)."""
+    widths = {shape[1:] for shape in samples.shapes.values()}
+    if len(widths) > 1:
+        raise ValueError(f"layers of different head_dim {sorted(widths)} cannot share one codebook; leave them apart")
+    num_heads = sum(heads for heads, _, _ in samples.shapes.values())
     generator = torch.Generator().manual_seed(seed)
     keys, values = [], []
-    for i in sorted(samples.keys):
-        chosen = torch.randperm(num_tokens, generator=generator)[: -(-num_tokens // num_heads)]
-        keys.append(samples.keys[i][:, chosen].flatten(0, 1))
-        values.append(samples.values[i][:, chosen].flatten(0, 1))
-    return torch.cat(keys)[None], torch.cat(values)[None]
+    for _, k, v in samples.layers():
+        chosen = torch.randperm(samples.tokens, generator=generator)[: -(-samples.tokens // num_heads)]
+        keys.append(k[:, chosen].flatten(0, 1))
+        values.append(v[:, chosen].flatten(0, 1))
+    return 0, torch.cat(keys)[None], torch.cat(values)[None]
 
 
 def calibrate(
     model: Any,
     tokenizer: Any,
-    texts: str | Iterable[str],
+    texts: str | Iterable[str] | Tensor,
     config: PQConfig | None = None,
     *,
     num_tokens: int = 65536,
@@ -196,33 +99,44 @@ def calibrate(
     iterations: int = ITERATIONS,
     merge: bool = False,
     progress: bool = True,
+    max_sample_bytes: int | None = None,
 ) -> Codebook:
     """Learn a codebook for `model` from text that its evaluation never sees.
 
     The text is cut into windows; a seeded choice of them goes through the model, each with fresh context, and the keys
-    (after their rotary embedding) and values of every full-attention layer are kept in float16 in host memory:
-    num_tokens * 2 bytes * all key and value numbers of a token. The first `sink_tokens` of a window are left out: a
-    cache keeps them exact, and their keys and values are like no others. Then one k-means runs for every layer, KV
-    head, keys or values, and subspace (`kmeans`), on the model's device. `sample` and `learn` are its two halves.
+    (after their rotary embedding) and values of every full-attention layer are sampled, those of as many layers at a
+    time as host memory has room for (`LiveSamples`). The first `sink_tokens` of a window are left out: a cache keeps
+    them exact, and their keys and values are like no others. One k-means runs for every layer, KV head, keys or values,
+    and subspace (`kmeans`), on the model's device. A text with fewer than `num_tokens` tokens is a warning.
 
     Args:
         model: a transformers causal language model, in any dtype, on any device.
         tokenizer: its tokenizer.
-        texts: one text or several documents, which are joined by the tokenizer's end-of-text token.
+        texts: one text or several documents, which are joined by the tokenizer's end-of-text token; or token ids,
+            int64 (N), for which no tokenizer is needed.
         config: shape of the codes (num_subspaces, num_bits) and sink_tokens. None means PQConfig().
         num_tokens: how many tokens to sample; fewer if the text is shorter.
-        window: tokens of one window; the model's training length is best. None means 2048.
+        window: tokens of one window; the model's training length is best. None means 2048, or what the model can hold.
         seed: of the choice of windows and of k-means.
         objective: "tail" or "plain", see `kmeans`.
         iterations: Lloyd steps.
         merge: one set of centroids for all layers and heads, see `learn`.
         progress: show progress bars.
+        max_sample_bytes: of the samples in memory at once, see `LiveSamples`.
 
     Raises:
-        ValueError: the text has fewer tokens than centroids, the model has no full-attention layer, num_subspaces does
-            not divide its head_dim, or keys or values are not finite in float16.
+        ValueError: the text has fewer tokens than centroids, the window is longer than the model can hold, the model has
+            no full-attention layer, num_subspaces does not divide its head_dim, or keys or values are not finite in
+            float16.
     """
-    samples = sample(model, tokenizer, texts, config, num_tokens=num_tokens, window=window, seed=seed, progress=progress)
+    taken: dict[str, Any] = {"num_tokens": num_tokens, "window": window, "seed": seed, "max_bytes": max_sample_bytes}
+    samples = LiveSamples(model, tokenizer, texts, config, progress=progress, **taken)
+    if samples.ids.numel() < num_tokens:
+        warnings.warn(
+            f"the calibration text has {samples.ids.numel():,} tokens, {num_tokens:,} were asked for: more text makes a better "
+            "codebook; give a longer one, or a smaller num_tokens",
+            stacklevel=2,
+        )
     device = next(model.parameters()).device
     options: dict[str, Any] = {"objective": objective, "iterations": iterations, "merge": merge}
     return learn(samples, config, seed=seed, device=device, progress=progress, **options)
@@ -258,64 +172,3 @@ def learn_layer(
         )
         sides.append(to_float16(centroids.unflatten(0, (heads, num_subspaces)), f"{name} {('keys', 'values')[kind]}"))
     return LayerCodebook(*sides)
-
-
-def _model_name(model: Any) -> str:
-    """Hub id of the model, or the bare name of its local folder: a codebook may be published, a path should not be."""
-    name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
-    return Path(name).name if Path(name).is_dir() else name
-
-
-def _token_ids(tokenizer: Any, documents: list[str]) -> Tensor:
-    """All documents as one row of token ids (N) int64, an end-of-text token between two."""
-    ids: list[int] = []
-    for i, document in enumerate(documents):
-        if i and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def _windows(ids: Tensor, window: int, num_windows: int, seed: int) -> Iterator[Tensor]:
-    """A seeded choice of `num_windows` of the text's windows, in the order of the text."""
-    available = max(1, ids.numel() // window)
-    generator = torch.Generator().manual_seed(seed)
-    for i in sorted(torch.randperm(available, generator=generator)[:num_windows].tolist()):
-        yield ids[i * window : (i + 1) * window]
-
-
-@torch.inference_mode()
-def _sample(
-    model: Any, ids: Tensor, layers: list[int], skip: int, window: int, num_tokens: int, seed: int, progress: bool
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Keys and values of up to num_tokens tokens by layer: float16 (H, N, d) on the CPU; empty layers are absent."""
-    device = next(model.parameters()).device
-    body = getattr(model, "base_model", model)  # without the language-model head, whose logits nobody reads
-    accepts = inspect.signature(body.forward).parameters
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
-    num_windows = min(-(-num_tokens // (window - skip)), max(1, ids.numel() // window))
-    pieces: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        chosen = tqdm(
-            _windows(ids, window, num_windows, seed),
-            total=num_windows,
-            desc="sampling keys and values",
-            unit="window",
-            disable=not progress,
-            leave=False,
-        )
-        for row in chosen:
-            cache = DynamicCache(config=model.config)
-            body(input_ids=row[None].to(device), **cache_kwargs(cache, body), use_cache=True, **extra)
-            for i in layers:
-                layer: Any = cache.layers[i]
-                if not getattr(layer, "is_initialized", False) or layer.keys.dim() != 4:
-                    continue  # this layer shares another one's keys and values
-                pieces.setdefault(i, []).append((layer.keys[0, :, skip:].half().cpu(), layer.values[0, :, skip:].half().cpu()))
-    finally:
-        model.train(was_training)
-    keys = {i: torch.cat([k for k, _ in p], 1)[:, :num_tokens] for i, p in pieces.items()}
-    values = {i: torch.cat([v for _, v in p], 1)[:, :num_tokens] for i, p in pieces.items()}
-    return keys, values

@@ -7,8 +7,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: {"arguments", "config", "errors", "shapes", "hf_names", "layout", "pq", "kmeans", "hub", "handles", "offload"},
-    1: {"codebook", "pages", "plan", "pool", "state", "jit"},
+    0: {
+        *{"arguments", "config", "errors", "identity", "positions", "shapes", "hf_names", "layout", "pq", "kmeans", "hub"},
+        *{"handles", "offload"},
+    },
+    1: {"codebook", "pages", "plan", "pool", "state", "jit", "samples"},
     2: {"torch_engine", "kernel_plan", "selection", "cuda_engine", "nvrtc", "parallel"},
     3: {"engine", "attention", "calibrate", "reference", "diagnose"},
     4: {"ops", "room", "storage"},

@@ -6,17 +6,22 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_pqcache.eval import hub_data
 from hf_pqcache.eval.accuracy_study import bits_per_value
+from hf_pqcache.eval.caches import CacheSpec
 from hf_pqcache.eval.deployed import CHUNK, cache_perplexity
 from hf_pqcache.eval.perplexity import perplexity, token_ids
 from hf_pqcache.eval.results import Row
 from hf_pqcache.eval.session import Session
 from hf_pqcache.eval.texts import read_text
+from hf_pqcache.positions import check_positions
+
+if TYPE_CHECKING:
+    from hf_pqcache.eval.setup import Setup
 
 SPLITS = ("train", "validation", "test")
 #: "cache" runs the real cache; the others are those of `perplexity`, which simulates it.
@@ -80,6 +85,49 @@ class TextTask:
         return run_perplexity(session, self.name, self.version, self.text(split, data_dir), split=split, **options)
 
 
+def mode_of(spec: CacheSpec, is_simulated: bool, mode: str | None, chunk: int | None) -> str:
+    """How the perplexity of a cache is computed: `mode`, or the cache's own.
+
+    Raises ValueError for a mode that the cache cannot serve, and for a `chunk` in one that has none.
+    """
+    mode = mode or ("stream" if is_simulated else "exact" if spec.name == "dynamic" else "cache")
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is unknown; use one of {MODES}")
+    if (mode == "exact" and spec.name != "dynamic") or (mode in ("stream", "distort") and not is_simulated):
+        raise ValueError(f"mode={mode!r} says nothing about {spec.label}: use cache, or exact without compression")
+    if mode != "cache" and chunk is not None:
+        raise ValueError(f"chunk={chunk} does nothing in mode {mode}, which takes a window at once: use mode cache")
+    return mode
+
+
+def check_perplexity(
+    task: TextTask,
+    setup: Setup,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    mode: str | None = None,
+    chunk: int | None = None,
+    limit: int | None = None,
+    split: str = "test",
+    data_dir: str | Path | None = None,
+) -> int:
+    """The window that `run_perplexity` is to take for these options: theirs, or what model config, model and text allow.
+
+    Raises ValueError or FileNotFoundError for what would fail or mean nothing once the model is loaded.
+    """
+    spec = setup.specs[0]
+    mode_of(spec, spec.name == "pq", mode, chunk)
+    available = token_ids(setup.tokenizer, task.text(split, data_dir)).numel()
+    found = min(setup.window, available) if window is None else window
+    check_positions(found, setup.limit, "a perplexity window", "--window")
+    if not 1 <= (stride or found) <= found:
+        raise ValueError(f"stride={stride} and window={found}: use a stride from 1 to the window")
+    if available < found:
+        raise ValueError(f"{task.name} has {available} tokens, less than a window of {found}: use --window {available}")
+    return found
+
+
 def run_perplexity(
     session: Session,
     name: str,
@@ -89,7 +137,7 @@ def run_perplexity(
     window: int = 2048,
     stride: int | None = None,
     mode: str | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     limit: int | None = None,
     **settings: Any,
 ) -> Row:
@@ -98,7 +146,7 @@ def run_perplexity(
     Args:
         mode: exact (dynamic caches only), distort, stream (pq with a codebook only) or cache. None means exact for a
             dynamic cache, stream for pq with a codebook, and cache for every other.
-        chunk: tokens of a step in mode cache.
+        chunk: tokens of a step in mode cache, CHUNK if None; in the others it must be None.
         limit: windows to measure; None measures the whole text.
         settings: more of the row's settings.
 
@@ -106,21 +154,19 @@ def run_perplexity(
     """
     spec, book = session.cache, session.cache.codebook
     simulated = spec.name == "pq" and book is not None
-    mode = mode or ("stream" if simulated else "exact" if spec.name == "dynamic" else "cache")
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is unknown; use one of {MODES}")
-    if (mode == "exact" and spec.name != "dynamic") or (mode in ("stream", "distort") and not simulated):
-        raise ValueError(f"mode={mode!r} says nothing about {spec.label}: use cache, or exact without compression")
+    mode = mode_of(spec, simulated, mode, chunk)
     settings |= {"window": window, "stride": stride or window, "mode": mode, "limit": limit}
-    settings |= {"chunk": chunk} if mode == "cache" else {}
+    settings |= {"chunk": chunk or CHUNK} if mode == "cache" else {}
     settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     row = session.row(name, version, "perplexity", **settings)
 
     def run() -> list[float]:
         model, ids = session.model, token_ids(session.tokenizer, text)
+        if ids.numel() < window:
+            raise ValueError(f"{name} has {ids.numel()} tokens, less than a window of {window}: use a longer text")
         common: dict[str, Any] = {"window": window, "stride": stride, "max_windows": limit, "progress": session.progress}
         if mode == "cache":
-            return [cache_perplexity(model, ids, lambda n: spec.make(model, n), chunk=chunk, **common)]
+            return [cache_perplexity(model, ids, lambda n: spec.make(model, n), chunk=chunk or CHUNK, **common)]
         config = spec.config if simulated else None
         return [perplexity(model, None, ids, mode=mode, codebook=book, config=config, **common).value]  # type: ignore[arg-type]
 

@@ -49,14 +49,18 @@ class HarnessTask:
             asked = session.row(f"{self.name}/{name}", self.version, "", **settings)
             done = [] if session.force else [row for row in session.results.rows if _asked(row).key == asked.key]
             if not done:
-                manager = _manager(include_path)
-                if not manager.match_tasks([name]):
-                    raise ValueError(f"lm-evaluation-harness has no task {name!r}; `pqcache lm-eval ls tasks` names all")
-                done = self._measure(session, asked, name, manager, batch_size)
+                self.check([name], include_path)
+                done = self._measure(session, asked, name, _manager(include_path), batch_size)
                 for row in done:
-                    session.results.add(row)
+                    session.keep(row)
             rows += done
         return rows
+
+    def check(self, names: Sequence[str], include_path: str | Path | None = None) -> None:
+        """Raises ImportError if the harness is not installed, ValueError if it has no such task."""
+        for name in names:
+            if not _manager(include_path).match_tasks([name]):
+                raise ValueError(f"lm-evaluation-harness has no task {name!r}; `pqcache lm-eval ls tasks` names all")
 
     def _measure(self, session: Session, asked: Row, name: str, manager: Any, batch_size: int) -> list[Row]:
         from lm_eval import simple_evaluate

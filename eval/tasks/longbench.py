@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from hf_pqcache.eval import distributed, longbench
 from hf_pqcache.eval.journal import Journal
 from hf_pqcache.eval.longbench_scores import first_line, score
-from hf_pqcache.eval.models import context_tokens
 from hf_pqcache.eval.results import Row
 from hf_pqcache.eval.session import Session
+from hf_pqcache.positions import check_positions, max_positions
 
 NAMES = (
     *("narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh", "hotpotqa", "2wikimqa", "musique", "dureader"),
@@ -63,7 +63,8 @@ class LongBenchTask:
         """
         described = longbench.spec(self.dataset)
         new_tokens = min(described.max_new_tokens, max_new_tokens or described.max_new_tokens)
-        max_tokens = max_tokens or self.room(context_tokens(session.model))
+        asked: dict[str, Any] = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens, "use_chat": use_chat}
+        max_tokens = self.check(max_positions(session.model.config), session.tokenizer, data_dir=data_dir, **asked)
         chat = bool(getattr(session.tokenizer, "chat_template", None)) if use_chat is None else use_chat
         data = longbench.examples(self.dataset, data_dir)[:limit]
         digest = hashlib.sha256("\0".join(x["context"] for x in data).encode()).hexdigest()[:16]
@@ -82,6 +83,32 @@ class LongBenchTask:
             return [100 * sum(part) / len(part) if part else float("nan") for part in chosen]
 
         return session.measure(rows, run)
+
+    def check(
+        self,
+        context: int | None,
+        tokenizer: Any,
+        *,
+        data_dir: str | Path | None = None,
+        limit: int | None = None,
+        max_tokens: int | None = None,
+        max_new_tokens: int | None = None,
+        use_chat: bool | None = None,
+    ) -> int:
+        """Tokens of a prompt, as `run` takes them for the same options and a model that holds `context` tokens.
+
+        Raises ImportError without the harness, FileNotFoundError if data_dir lacks the examples, ValueError for a prompt
+        that the model cannot hold and for use_chat without a template.
+        """
+        new_tokens = longbench.spec(self.dataset).max_new_tokens
+        new_tokens = min(new_tokens, max_new_tokens or new_tokens)
+        if data_dir is not None:
+            longbench.examples_file(self.dataset, data_dir)
+        if use_chat and not getattr(tokenizer, "chat_template", None):
+            raise ValueError("the model's tokenizer has no chat template: leave --chat out")
+        found = max_tokens or self.room(context or 2048)
+        check_positions(found + new_tokens, context, f"{self.name} with {new_tokens} new tokens", "the prompt's length")
+        return found
 
     def room(self, context: int) -> int:
         """Tokens of a prompt that leave room for the answer and a chat template in a context of so many."""

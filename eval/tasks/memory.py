@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tqdm.auto import tqdm
 
+from hf_pqcache.eval.lengths import lengths_within
 from hf_pqcache.eval.memory import Memory, measure_memory
 from hf_pqcache.eval.results import Row
 from hf_pqcache.eval.session import Session
-from hf_pqcache.eval.tasks.speed import LENGTHS
+from hf_pqcache.positions import max_positions
+
+#: Decoded after the prompt, where the model has room for them.
+NEW_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -18,8 +23,13 @@ class MemoryTask:
     name: str = "memory"
     version: str = "1"
 
-    def run(self, session: Session, *, lengths: Sequence[int] = LENGTHS, batch: int = 1) -> list[Row]:
-        """Rows of every length: kv_bytes (codebooks left out), codebook_bytes, and on CUDA peak_bytes."""
+    def run(self, session: Session, *, lengths: Sequence[int] | None = None, batch: int = 1) -> list[Row]:
+        """Rows of every length: kv_bytes (codebooks left out), codebook_bytes, and on CUDA peak_bytes.
+
+        lengths: of the prompt; None means those of 1K to 128K that the model can hold.
+        """
+        limit = max_positions(session.model.config)
+        lengths = lengths_within(limit, lengths, 0, "memory")
         done: list[Row] = []
         on_cuda = session.device.type == "cuda"
         for tokens in tqdm(lengths, desc="memory", unit="length", disable=not session.progress, leave=False):
@@ -31,12 +41,12 @@ class MemoryTask:
             found: list[Memory] = []
 
             def run(tokens: int = tokens, found: list[Memory] = found) -> list[float]:
-                room = tokens + 4
-                found += [
-                    measure_memory(
-                        session.model, lambda: session.cache.make(session.model, room, batch), tokens=tokens, batch=batch
-                    )
-                ]
+                more = NEW_TOKENS if limit is None else min(NEW_TOKENS, limit - tokens)
+
+                def make() -> Any:
+                    return session.cache.make(session.model, tokens + more, batch)
+
+                found += [measure_memory(session.model, make, tokens=tokens, batch=batch, new_tokens=more)]
                 memory = found[0]
                 return [
                     memory.cache.tokens,

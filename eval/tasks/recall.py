@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
 from hf_pqcache.eval.perplexity import token_ids
-from hf_pqcache.eval.recall import recall_at
+from hf_pqcache.eval.recall import check_recall, recall_at
 from hf_pqcache.eval.results import Row
 from hf_pqcache.eval.session import Session
+from hf_pqcache.positions import max_positions
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -27,12 +29,16 @@ class RecallTask:
 
         Args:
             text: what they are hidden in, of at least the greatest length.
+
+        Raises ValueError, before anything is measured, for lengths and depths that mean nothing; see `check_recall`.
         """
         filler = token_ids(session.tokenizer, text)
+        check_recall(session.tokenizer, filler, lengths, depths, max_positions(session.model.config))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         done: list[Row] = []
         cells = [(tokens, depth) for tokens in lengths for depth in depths]
         for tokens, depth in tqdm(cells, desc="recall", unit="cell", disable=not session.progress, leave=False):
-            row = session.row(self.name, self.version, "recall", tokens=tokens, depth=depth, count=count)
+            row = session.row(self.name, self.version, "recall", tokens=tokens, depth=depth, count=count, text_sha256=digest)
 
             def run(tokens: int = tokens, depth: float = depth) -> list[float]:
                 make = session.cache.make

@@ -8,12 +8,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from hf_pqcache.eval.lengths import lengths_within
 from hf_pqcache.eval.results import Row
 from hf_pqcache.eval.session import Session
 from hf_pqcache.eval.speed import measure_speed
-
-#: 1K to 128K tokens.
-LENGTHS = tuple(1024 << i for i in range(8))
+from hf_pqcache.positions import max_positions
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,17 @@ class SpeedTask:
         self,
         session: Session,
         *,
-        lengths: Sequence[int] = LENGTHS,
+        lengths: Sequence[int] | None = None,
         new_tokens: int = 64,
         batch: int = 1,
         repeats: int = 3,
         warmup: int = 1,
     ) -> list[Row]:
-        """Three rows a length: ttft and tpot in ms, throughput in tokens/s. The device is one of the settings."""
+        """Three rows a length: ttft and tpot in ms, throughput in tokens/s. The device is one of the settings.
+
+        lengths: of the prompt; None means those of 1K to 128K that the model can hold.
+        """
+        lengths = lengths_within(max_positions(session.model.config), lengths, new_tokens, "speed")
         done: list[Row] = []
         for tokens in tqdm(lengths, desc="speed", unit="length", disable=not session.progress, leave=False):
             settings: dict[str, Any] = {"tokens": tokens, "new_tokens": new_tokens, "batch": batch, "repeats": repeats}

@@ -6,11 +6,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hf_pqcache.commands import _output
+
+if TYPE_CHECKING:
+    from hf_pqcache.eval.setup import Setup
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, exists=True, path_type=Path)
@@ -30,14 +33,14 @@ class Lengths(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         if isinstance(value, list):
             return value
-        words = [word for word in str(value).replace(" ", "").split(",") if word]
+        words = str(value).replace(" ", "").split(",")
         try:
-            found = [int(word[:-1]) * 1024 if word[-1] in "kK" else int(word) for word in words]
+            found = [int(word[:-1]) * 1024 if word[-1:] in ("k", "K") else int(word) for word in words]
         except ValueError:
             self.fail(f"{value!r}: give lengths like 512,1K,32K", param, ctx)
         if not found or min(found) < 1:
             self.fail(f"{value!r}: give one length or more, each of at least 1 token, like 512,1K,32K", param, ctx)
-        return found
+        return list(dict.fromkeys(found))
 
 
 class Length(click.ParamType):
@@ -68,13 +71,25 @@ class Numbers(click.ParamType):
         if isinstance(value, list):
             return value
         try:
-            found = [self.kind(word) for word in str(value).split(",") if word.strip()]
+            found = list(dict.fromkeys(self.kind(word) for word in str(value).split(",")))
         except ValueError:
             found = []
         if not found or not all(self.low <= x <= self.high for x in found):
             kind = "whole numbers" if self.kind is int else "numbers"
             self.fail(f"{value!r}: give {kind} from {self.low:g} to {self.high:g}, separated by commas", param, ctx)
         return found
+
+
+class Words(click.ParamType):
+    """one,two as a list of words."""
+
+    name = "words"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        found = value if isinstance(value, list) else [word.strip() for word in str(value).split(",")]
+        if not all(found):
+            self.fail(f"{value!r}: give names separated by commas, none of them empty", param, ctx)
+        return list(dict.fromkeys(found))
 
 
 class Device(click.ParamType):
@@ -156,19 +171,22 @@ _CALIBRATION = (
     click.option("--calibration-tokens", type=click.IntRange(min=1), help="Tokens to sample."),
     click.option("--data-dir", type=FOLDER, help="Folder with the data sets' plain files, instead of the Hub."),
 )
-SHAPE = (
+_CODES = (
     click.option("-M", "--num-subspaces", "num_subspaces", type=int, help="Subspaces of a head vector."),
     click.option("--nbits", "--num-bits", "num_bits", type=click.IntRange(4, 8), help="Bits of a code."),
-    click.option("--page-size", type=int, help="Tokens of a page."),
-    click.option("--max-pages", type=int, help="Pages of the pool."),
-    click.option("--extended-residual", type=int, help="Newest tokens that stay exact."),
-    click.option("--sink-tokens", type=int, help="First tokens that stay exact."),
 )
+_WINDOW = (
+    click.option("--page-size", type=int, help="Tokens of a page."),
+    click.option("--extended-residual", type=int, help="Newest tokens that stay exact."),
+)
+_SINKS = click.option("--sink-tokens", type=int, help="First tokens that stay exact.")
+_POOL = click.option("--max-pages", type=int, help="Most pages that a cache may take.")
+SHAPE = (*_CODES, *_WINDOW, _SINKS, _POOL)
 _RESULTS = (
     click.option("--results", type=FILE, help="JSONL file of result rows; what is in it is not measured again."),
     click.option("--force", is_flag=True, help="Measure again what is in --results."),
     json_option("the rows"),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of whatever is drawn at random."),
+    click.option("--seed", type=click.IntRange(min=0), help="Of all that is drawn, calibration included; 0 if absent."),
     quiet_option(),
 )
 CODEBOOK = click.option("--codebook", help="Folder or Hub repository; without one a pq cache is calibrated.")
@@ -190,13 +208,23 @@ def apply(options: Sequence[Decorator], function: Callable[..., Any]) -> Callabl
 
 
 def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """All options of `session_of`."""
+    """All options of `setup_of`."""
     return apply((*_MODEL, *_CACHE, *SHAPE, *_CALIBRATION, *_RESULTS), function)
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same without the choice of a cache."""
     return apply((*_MODEL, *SHAPE, *_CALIBRATION, *_RESULTS), function)
+
+
+def calibrate_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Those that shape a codebook, or that it can recommend."""
+    return apply((*_MODEL, *_CODES, *_WINDOW, _SINKS, *_CALIBRATION, *_RESULTS), function)
+
+
+def tune_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Those that a search leaves as they are."""
+    return apply((*_MODEL, _SINKS, _POOL, *_CALIBRATION, *_RESULTS), function)
 
 
 def loading_of(options: dict[str, Any]) -> dict[str, Any]:
@@ -209,19 +237,24 @@ def loading_of(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def session_of(options: dict[str, Any], **more: Any) -> tuple[Any, Any, Any]:
-    """(session, model config, calibration) from the values of `session_options`, which are taken out of `options`."""
+def setup_of(options: dict[str, Any], caches: Sequence[str], outputs: Sequence[Path | None] = (), **more: Any) -> Setup:
+    """What is known before a model is loaded, from the values of `session_options`, which are taken out of `options`.
+
+    outputs: files and folders that will be written: whether they can be is found out now.
+    """
     shape = ("num_subspaces", "num_bits", "page_size", "max_pages", "extended_residual", "sink_tokens", "calibration_tokens")
-    overrides = {name: options.pop(name) for name in (*shape, "revision")}
+    overrides = {name: options.pop(name, None) for name in (*shape, "revision")}
     name, model = options.pop("model_config"), options.pop("model")
     if name is None and model is None:
         raise click.UsageError("which model? Give -f with a model config, or --model with a folder or a Hub id")
     loading = loading_of(options)
-    from hf_pqcache.eval.setup import open_session
+    for path in (*outputs, options["results"]):
+        _output.check_writable(path)
+    from hf_pqcache.eval.setup import prepare
 
-    return open_session(
+    return prepare(
         name or model,
-        options.pop("cache", "dynamic"),
+        caches,
         overrides={**overrides, "model": model if name else None},
         codebook=options.pop("codebook", None),
         calibration=options.pop("calibration"),
@@ -236,8 +269,8 @@ def session_of(options: dict[str, Any], **more: Any) -> tuple[Any, Any, Any]:
 
 
 def lengths_option(default: str) -> Decorator:
-    """--lengths 1K,2K,4K as a list of ints."""
-    return click.option("--lengths", type=Lengths(), default=default, show_default=True, help="Tokens, e.g. 512,1K,32K.")
+    """--lengths 1K,2K,4K as a list of ints, None where the model decides."""
+    return click.option("--lengths", type=Lengths(), help=f"Tokens, 512,1K,32K; if absent, of {default} what the model holds.")
 
 
 def text_option(what: str) -> Decorator:

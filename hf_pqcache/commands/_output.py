@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -95,6 +96,20 @@ def bytes_text(number: float | None) -> str:
     from hf_pqcache.eval.naming import format_value
 
     return "" if number is None else format_value(number, "bytes")
+
+
+def check_writable(path: Path | None) -> None:
+    """Raises OSError if no file or folder can be made at `path`, or the file there not be written; leaves nothing behind."""
+    if path is None or path == STDOUT:
+        return
+    if path.is_file():
+        with open(path, "ab"):
+            return
+    folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {folder} is a file")
+    with TemporaryFile(dir=folder):
+        pass
 
 
 def save_json(path: Path, document: Any) -> bool:

@@ -31,7 +31,8 @@ def finish(rows: Sequence[Row], json_file: Path | None, title: str) -> None:
         "cache": [caches[row.key] if len(set(caches.values())) > 1 else "" for row in rows],
         "settings": [settings_text({k: v for k, v in row.settings.items() if k not in {*shared, *UNREAD}}) for row in rows],
     }
-    _output.show_table(title, columns, left=("metric", "cache", "settings"), notes=[told] if told else [])
+    if rows:
+        _output.show_table(title, columns, left=("metric", "cache", "settings"), notes=[told] if told else [])
     _output.write_json(json_file, {"rows": [row.to_dict() for row in rows]})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hf_pqcache.commands import _options, _output
 
 
 @click.command()
-@_options.model_options
+@_options.calibrate_options
 @click.option("-m", "--merge", is_flag=True, help="One codebook for all layers and heads; less accurate.")
 @click.option("-o", "--output", type=_options.NEW_FOLDER, default=Path("codebook"), show_default=True, help="Its folder.")
 def command(merge: bool, output: Path, json_file: Path | None, **options: Any) -> None:
@@ -21,9 +22,12 @@ def command(merge: bool, output: Path, json_file: Path | None, **options: Any) -
     Example:  pqcache calibrate --model tiny -o codebook
     """
     was_there = (output / "codebook.json").exists()
-    session, config, learning = _options.session_of(options, merge=merge)
-    model, tokenizer = session.model, session.tokenizer
-    book = learning.codebook(model, tokenizer, session.model_name, config.pq_config, session.progress)
+    from hf_pqcache.eval.given import RECOMMENDED
+
+    setup = _options.setup_of(options, ["pq"], [output, json_file], merge=merge, learns=True)
+    shape = setup.config.pq_config
+    book = setup.learning.codebook(setup.open(), shape)
+    book = replace(book, settings={name: getattr(shape, name) for name in RECOMMENDED})
     book.save_pretrained(output)
     size = _output.bytes_text(book.nbytes)
     _output.say(f"{size}, {len(book.layers)} layers, fingerprint {book.fingerprint[:16]}, {_output.written(output, was_there)}")

@@ -13,18 +13,18 @@ from hf_pqcache.commands import _options, _output
 
 @click.command()
 @_options.model_options
-@click.option("--caches", help="Comma-separated, e.g. dynamic,hqq:3,pq:3; the standard ten if absent.")
+@click.option("--caches", type=_options.Words(), help="Comma-separated, e.g. dynamic,hqq:3,pq:3; the standard ten if absent.")
 @_options.text_option("To evaluate on")
-@click.option("--tokens", type=click.IntRange(min=64), default=2048, show_default=True, help="Length of everything.")
+@click.option("--tokens", type=click.IntRange(min=64), help="Length of everything; 2048, or what the model holds, if absent.")
 @click.option("--limit", type=click.IntRange(min=1), default=4, show_default=True, help="Perplexity windows.")
 @click.option("--chunk", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens a step of the perplexity.")
 @click.option("--recall-count", type=click.IntRange(min=0), default=20, show_default=True, help="Pass keys to ask for.")
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True, help="Tokens to time.")
 @click.option("--markdown", "markdown_file", type=_options.FILE, help="Also write the table here.")
 def command(
-    caches: str | None,
+    caches: list[str] | None,
     text: str,
-    tokens: int,
+    tokens: int | None,
     limit: int,
     chunk: int,
     recall_count: int,
@@ -38,22 +38,20 @@ def command(
     \b
     Example:  pqcache compare --model tiny --caches dynamic,pq:4,pq:2 --tokens 1024
     """
-    from hf_pqcache.eval.caches import CacheSpec, check_name, head_dim
-    from hf_pqcache.eval.compare import DEFAULT_CACHES, compare, markdown, table
+    from hf_pqcache.eval.compare import DEFAULT_CACHES, check, compare, markdown, table
     from hf_pqcache.eval.setup import text_of
 
-    names = [name.strip() for name in caches.split(",")] if caches is not None else DEFAULT_CACHES
-    for name in names:
-        check_name(name)
     evaluated, name = text_of(text, options["data_dir"])
-    session, config, learning = _options.session_of(options)
+    setup = _options.setup_of(options, caches or DEFAULT_CACHES, [json_file, markdown_file])
+    length = check(setup, evaluated, tokens=tokens, recall_count=recall_count, new_tokens=new_tokens)
+    session = setup.open()
     lines, rows = compare(
         session,
-        [CacheSpec.parse(x, head_dim(session.model), config.pq_config) for x in names],
-        learning,
+        setup.specs,
+        lambda spec: setup.ready(session, spec),
         evaluated,
         name,
-        tokens=tokens,
+        tokens=length,
         windows=limit,
         chunk=chunk,
         recall_count=recall_count,
@@ -61,7 +59,7 @@ def command(
     )
     failed = [line for line in lines if line.note]
     _output.show_table(
-        f"{session.model_name}, {tokens} tokens, {session.device_name}, {session.model.dtype}, text {name}",
+        f"{session.model_name}, {length} tokens, {session.device_name}, {session.model.dtype}, text {name}",
         table(lines),
         notes=[f"{line.cache}: {line.note}" for line in failed],
     )

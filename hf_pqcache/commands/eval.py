@@ -22,14 +22,19 @@ def command() -> None:
 
 
 def _task(function: Callable[..., Any]) -> click.Command:
-    """A subcommand: options of a session, and one function (task registry, session, **options) -> rows."""
+    """A subcommand: options of a session, and one function (task registry, setup, **options) -> (session -> rows).
+
+    What the function itself does comes before the model is loaded: it is there to refuse what would fail or mean nothing.
+    """
 
     def call(json_file: Path | None, **options: Any) -> None:
         from hf_pqcache.eval import tasks
 
-        data_dir = options["data_dir"]
-        session, config, _ = _options.session_of(options)
-        rows = function(tasks.get, session, config=config, data_dir=data_dir, **options)
+        cache, data_dir = options.pop("cache"), options["data_dir"]
+        setup = _options.setup_of(options, [cache], [json_file])
+        run = function(tasks.get, setup, data_dir=data_dir, **options)
+        session = setup.ready(setup.open(), setup.specs[0])
+        rows = run(session)
         _rows.finish(rows, json_file, f"{session.model_name}, {session.cache.label}, {session.device_name}")
 
     call.__doc__ = function.__doc__
@@ -40,7 +45,7 @@ def _task(function: Callable[..., Any]) -> click.Command:
 
 def _windows(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--chunk", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens a step, mode cache."),
+        click.option("--chunk", type=click.IntRange(min=1), help="Tokens a step, in mode cache only; 16 if absent."),
         click.option("--mode", type=click.Choice(["exact", "distort", "stream", "cache"]), help="The cache's own if absent."),
         click.option("--limit", type=click.IntRange(min=1), help="Windows to measure; all if absent."),
         click.option("--stride", type=click.IntRange(min=1), help="The next window starts so many tokens later."),
@@ -51,6 +56,13 @@ def _windows(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _perplexity(task: Any, setup: Any, *, window: int | None, data_dir: Any, **options: Any) -> Any:
+    from hf_pqcache.eval.tasks._text import check_perplexity
+
+    chosen = check_perplexity(task, setup, window=window, data_dir=data_dir, **options)
+    return lambda session: [task.run(session, window=chosen, data_dir=data_dir, **options)]
+
+
 @_task
 @_windows
 @click.option(
@@ -59,28 +71,30 @@ def _windows(function: Callable[..., Any]) -> Callable[..., Any]:
     default="wikitext-2-raw-v1",
     show_default=True,
 )
-def wikitext(get: Any, session: Any, *, config: Any, dataset: str, window: int | None, **options: Any) -> Any:
+def wikitext(get: Any, setup: Any, *, dataset: str, **options: Any) -> Any:
     """Perplexity of WikiText.
 
     \b
     Example:  pqcache eval wikitext --model small.yaml --cache pq:3 --data-dir data --limit 12
     """
-    return [get(dataset).run(session, window=window or config.window_tokens, **options)]
+    return _perplexity(get(dataset), setup, **options)
 
 
 @_task
 @_windows
-def ptb(get: Any, session: Any, *, config: Any, window: int | None, **options: Any) -> Any:
+def ptb(get: Any, setup: Any, **options: Any) -> Any:
     """Perplexity of the Penn Treebank (Mikolov's form).
 
     \b
     Example:  pqcache eval ptb --model tiny --cache pq --data-dir data
     """
-    return [get("ptb_text_only").run(session, window=window or config.window_tokens, **options)]
+    return _perplexity(get("ptb_text_only"), setup, **options)
 
 
 @_task
-@click.option("--tasks", "names", default="all", show_default=True, help="all, e, or names: qasper,lcc,trec_e")
+@click.option(
+    "--tasks", "names", default="all", type=_options.Words(), show_default=True, help="all, e, or names: qasper,lcc,trec_e"
+)
 @click.option("--limit", type=click.IntRange(min=1), help="First examples of each task only.")
 @click.option(
     "--max-length", "max_tokens", type=click.IntRange(min=2), help="Tokens of a prompt; the rest of the context if absent."
@@ -89,7 +103,7 @@ def ptb(get: Any, session: Any, *, config: Any, window: int | None, **options: A
 @click.option(
     "--chat/--no-chat", "use_chat", default=None, help="Chat template where the official runs have one; if the model has one."
 )
-def longbench(get: Any, session: Any, *, config: Any, names: str, max_tokens: int | None, **options: Any) -> Any:
+def longbench(get: Any, setup: Any, *, names: list[str], max_tokens: int | None, data_dir: Any, **options: Any) -> Any:
     """LongBench; `accelerate launch -m hf_pqcache eval longbench ...` shares the examples among processes.
 
     \b
@@ -97,60 +111,72 @@ def longbench(get: Any, session: Any, *, config: Any, names: str, max_tokens: in
     """
     from hf_pqcache.eval.tasks.longbench import NAMES, NAMES_E
 
-    wanted = {"all": NAMES, "e": NAMES_E}.get(names) or names.split(",")
-    chosen = [get(f"longbench/{name.strip()}") for name in wanted]
-    limit = config.max_context_tokens
-    rows = []
-    for task in chosen:
-        rows += task.run(session, max_tokens=max_tokens or (limit and task.room(limit)), **options)
-    return rows
+    wanted = {"all": NAMES, "e": NAMES_E}.get(names[0] if len(names) == 1 else "", names)
+    chosen = [get(f"longbench/{name}") for name in wanted]
+    lengths = [task.check(setup.limit, setup.tokenizer, max_tokens=max_tokens, data_dir=data_dir, **options) for task in chosen]
+
+    def run(session: Any) -> Any:
+        pairs = zip(chosen, lengths, strict=True)
+        return [row for task, n in pairs for row in task.run(session, max_tokens=n, data_dir=data_dir, **options)]
+
+    return run
 
 
 @_task
-@click.option("--tasks", "names", required=True, help="Tasks, groups or tags of lm-evaluation-harness: piqa,mmlu")
+@click.option(
+    "--tasks", "names", type=_options.Words(), required=True, help="Tasks, groups or tags of lm-evaluation-harness: piqa,mmlu"
+)
 @click.option("--include-path", type=_options.FOLDER, help="Folder with more task files.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples shown first; the task's own number if absent.")
 @click.option("--limit", type=click.IntRange(min=1), help="First examples of each task only.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--chunk", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens of an answer scored at once.")
 @click.option("--chat/--no-chat", "use_chat", default=False, help="Wrap prompts in the model's chat template.")
-def harness(get: Any, session: Any, *, config: Any, data_dir: Any, names: str, **options: Any) -> Any:
+def harness(get: Any, setup: Any, *, data_dir: Any, names: list[str], **options: Any) -> Any:
     """Any task of lm-evaluation-harness; `pqcache lm-eval` is its own command line.
 
     \b
     Example:  pqcache eval harness --model qwen2.5-7b --cache pq --tasks piqa,arc_easy --results results.jsonl
     """
-    return get("harness").run(session, [name.strip() for name in names.split(",")], **options)
+    task = get("harness")
+    task.check(names, options["include_path"])
+    return lambda session: task.run(session, names, **options)
 
 
 @_task
-@_options.lengths_option("1K,2K,4K,8K,16K,32K,64K,128K")
+@_options.lengths_option("1K to 128K")
 @click.option("--new-tokens", type=click.IntRange(min=2), default=64, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
-def speed(get: Any, session: Any, *, config: Any, data_dir: Any, **options: Any) -> Any:
+def speed(get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, new_tokens: int, **options: Any) -> Any:
     """Time to the first token, time per token, tokens per second.
 
     \b
     Example:  pqcache eval speed --model tiny --cache dynamic --lengths 512,1K
     """
-    return get("speed").run(session, **options)
+    from hf_pqcache.eval.lengths import lengths_within
+
+    chosen = lengths_within(setup.limit, lengths, new_tokens, "speed")
+    return lambda session: get("speed").run(session, lengths=chosen, new_tokens=new_tokens, **options)
 
 
 @_task
-@_options.lengths_option("1K,2K,4K,8K,16K,32K,64K,128K")
+@_options.lengths_option("1K to 128K")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
-def memory(get: Any, session: Any, *, config: Any, data_dir: Any, **options: Any) -> Any:
+def memory(get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, batch: int) -> Any:
     """Bytes of the cache, and the allocator's peak on CUDA.
 
     \b
     Example:  pqcache eval memory --model tiny --cache pq --lengths 512,1K,2K
     """
-    return get("memory").run(session, **options)
+    from hf_pqcache.eval.lengths import lengths_within
+
+    chosen = lengths_within(setup.limit, lengths, 0, "memory")
+    return lambda session: get("memory").run(session, lengths=chosen, batch=batch)
 
 
 @_task
-@_options.lengths_option("1K,2K")
+@_options.lengths_option("1K and 2K")
 @click.option(
     "--depths",
     type=_options.Numbers(float, 0, 1),
@@ -160,25 +186,38 @@ def memory(get: Any, session: Any, *, config: Any, data_dir: Any, **options: Any
 )
 @click.option("--count", type=click.IntRange(min=1), default=4, show_default=True, help="Pass keys for every cell.")
 @_options.text_option("Filler")
-def recall(get: Any, session: Any, *, config: Any, data_dir: Any, text: str, **options: Any) -> Any:
+def recall(
+    get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, depths: list[float], text: str, count: int
+) -> Any:
     """Pass keys over depth and length.
 
     \b
     Example:  pqcache eval recall --model tiny --cache pq:2 --lengths 512,1K
     """
+    from hf_pqcache.eval.lengths import lengths_within
+    from hf_pqcache.eval.perplexity import token_ids
+    from hf_pqcache.eval.recall import ANSWER_TOKENS, check_recall
     from hf_pqcache.eval.setup import text_of
 
-    return get("recall").run(session, text_of(text, data_dir)[0], **options)
+    filler, _ = text_of(text, data_dir)
+    chosen = lengths_within(setup.limit, lengths, ANSWER_TOKENS, "recall", offered=(1024, 2048))
+    check_recall(setup.tokenizer, token_ids(setup.tokenizer, filler), chosen, depths, setup.limit)
+    return lambda session: get("recall").run(session, filler, lengths=chosen, depths=depths, count=count)
 
 
 @_task
-@click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True)
+@click.option("--tokens", type=click.IntRange(min=2), help="Of the prompt; 2048, or what the model holds, if absent.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=16, show_default=True)
-def breakdown(get: Any, session: Any, *, config: Any, data_dir: Any, **options: Any) -> Any:
+def breakdown(get: Any, setup: Any, *, data_dir: Any, tokens: int | None, steps: int, batch: int) -> Any:
     """Where the time of a decode step goes.
 
     \b
     Example:  pqcache eval breakdown --model tiny --cache pq --tokens 1024
     """
-    return get("breakdown").run(session, **options)
+    from hf_pqcache.eval.breakdown import WARM_UP
+    from hf_pqcache.eval.lengths import lengths_within
+
+    asked = None if tokens is None else (tokens,)
+    (chosen,) = lengths_within(setup.limit, asked, WARM_UP + steps, "a breakdown", offered=(2048,))
+    return lambda session: get("breakdown").run(session, tokens=chosen, batch=batch, steps=steps)

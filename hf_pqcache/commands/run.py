@@ -32,6 +32,7 @@ class _SeveralWords(click.Command):
 @click.option("-m", "--merge", is_flag=True, help="One codebook for all layers and heads, as MILLION has it; less accurate.")
 @click.option("--half", is_flag=True, help="Run the model in float16.")
 @click.option("--paged", is_flag=True, help="Taken for MILLION's sake: the cache is always paged.")
+@click.option("--keep-samples", is_flag=True, help="Leave the sampled keys and values on disk: gigabytes for a large model.")
 @click.option("--breakdown", is_flag=True, help="Also measure the stages of a decode step.")
 @click.option("--window", type=click.IntRange(min=2), help="Tokens of a perplexity window; the model config's if absent.")
 @click.option("--stride", type=click.IntRange(min=1), help="The next window starts so many tokens later.")
@@ -43,6 +44,7 @@ def command(
     merge: bool,
     half: bool,
     paged: bool,
+    keep_samples: bool,
     breakdown: bool,
     window: int | None,
     stride: int | None,
@@ -58,9 +60,13 @@ def command(
               --nbits 8 -m --half --paged --page_size 64 --extended_residual 128 \\
               --breakdown -p baseline sampling training evaluation
     """
-    from hf_pqcache.eval.caches import head_dim
+    from hf_pqcache.eval.caches import head_dim_of
     from hf_pqcache.eval.pipeline import STAGES, Pipeline
+    from hf_pqcache.eval.tasks import get
+    from hf_pqcache.eval.tasks._text import check_perplexity
 
+    if half and options["dtype"] not in ("auto", "float16"):
+        raise click.UsageError(f"--half is float16 and --dtype says {options['dtype']}; give one of the two")
     if half:
         options["dtype"] = "float16"
     model = options["model_config"] or options["model"] or ""
@@ -68,19 +74,28 @@ def command(
     folder = output or Path("runs") / (name + ("-merged" if merge else ""))
     options["results"] = options["results"] or folder / "results.jsonl"
     options["calibration"] = options["calibration"] or dataset
-    session, config, learning = _options.session_of(options, merge=merge)
-    shape = config.pq_config
+    chosen_stages = stages or STAGES
+    if unknown := [stage for stage in chosen_stages if stage not in STAGES]:
+        raise click.UsageError(f"unknown stages {unknown}; use {' '.join(STAGES)}")
+    task = get(dataset)
+    needs_text = not {"sampling", "training"}.isdisjoint(chosen_stages)
+    setup = _options.setup_of(options, ["pq"], [folder, json_file], merge=merge, learns=True, needs_text=needs_text)
+    chosen = check_perplexity(task, setup, window=window, stride=stride, data_dir=setup.learning.data_dir)
+    shape = setup.config.pq_config
+    shape = shape.replace(num_subspaces=shape.subspaces(head_dim_of(setup.hf_config)))
+    session = setup.open()
     pipeline = Pipeline(
         session,
-        shape.replace(num_subspaces=shape.subspaces(head_dim(session.model))),
-        learning,
+        shape,
+        setup.learning,
         dataset,
         folder,
-        window=window or config.window_tokens,
+        window=chosen,
         stride=stride,
         limit=limit,
         with_breakdown=breakdown,
+        keep_samples=keep_samples,
     )
-    rows = pipeline.run(stages or STAGES)
+    rows = pipeline.run(chosen_stages)
     _rows.finish(rows, json_file, f"{session.model_name} on {dataset}")
     _output.say(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")

@@ -38,7 +38,7 @@ def _print_search(search: Any, tokens: int, budget: str) -> None:
 
 
 @click.command()
-@_options.model_options
+@_options.tune_options
 @click.option(
     "--max-ratio", type=click.FloatRange(min=0, min_open=True), help="Most bytes, as a share of a half-precision cache: 0.28."
 )
@@ -84,15 +84,19 @@ def command(
     """
     from hf_pqcache.eval.setup import text_of
     from hf_pqcache.eval.tune import Budget, Grid, tune
+    from hf_pqcache.positions import check_positions
 
     was_there = output.exists()
     budget = Budget(max_ratio, max_loss)
     evaluated, name = text_of(text, options["data_dir"])
-    session, config, learning = _options.session_of(options)
-    length = tokens or config.max_context_tokens or config.window_tokens
+    setup = _options.setup_of(options, ["pq"], [output, output.with_suffix(".codebook"), json_file], learns=True)
+    config, length = setup.config, tokens or setup.limit or setup.window
+    check_positions(length, setup.limit, "a sequence whose bytes count", "--tokens")
+    check_positions(window or 0, setup.limit, "a perplexity window", "--window")
+    session = setup.open()
 
     def learn(shape: Any) -> Any:
-        return learning.codebook(session.model, session.tokenizer, session.model_name, shape, session.progress)
+        return setup.learning.codebook(session, shape)
 
     search = tune(
         session,
@@ -103,7 +107,7 @@ def command(
         budget,
         Grid(try_subspaces, try_bits, try_page_sizes, try_residuals),
         tokens=length,
-        window=window or config.window_tokens,
+        window=window or setup.window,
         limit=limit,
     )
     goal = f"least loss within {max_ratio:.1%} of the bytes" if max_ratio else f"fewest bytes within {max_loss:+.2%} of loss"

@@ -1,0 +1,117 @@
+"""Fingerprint of a model: its config and weights, however its folder is called; loads no model, knows no cache.
+
+Three kinds, told apart by their first word. `files`: of a local folder, independent of the dtype that it is loaded in.
+`commit`: of a Hub repository. `weights`: of a model that is in memory. Fingerprints of different kinds say nothing
+about each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: The first of these of which a folder holds any are its weights: what else lies there (optimizer states) is not read.
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf", "*.bin", "*.pt", "*.pth")
+#: What else decides what a model computes from a text.
+_DESCRIPTIONS = ("*config.json", "tokenizer*", "vocab*", "merges*", "*_tokens*.json", "chat_template*", "*.model", "*.py")
+#: Files up to this size are read whole; of larger ones the head and so many blocks, evenly spread.
+_WHOLE_BYTES, _BLOCKS, _BLOCK_BYTES = 64 << 20, 4096, 4096
+#: Numbers of a parameter in memory that are looked at: all of a small one, evenly spread ones of a large one.
+_NUMBERS = 1 << 16
+#: Settings of a config file that say by what it was saved; and of a config how and from where a model was loaded.
+_SAVED = {"_name_or_path", "transformers_version"}
+_PASSING = {*_SAVED, "name_or_path", "_commit_hash", "dtype", "torch_dtype", "architectures"}
+
+
+def model_fingerprint(model: Any, source: str | os.PathLike[str] | None = None) -> str:
+    """The fingerprint of a model that was loaded from `source`, a folder or a Hub id; None: of the model as it is.
+
+    With a source the model must be as it was loaded: what has been trained since is not seen.
+    """
+    if source is not None and os.path.isdir(source):
+        return folder_fingerprint(source)
+    commit = getattr(model.config, "_commit_hash", None)
+    return f"commit:{commit}" if source is not None and commit else weights_fingerprint(model)
+
+
+def folder_fingerprint(folder: str | os.PathLike[str]) -> str:
+    """Of a model's folder: contents of config and tokenizer; names, sizes, headers and sampled bytes of the weights."""
+    digest, root = hashlib.sha256(), Path(folder)
+    for path in sorted({path for pattern in _DESCRIPTIONS for path in root.glob(pattern) if path.is_file()}):
+        digest.update(f"{path.name} ".encode() + _description(path))
+    found = next((paths for pattern in _WEIGHTS if (paths := sorted(root.glob(pattern)))), [])
+    for path in found:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            if size <= _WHOLE_BYTES:
+                digest.update(file.read())
+                continue
+            head = file.read(8)
+            digest.update(head + file.read(min(int.from_bytes(head, "little"), _WHOLE_BYTES)))  # a safetensors header
+            for i in range(_BLOCKS):
+                file.seek((size - _BLOCK_BYTES) * i // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return f"files:{digest.hexdigest()[:32]}"
+
+
+def weights_fingerprint(model: Any) -> str:
+    """Of a model in memory: its config, and names, shapes and sampled numbers of its parameters.
+
+    Numbers are rounded to bfloat16, so that a checkpoint in half precision has one fingerprint in all dtypes. Parameters
+    that are not wholly in this process (on the meta device, spread over processes) count by name and shape.
+    """
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in _PASSING}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f" {name} {tuple(parameter.shape)} ".encode())
+        if parameter.device.type != "meta" and not hasattr(parameter, "to_local"):
+            digest.update(_sampled(parameter.detach()))
+    return f"weights:{digest.hexdigest()[:32]}"
+
+
+def is_of_model(metadata: Mapping[str, Any], model: Any, fingerprint: str | None = None) -> bool | None:
+    """Whether what `metadata` describes (a codebook, samples) was made with this model's weights; None where nobody knows.
+
+    fingerprint: the model's, from where it was loaded.
+    """
+    noted = metadata.get("model_fingerprint")
+    if not isinstance(noted, str) or not noted:
+        return None
+    kind = noted.partition(":")[0]
+    own = weights_fingerprint(model) if kind == "weights" else fingerprint
+    return noted == own if own is not None and own.partition(":")[0] == kind else None
+
+
+def short(fingerprint: str) -> str:
+    """As much of it as people read."""
+    return fingerprint.partition(":")[2][:6] or fingerprint[:6]
+
+
+def _description(path: Path) -> bytes:
+    """A small file's contents; a config's without what says only how it was saved."""
+    data = path.read_bytes()
+    if path.suffix != ".json":
+        return data
+    try:
+        values = json.loads(data)
+    except ValueError:
+        return data
+    if isinstance(values, dict):
+        values = {key: value for key, value in values.items() if key not in _SAVED}
+    return json.dumps(values, sort_keys=True).encode()
+
+
+def _sampled(x: Tensor) -> bytes:
+    flat = x.flatten()
+    some = flat[:: max(1, flat.numel() // _NUMBERS)]
+    if some.is_floating_point():
+        some = some.to(torch.bfloat16).view(torch.int16)
+    return some.contiguous().cpu().view(torch.uint8).numpy().tobytes()
