@@ -14,14 +14,13 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 from hf_pqcache.cache import PagedKVCache, PagedPQCache
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
+from hf_pqcache.footprint import PQ_BITS
 from hf_pqcache.samples import compressible_layers
 from hf_pqcache.shapes import kv_shape, layer_configs
 
 CACHES = ("dynamic", "static", "quanto", "hqq", "fp8", "pq", "paged-kv")
 #: Bits a value that each family offers, its default first; families that are not here offer no choice.
 BITS = {"quanto": (4, 2), "hqq": (4, 8, 3, 2, 1), "pq": (4, 3, 2)}
-#: PQ at so many bits a value: (head_dim / num_subspaces, bits of a code).
-PQ_BITS = {4: (2, 8), 3: (2, 6), 2: (4, 8)}
 _PIP = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq")}
 
 

@@ -161,6 +161,8 @@ def _values(name: str) -> dict[str, Any]:
         return _read(path)
     if (path / "config.json").is_file():
         return {"model": _local_first(name)}
+    if path.suffix == ".json" and path.is_file():  # a model's config alone, for what needs no weights
+        return {"model": name}
     if name in available():
         return _read(FOLDER / f"{name}.yaml")
     if path.is_dir():

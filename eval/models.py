@@ -110,7 +110,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, trust_remot
 def _where(name: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """Arguments of from_pretrained: where a model is read from. Raises OSError at once if it is not to be had."""
     remote = {"trust_remote_code": True} if trust_remote_code else {}
-    if Path(name).is_dir():
+    if Path(name).exists():
         return {"local_files_only": True, **remote}
     if hub.is_reachable():
         return {"revision": revision, **remote}

@@ -14,18 +14,21 @@ if TYPE_CHECKING:
     from hf_pqcache.codebook import Codebook
     from hf_pqcache.config import PQConfig
     from hf_pqcache.errors import PQCacheError
+    from hf_pqcache.footprint import MemoryPlan, plan_memory
 
 __version__ = "0.1.0"
-__all__ = ["Codebook", "PQCacheError", "PQConfig", "PagedKVCache", "PagedPQCache", "calibrate"]
+__all__ = ["Codebook", "MemoryPlan", "PQCacheError", "PQConfig", "PagedKVCache", "PagedPQCache", "calibrate", "plan_memory"]
 
 #: name -> the file that has it.
 _HOMES = {
     "Codebook": "codebook",
+    "MemoryPlan": "footprint",
     "PQCacheError": "errors",
     "PQConfig": "config",
     "PagedKVCache": "cache",
     "PagedPQCache": "cache",
     "calibrate": "calibrate",
+    "plan_memory": "footprint",
 }
 
 

@@ -14,7 +14,7 @@ FLOORS = {
     1: {"codebook", "pages", "plan", "pool", "state", "jit", "samples"},
     2: {"torch_engine", "kernel_plan", "selection", "cuda_engine", "nvrtc", "parallel"},
     3: {"engine", "attention", "calibrate", "reference", "diagnose"},
-    4: {"ops", "room", "storage"},
+    4: {"footprint", "ops", "room", "storage"},
     5: {"steps"},
     6: {"layer", "sequences"},
     7: {"paged", "cache"},

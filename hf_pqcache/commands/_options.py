@@ -207,6 +207,11 @@ def apply(options: Sequence[Decorator], function: Callable[..., Any]) -> Callabl
     return function
 
 
+def apply_shape(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a cache's shape."""
+    return apply(SHAPE, function)
+
+
 def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """All options of `setup_of`."""
     return apply((*_MODEL, *_CACHE, *SHAPE, *_CALIBRATION, *_RESULTS), function)
