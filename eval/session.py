@@ -12,7 +12,6 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_pqcache.eval.caches import CacheSpec
-from hf_pqcache.eval.distributed import is_main
 from hf_pqcache.eval.results import Results, Row, device_name, provenance
 from hf_pqcache.identity import is_of_model, short, weights_fingerprint
 
@@ -46,7 +45,7 @@ class Session:
     notes: dict[str, Any] = field(default_factory=dict)
     loading: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
-    show: Callable[[Row], None] = lambda row: None
+    show: Callable[[Row], None] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -62,14 +61,9 @@ class Session:
         return self.fingerprint or weights_fingerprint(self.model)
 
     def say(self, text: str) -> None:
-        """Tell what goes on, above the progress bars."""
+        """Tell what goes on, above the progress bars, unless they are not wanted either."""
         if self.progress:
             tqdm.write(text, file=sys.stderr)
-
-    def warn(self, text: str) -> None:
-        """Tell what its reader should know before they believe the figures; also where progress is not shown."""
-        if is_main():
-            tqdm.write(f"note: {text}", file=sys.stderr)
 
     def with_cache(self, cache: CacheSpec) -> Session:
         return replace(self, cache=cache)
@@ -125,4 +119,5 @@ class Session:
     def keep(self, row: Row) -> None:
         """Add a row to the results, and show it."""
         self.results.add(row)
-        self.show(row)
+        if self.show is not None:
+            self.show(row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from hf_pqcache.eval.given import RECOMMENDED, check_given
 from hf_pqcache.eval.model_config import DEMO, ModelConfig, load_model_config, stated_settings
 from hf_pqcache.eval.models import check_device, load_config, load_model, load_tokenizer, public_name
 from hf_pqcache.eval.perplexity import token_ids
-from hf_pqcache.eval.results import Results
+from hf_pqcache.eval.results import Results, Row
 from hf_pqcache.eval.session import Session
 from hf_pqcache.eval.texts import read_text
 from hf_pqcache.identity import folder_fingerprint, is_of_model, model_fingerprint
@@ -173,6 +173,7 @@ class Setup:
     notes: dict[str, Any] = field(default_factory=dict)
     book: Codebook | None = None
     is_recommended: Collection[str] = ()
+    show: Callable[[Row], None] | None = None
 
     @property
     def limit(self) -> int | None:
@@ -206,6 +207,7 @@ class Setup:
             notes=self.notes,
             loading={name: self.loading[name] for name in LOADING_SETTINGS if self.loading.get(name)},
             fingerprint=fingerprint or model_fingerprint(model, source),
+            show=self.show,
         )
 
     def ready(self, session: Session, spec: CacheSpec) -> Session:
@@ -232,6 +234,8 @@ def prepare(
     progress: bool = True,
     seed: int | None = None,
     notes: Mapping[str, Any] | None = None,
+    rows_file: Path | None = None,
+    show: Callable[[Row], None] | None = None,
     **loading: Any,
 ) -> Setup:
     """Check everything that a measurement needs, and load nothing heavy.
@@ -246,6 +250,7 @@ def prepare(
         device: see `load_model`. loading: more of its arguments; dtype, quantization, attn_implementation, ...
         results: JSONL file. Codebooks made here are kept in a folder beside it.
         seed: of all that is drawn at random; None is 0, and the model config's for calibration.
+        rows_file: where rows go without `results`. show: called with every row as soon as it is there.
 
     Raises FileNotFoundError, ValueError, OSError with the way out.
     """
@@ -276,7 +281,8 @@ def prepare(
         hf_config=hf_config,
         specs=specs,
         learning=learning,
-        results=Results(results, is_writer=distributed.is_main()),
+        results=Results(results or rows_file, is_writer=distributed.is_main()),
+        show=show,
         force=force,
         progress=progress and distributed.is_main(),
         seed=seed or 0,

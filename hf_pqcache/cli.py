@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from hf_pqcache import commands
-from hf_pqcache.commands import _errors, _progress
+from hf_pqcache.commands import _errors, _progress, _unfinished
 from hf_pqcache.commands._groups import Group
 
 
@@ -61,7 +61,14 @@ class _Folder(Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         with _progress.tidy_bars():
-            return super().invoke(ctx)
+            try:
+                value = super().invoke(ctx)
+            except (click.Abort, KeyboardInterrupt):
+                _end("; ".join(filter(None, ["stopped by Ctrl-C", _unfinished.told(ctx)])), _errors.INTERRUPTED)
+            except Exception:
+                _unfinished.note(ctx)
+                raise
+        return value
 
 
 _is_debugging = False

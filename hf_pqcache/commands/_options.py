@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_pqcache.commands import _output
+from hf_pqcache.commands import _output, _rows, _unfinished
 
 if TYPE_CHECKING:
     from hf_pqcache.eval.setup import Setup
@@ -252,12 +252,13 @@ def setup_of(options: dict[str, Any], caches: Sequence[str], outputs: Sequence[P
     name, model = options.pop("model_config"), options.pop("model")
     if name is None and model is None:
         raise click.UsageError("which model? Give -f with a model config, or --model with a folder or a Hub id")
-    loading = loading_of(options)
+    loading, is_quiet = loading_of(options), options.pop("quiet")
     for path in (*outputs, options["results"]):
         _output.check_writable(path)
     from hf_pqcache.eval.setup import prepare
 
-    return prepare(
+    unfinished = _unfinished.begin(options["results"])
+    setup = prepare(
         name or model,
         caches,
         overrides={**overrides, "model": model if name else None},
@@ -266,11 +267,15 @@ def setup_of(options: dict[str, Any], caches: Sequence[str], outputs: Sequence[P
         data_dir=options.pop("data_dir"),
         results=options.pop("results"),
         force=options.pop("force"),
-        progress=not options.pop("quiet"),
+        progress=not is_quiet,
         seed=options.pop("seed"),
+        rows_file=unfinished.path,
+        show=None if is_quiet else _rows.show,
         **loading,
         **more,
     )
+    unfinished.begin(setup.results)
+    return setup
 
 
 def lengths_option(default: str) -> Decorator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -30,6 +31,17 @@ def speaks_beside_json() -> bool:
 def say(text: str) -> None:
     """A line for people; not in the way of --json -."""
     click.echo(text, err=speaks_beside_json())
+
+
+def note(text: str) -> None:
+    """What a user should know besides the results: on the error stream, above any progress bar."""
+    if "tqdm" not in sys.modules:
+        click.echo(text, err=True)
+        return
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():
+        click.echo(text, err=True)
 
 
 def console() -> Console:

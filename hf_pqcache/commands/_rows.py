@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_pqcache.commands import _output
+from hf_pqcache.commands import _output, _unfinished
 
 if TYPE_CHECKING:
     from hf_pqcache.eval.results import Row
@@ -33,7 +33,18 @@ def finish(rows: Sequence[Row], json_file: Path | None, title: str) -> None:
     }
     if rows:
         _output.show_table(title, columns, left=("metric", "cache", "settings"), notes=[told] if told else [])
+    _unfinished.finished()
     _output.write_json(json_file, {"rows": [row.to_dict() for row in rows]})
+
+
+def show(row: Row) -> None:
+    """One line for a row that was just measured, above the progress bars; the table comes at the end."""
+    from hf_pqcache.eval.distributed import is_main
+    from hf_pqcache.eval.naming import labels
+
+    if is_main():
+        at = "".join(f", {name} {row.settings[name]}" for name in ("tokens", "depth", "mode", "length") if name in row.settings)
+        _output.note(f"{labels([row])[row.key].partition(',')[0]}: {row.task}{at}: {row.metric} {value_text(row)}")
 
 
 def value_text(row: Row) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hf_pqcache.commands import _options, _output
+from hf_pqcache.commands import _options, _output, _unfinished
 
 
 @click.command()
@@ -63,6 +63,7 @@ def command(
         table(lines),
         notes=[f"{line.cache}: {line.note}" for line in failed],
     )
+    _unfinished.finished()
     if markdown_file is not None:
         _output.say(_output.written(markdown_file, _output.save_text(markdown_file, markdown(lines))))
     _output.write_json(json_file, {"table": [asdict(x) for x in lines], "rows": [row.to_dict() for row in rows]})

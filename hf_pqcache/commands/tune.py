@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hf_pqcache.commands import _options, _output
+from hf_pqcache.commands import _options, _output, _unfinished
 
 
 def _print_search(search: Any, tokens: int, budget: str) -> None:
@@ -112,6 +112,7 @@ def command(
     )
     goal = f"least loss within {max_ratio:.1%} of the bytes" if max_ratio else f"fewest bytes within {max_loss:+.2%} of loss"
     _print_search(search, length, goal)
+    _unfinished.finished()
     _output.write_json(
         json_file,
         {
