@@ -144,9 +144,9 @@ class Calibration:
         name = "the embedded articles" if source == DEMO else source
         session.say(f"calibrating on {name}: {min(ids.numel(), self.tokens):,} of {ids.numel():,} tokens")
         if ids.numel() < self.tokens:
-            session.warn(
-                f"the calibration text ({name}) has {ids.numel():,} tokens, {self.tokens:,} were asked for: more text makes a "
-                "better codebook; give a longer one with --calibration, or ask for fewer with --calibration-tokens"
+            session.say(
+                f"note: that text is too short, {self.tokens:,} tokens were asked for and a better codebook comes from more: "
+                "give a longer one with --calibration, or ask for fewer with --calibration-tokens"
             )
         return ids
 
@@ -319,8 +319,8 @@ def fitted(session: Session, spec: CacheSpec, book: Codebook, is_recommended: Co
     book.check_model(session.model.config)
     if is_of_model(book.metadata, session.model, session.fingerprint or None) is False:
         made_for = book.metadata.get("model") or "another model"
-        session.warn(
-            f"the codebook was learnt from other weights than those of {session.model_name} (from {made_for}, "
+        session.say(
+            f"note: the codebook was learnt from other weights than those of {session.model_name} (from {made_for}, "
             f"{book.metadata['model_fingerprint']}), and its rows say so; calibrate one for this model, unless that is wanted"
         )
     subspaces = book.num_subspaces if book.num_subspaces is not None else head_dim(session.model) // 2

@@ -38,7 +38,7 @@ class Unfinished:
 
     def told(self) -> str:
         """How to go on from here; "" if there is nothing to go on from."""
-        measured = 0 if self.results is None else len(self.results)
+        measured = 0 if self.results is None else len(self.results) - self.found
         if self.path is None or not measured or not self.path.exists():
             return ""
         rows = f"{measured} row{'s are' if measured > 1 else ' is'} in {self.path}"
