@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_pqcache import arguments, pq
-from hf_pqcache.attention import module_eager_attention
 from hf_pqcache.codebook import Codebook, LayerCodebook
 from hf_pqcache.config import PQConfig
+from hf_pqcache.functions import call_eager_function
 from hf_pqcache.positions import check_positions, max_positions
 
 Mode = Literal["exact", "distort", "stream"]
@@ -145,7 +145,7 @@ def simulated_attention(model: Any, codebook: Codebook | None, config: PQConfig 
         yield
         return
     name = model.config.get_text_config(decoder=True)._attn_implementation or "eager"
-    original = ALL_ATTENTION_FUNCTIONS.get(name, module_eager_attention if name == "eager" else None)
+    original = ALL_ATTENTION_FUNCTIONS.get(name, call_eager_function if name == "eager" else None)
     if original is None:
         raise ValueError(f"attn_implementation={name!r} is not registered with transformers; load the model with 'sdpa'")
     local = ALL_ATTENTION_FUNCTIONS._local_mapping

@@ -2,7 +2,7 @@
 
 Transformers looks an attention function up by name at every call. Its entry is wrapped in place, under its own name:
 the mask that belongs to the implementation stays, the model's config is untouched, and every other cache goes through
-to the original function.
+to the original function. So does ours wherever the fused attention cannot be sure to compute what the original would.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from hf_pqcache.handles import KEY, VALUE, KVHandle, LazyKV
+from hf_pqcache.functions import Known, eager_function, known, name_of, wants_weights
+from hf_pqcache.handles import DECODED, KVHandle, LazyKV
 from hf_pqcache.shapes import has_latent_attention
 
 #: Keywords that do not change what attention computes, or that the fused path honours. Anything else that is set
-#: sends the call to the original function with decoded keys.
+#: sends the call to the original function with decoded keys; `softcap` and `s_aux` depend on the function.
 _HARMLESS = frozenset(
     {
         "scaling",
-        "softcap",
-        "s_aux",
         "position_ids",
         "cache_position",
         "use_cache",
@@ -42,12 +40,10 @@ _HARMLESS = frozenset(
         "labels",
     }
 )
-#: Keywords that the fused path honours and transformers' sdpa function ignores (5.17) or refuses (5.23).
-_UNKNOWN_TO_SDPA = ("softcap", "s_aux")
 
 
-def _is_fusable(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether this call is plain causal attention, for one query token, that the ops can compute."""
+def _odd_keyword(facts: Known, kwargs: dict[str, Any]) -> str | None:
+    """A keyword of the call that the fused attention does not honour as a function with these facts does, if any."""
     for name, value in kwargs.items():
         if value is None or name in _HARMLESS:
             continue
@@ -55,13 +51,25 @@ def _is_fusable(module: nn.Module, kwargs: dict[str, Any]) -> bool:
             continue
         if name == "is_causal" and value is True:
             continue
+        if (name == "softcap" and facts.caps) or (name == "s_aux" and facts.sinks):
+            continue
+        return name
+    return None
+
+
+def _fits(mask: Any, facts: Known) -> bool:
+    """Whether the fused attention reads a mask as a function with these facts does."""
+    if mask is None:
+        return True
+    if not isinstance(mask, Tensor) or (mask.dim() == 2) != facts.has_flat_mask:
         return False
-    return getattr(module, "is_causal", True)
+    is_additive = mask.is_floating_point() or (facts.has_bool_mask and mask.dtype == torch.bool)
+    return mask.dim() == 2 or (mask.dim() == 4 and mask.shape[1] == 1 and is_additive)
 
 
 def _as_column_mask(mask: Tensor | None) -> Tensor | None:
     """A mask of one query token as (B or 1, 1, 1, n); flash attention's (B, n) of ones and zeros becomes bool."""
-    if isinstance(mask, Tensor) and mask.dim() == 2:
+    if mask is not None and mask.dim() == 2:
         return mask[:, None, None, :].bool()
     return mask
 
@@ -69,8 +77,10 @@ def _as_column_mask(mask: Tensor | None) -> Tensor | None:
 class Dispatcher:
     """An attention function that reads codes when it is given handles and is the original for everything else."""
 
-    def __init__(self, original: Callable[..., Any]) -> None:
-        self.original = original
+    def __init__(self, original: Callable[..., Any] | None) -> None:
+        """original: None for the eager function of each module's own file, which is no entry of the interface."""
+        self._original = original
+        self._facts: dict[type, Known | None] = {}  # of the original, as eager calls from modules of a class have found it
 
     def __call__(
         self,
@@ -82,22 +92,30 @@ class Dispatcher:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if not isinstance(key, (KVHandle, LazyKV)) and not isinstance(value, (KVHandle, LazyKV)):
-            return self.original(module, query, key, value, attention_mask, *args, **kwargs)
-        if isinstance(key, KVHandle) and isinstance(value, KVHandle):
+        if isinstance(key, KVHandle) or isinstance(value, KVHandle):
             return self._traced(module, query, key, value, attention_mask, *args, **kwargs)
-        return self._eager(module, query, key, value, attention_mask, *args, **kwargs)
+        if isinstance(key, LazyKV) or isinstance(value, LazyKV):
+            return self._eager(module, query, key, value, attention_mask, *args, **kwargs)
+        return self._call(module, query, key, value, attention_mask, *args, **kwargs)
 
-    def _can_fuse(
-        self, module: nn.Module, query: Tensor, key: Any, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
-        # One query over several new keys: Gemma 4 asks its last layers for the last token of a prompt only. New keys
-        # that come together are seen exactly, so this is not a decode step.
-        if query.shape[2] != 1 or key.fresh.shape[2] != 1 or args or not _is_fusable(module, kwargs):
-            return False
-        if self.original is sdpa_attention_forward and any(kwargs.get(name) is not None for name in _UNKNOWN_TO_SDPA):
-            return False  # whatever it does with them, decode steps shall do the same as prompts
-        return mask is None or (isinstance(mask, Tensor) and (mask.dim() == 2 or (mask.dim() == 4 and mask.shape[1] == 1)))
+    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (self._original or eager_function(module))(module, *args, **kwargs)
+
+    def _why_decoded(self, module: nn.Module, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why the fused attention cannot stand in for the original in this call, however many queries it has."""
+        facts = self._facts.get(type(module))
+        if facts is None:
+            function = self._original or eager_function(module)
+            return f"the attention function {name_of(function)} is not transformers' own"
+        if args:
+            return "attention is given positional arguments that are not known"
+        if (name := _odd_keyword(facts, kwargs)) is not None:
+            return f"the fused attention does not know what the attention function makes of the keyword {name}"
+        if not _fits(mask, facts):
+            return "the fused attention cannot read the mask as the attention function does"
+        if not getattr(module, "is_causal", True):
+            return "the model's attention is not causal"
+        return None
 
     def _fused(self, query: Tensor, key: Any, value: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> Any:
         scale = kwargs.get("scaling")
@@ -108,59 +126,68 @@ class Dispatcher:
         )
         return out, None
 
-    def _traced(
-        self, module: nn.Module, query: Tensor, key: KVHandle, value: KVHandle, mask: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if self._can_fuse(module, query, key, mask, args, kwargs):
+    def _traced(self, module: nn.Module, query: Tensor, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        both = isinstance(key, KVHandle) and isinstance(value, KVHandle)
+        if both and query.shape[2] == 1 and self._why_decoded(module, mask, args, kwargs) is None:
             return self._fused(query, key, value, mask, kwargs)
-        dense_key, dense_value = key.layer.dense_traced(KEY, key.fresh), value.layer.dense_traced(VALUE, value.fresh)
-        return self.original(module, query, dense_key, dense_value, mask, *args, **kwargs)
+        key, value = (x.dense() if isinstance(x, KVHandle) else x for x in (key, value))
+        return self._call(module, query, key, value, mask, *args, **kwargs)
 
+    @torch.compiler.disable
     def _eager(self, module: nn.Module, query: Tensor, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        both = isinstance(key, LazyKV) and isinstance(value, LazyKV)
-        if both and self._can_fuse(module, query, key, mask, args, kwargs):
-            return self._fused(query, key, value, mask, kwargs)
         layers = {id(x.layer): x.layer for x in (key, value) if isinstance(x, LazyKV)}
-        key, value = (x.dense() if isinstance(x, LazyKV) else x for x in (key, value))
-        wide = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] > key.shape[-2]
-        narrow = mask[..., : key.shape[-2]] if wide else mask
-        out = self.original(module, query, key, value, narrow, *args, **kwargs)
+        try:
+            for layer in layers.values():
+                layer.check_mask(mask)
+            reason = self._look(module, key, value, mask, args, kwargs)
+            for layer in layers.values():
+                layer.note_decoded(reason)
+            # One query over several new keys: Gemma 4 asks its last layers for the last token of a prompt only. New keys
+            # that come together are seen exactly, so this is not a decode step.
+            if reason is None and query.shape[2] == 1 and key.fresh.shape[2] == 1:
+                key.layer.commit(mask, kwargs.get("position_ids"))  # a first prompt of a single token waits, too
+                return self._fused(query, key, value, mask, kwargs)
+            key, value = (x.dense() if isinstance(x, LazyKV) else x for x in (key, value))
+            wide = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] > key.shape[-2]
+            narrow = mask[..., : key.shape[-2]] if wide else mask
+            out = self._call(module, query, key, value, narrow, *args, **kwargs)
+        except BaseException:
+            for layer in layers.values():
+                layer.abort_pass()
+            raise
         for layer in layers.values():
-            layer.commit(mask if isinstance(mask, Tensor) else None)
+            layer.commit(mask, kwargs.get("position_ids"))
         return out
 
-
-_EAGER_FUNCTIONS: dict[type, Callable[..., Any]] = {}
-
-
-def module_eager_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The eager attention function of the file that `module` comes from.
-
-    Every user of the attention interface names its default inside `forward`; it is a global of that file.
-    """
-    cls = type(module)
-    if cls not in _EAGER_FUNCTIONS:
-        forward = inspect.unwrap(cls.forward)
-        name = next((n for n in forward.__code__.co_names if n.endswith("eager_attention_forward")), None)
-        if name is None:
-            raise NotImplementedError(
-                f"{cls.__name__} names no eager attention function; load the model with attn_implementation='sdpa'"
-            )
-        _EAGER_FUNCTIONS[cls] = forward.__globals__[name]
-    return _EAGER_FUNCTIONS[cls](module, *args, **kwargs)
+    def _look(
+        self, module: nn.Module, key: Any, value: Any, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str | None:
+        """Look at the original again, it may have changed, and say why this call's keys must be decoded, if so."""
+        function = self._original or eager_function(module)
+        facts = self._facts[type(module)] = known(function)
+        if any(not isinstance(x, LazyKV) or x.is_touched for x in (key, value)):
+            return DECODED
+        if facts is not None and facts.has_weights and wants_weights(module):
+            return "somebody asks for attention weights"
+        if facts is not None and facts.sinks == "module" and kwargs.get("s_aux") is not getattr(module, "sinks", None):
+            return "attention takes its sinks from the module, which the call does not pass on"
+        return self._why_decoded(module, mask, args, kwargs)
 
 
 def install(implementation: str | None) -> None:
     """Wrap the attention function of that name, or all of them; idempotent.
 
-    Called by a cache's constructor and again at the first layer of an eager forward, since an entry may be registered
-    later or replaced.
+    Called by a cache's constructor and again in every eager forward, since an entry may be registered later or replaced.
     """
-    names = [implementation] if implementation else [*ALL_ATTENTION_FUNCTIONS.keys(), "eager"]
-    for name in names:
-        current = ALL_ATTENTION_FUNCTIONS.get(name, module_eager_attention if name == "eager" else None)
-        if current is not None and not isinstance(current, Dispatcher):
-            ALL_ATTENTION_FUNCTIONS[name] = Dispatcher(current)
+    local = getattr(ALL_ATTENTION_FUNCTIONS, "_local_mapping", {})  # wins over what is registered for all
+    for name in [implementation] if implementation else [*ALL_ATTENTION_FUNCTIONS.keys(), "eager"]:
+        current = ALL_ATTENTION_FUNCTIONS.get(name)
+        if isinstance(current, Dispatcher) or (current is None and name != "eager"):
+            continue
+        if name in local:
+            local[name] = Dispatcher(current)
+        else:  # for all to see, and for a later `register` to replace
+            AttentionInterface.register(name, Dispatcher(current))
 
 
 def goes_through_interface(config: PreTrainedConfig) -> bool:
@@ -183,28 +210,3 @@ def goes_through_interface(config: PreTrainedConfig) -> bool:
     ]
     updaters = [names for names in modules if "update" in names]
     return bool(updaters) and all("get_interface" in names for names in updaters)
-
-
-def leading_padding(mask: Tensor | None, first: int, count: int, batch: int) -> list[int]:
-    """How many of the new tokens at columns first..first+count-1 are left padding, for each row.
-
-    Args:
-        mask: what attention was given for the new tokens: None, (B, n) of flash attention, or (B or 1, 1, T, n), bool or
-            additive. Only leading columns that no later query of the row may attend to count.
-    """
-    if mask is None or mask.shape[-1] < first + count or (mask.dim() == 4 and mask.shape[1] != 1):
-        return [0] * batch
-    if mask.dtype == torch.bool or not mask.is_floating_point():
-        allowed = mask.bool()
-    else:
-        allowed = mask > torch.finfo(mask.dtype).min / 2
-    allowed = allowed[..., first : first + count]
-    last = allowed if allowed.dim() == 2 else allowed[:, 0, -1]
-    last = last.expand(batch, count)
-    padding = torch.where(last.any(-1), last.int().argmax(-1), count).tolist()
-    if allowed.dim() == 4:
-        for row, pad in enumerate(padding):
-            queries = allowed[row if allowed.shape[0] > 1 else 0, 0, pad:, :pad]
-            if pad < count and bool(queries.any()):
-                padding[row] = 0
-    return padding

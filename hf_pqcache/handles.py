@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_map_only
 
 KEY, VALUE = 0, 1
 
+#: Why codes are decoded at every step for models that read them before, or without, transformers' attention interface.
+DECODED = "the model reads keys and values itself; they are decoded for it at every step"
+
 
 class HandledLayer(Protocol):
     """The part of a cache layer that handles and the attention dispatcher use."""
@@ -26,7 +29,13 @@ class HandledLayer(Protocol):
         self, query: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float, value_dim: int
     ) -> Tensor: ...
 
-    def commit(self, mask: Tensor | None = None) -> None: ...
+    def check_mask(self, mask: Any) -> None: ...
+
+    def note_decoded(self, reason: str | None) -> None: ...
+
+    def commit(self, mask: Any = None, positions: Tensor | None = None) -> None: ...
+
+    def abort_pass(self) -> None: ...
 
 
 class KVHandle:
@@ -52,17 +61,25 @@ class KVHandle:
     def to(self, *args: Any, **kwargs: Any) -> KVHandle:
         return self
 
+    def dense(self) -> Tensor:
+        """The plain tensor (B, H, n, d), decoded in the graph."""
+        return self.layer.dense_traced(self.which, self.fresh)
+
 
 class LazyKV(Tensor):
     """Keys or values of a layer in eager code: shape, dtype and device of the whole, decoded only if somebody looks.
 
     The attention dispatcher recognises it and reads codes; everybody else gets dense, decoded data: slower, never
     wrong.
+
+    Attributes:
+        is_touched: whether anybody but the dispatcher has looked at its values.
     """
 
     layer: HandledLayer
     which: int
     fresh: Tensor
+    is_touched: bool
     _dense: Tensor | None
 
     @staticmethod
@@ -70,6 +87,7 @@ class LazyKV(Tensor):
         shape = (*new.shape[:2], total, new.shape[3])
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
         self.layer, self.which, self.fresh, self._dense = layer, which, new, None
+        self.is_touched = False
         return self
 
     def __init__(self, *args: Any) -> None:
@@ -81,6 +99,12 @@ class LazyKV(Tensor):
             self._dense = self.layer.dense(self.which, self.fresh)
         return self._dense
 
+    def _touched(self) -> Tensor:
+        if not self.is_touched:
+            self.is_touched = True
+            self.layer.note_decoded(DECODED)
+        return self.dense()
+
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"LazyKV(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
@@ -89,12 +113,12 @@ class LazyKV(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _METADATA:
                 return func(*args, **(kwargs or {}))
-            args, kwargs = tree_map_only(LazyKV, LazyKV.dense, (args, kwargs or {}))
+            args, kwargs = tree_map_only(LazyKV, LazyKV._touched, (args, kwargs or {}))
             return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = tree_map_only(LazyKV, LazyKV.dense, (args, kwargs or {}))
+        args, kwargs = tree_map_only(LazyKV, LazyKV._touched, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 

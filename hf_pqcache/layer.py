@@ -6,10 +6,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 import hf_pqcache.ops  # noqa: F401 - registers the ops
-from hf_pqcache import attention, torch_engine
+from hf_pqcache import attention, padding, torch_engine
 from hf_pqcache.handles import KEY, KVHandle, LazyKV
 from hf_pqcache.pages import Which
 from hf_pqcache.steps import Steps
@@ -22,12 +23,14 @@ class PagedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, storage: Storage, index: int, steps: Steps, is_compileable: bool, implementation: Any) -> None:
+    def __init__(self, storage: Storage, index: int, steps: Steps, is_compileable: bool, config: PreTrainedConfig) -> None:
+        """config: of the decoder; which attention function the model uses is asked of it in every pass."""
         self.storage = storage
         self.index = index
         self.is_compileable = is_compileable
         self._steps = steps
-        self._implementation = implementation
+        self._config = config
+        self._before = 0  # tokens before the pass under way
         self._pending: tuple[Tensor, Tensor] | None = None
         self._is_traceable = False
         super().__init__()
@@ -100,8 +103,9 @@ class PagedLayer(CacheLayerMixin):
 
     @torch.compiler.disable
     def _update_eager(self, keys: Tensor, values: Tensor) -> tuple[LazyKV, LazyKV]:
-        attention.install(self._implementation)
+        attention.install(self._config._attn_implementation)
         self._steps.begin(self.index)
+        self._steps.decoded.pop(self.index, None)
         try:
             with self.storage.out_of_memory_guard("the new tokens"):
                 return self._take(keys, values)
@@ -115,7 +119,8 @@ class PagedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.open(keys, values)
         self.batch_size = storage.batch
-        total = storage.tokens(self.index) + count
+        self._before = storage.tokens(self.index)
+        total = self._before + count
         if count == 1 and total > 1:
             storage.learn_if_due(self.index, keys, values)
             storage.reserve(self.index, total)
@@ -127,8 +132,23 @@ class PagedLayer(CacheLayerMixin):
             self._steps.pending.append(self)
         return LazyKV(self, 0, keys, total), LazyKV(self, 1, values, total)
 
-    def commit(self, mask: Tensor | None = None) -> None:
-        """Store the tokens that attention has now seen. `mask` is what it was given; it tells left padding."""
+    def check_mask(self, mask: Any) -> None:
+        """Called with what attention is given in a pass. Raises ValueError if it shows left padding that was not stored."""
+        storage = self.storage
+        if any(storage.starts) and self.index == min(storage.views):  # all layers get the same, or less
+            padding.refuse_shown(mask, storage.starts)
+
+    def note_decoded(self, reason: str | None) -> None:
+        """Called when attention is reached, or somebody else reads keys: why they are decoded, None if they need not be."""
+        if reason is not None:
+            self._steps.decoded.setdefault(self.index, reason)
+
+    def abort_pass(self) -> None:
+        """After an error in attention: return to the positions before the pass."""
+        self._steps.give_up(self.index, self._before)
+
+    def commit(self, mask: Any = None, positions: Tensor | None = None) -> None:
+        """Store the tokens that attention has now seen. `mask`, `positions`: what it was given; they tell left padding."""
         if self._pending is None:
             return
         (keys, values), self._pending = self._pending, None
@@ -136,8 +156,10 @@ class PagedLayer(CacheLayerMixin):
         storage, first = self.storage, self.storage.tokens(self.index)
         try:
             with storage.out_of_memory_guard("encoding the new tokens"):
-                padding = attention.leading_padding(mask, first, keys.shape[2], keys.shape[0])
-                storage.note_padding(self.index, padding)
+                if storage.wants_padding(first):
+                    batch, is_generating = keys.shape[0], self._steps.is_generating
+                    hidden = padding.leading_padding(mask, positions, first, keys.shape[2], batch, is_generating)
+                    storage.note_padding(self.index, hidden)
                 storage.append(self.index, keys, values)
         except Exception:
             self._steps.give_up(self.index)
@@ -188,8 +210,6 @@ class PagedLayer(CacheLayerMixin):
         self, query: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float, value_dim: int
     ) -> Tensor:
         """Attention of one query token (B, Hq, 1, d) over the layer -> (B, 1, Hq, dv)."""
-        if self._pending is not None:  # a first prompt of a single token
-            self.commit(mask)
         state = self.storage.state(self.index)
         return torch.ops.hf_pqcache.attend(query, state.counts, state.desc, mask, sinks, self.index, scale, softcap, value_dim)
 

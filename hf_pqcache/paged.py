@@ -12,8 +12,9 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hf_pqcache import attention
+from hf_pqcache.handles import DECODED
 from hf_pqcache.layer import PagedLayer
-from hf_pqcache.plan import DECODED, SingleAttention, why_exact
+from hf_pqcache.plan import SingleAttention, why_exact
 from hf_pqcache.sequences import SequenceCache
 from hf_pqcache.steps import Steps
 from hf_pqcache.storage import Storage
@@ -32,21 +33,30 @@ class PagedCache(SequenceCache, Cache):
     ) -> None:
         """`chosen` of transformers' own `layers` are kept in pages."""
         text_config = config.get_text_config(decoder=True)
-        implementation = text_config._attn_implementation
         self._exact = {i: why_exact(layer) for i, layer in enumerate(layers) if i not in chosen}
         self._reads_codes = attention.goes_through_interface(text_config)
         self._eager_because = self._why_eager(should_compile, [layers[i] for i in self._exact], storage)
         can_compile = self._eager_because is None
         self.storage = storage
         self._steps = Steps(storage)
+        self._steps.decoded = {} if self._reads_codes else dict.fromkeys(chosen, DECODED)  # until a pass has shown it
         self._compressed = chosen
         for i in chosen:
-            layers[i] = PagedLayer(storage, i, self._steps, can_compile, implementation)
+            layers[i] = PagedLayer(storage, i, self._steps, can_compile, text_config)
         super().__init__(layers=layers)
         self._steps.exact_layers = self._stock_layers()
         self._attention = SingleAttention(config, len(layers))
         self._model_config = config
-        attention.install(implementation)
+        attention.install(text_config._attn_implementation)
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """Set by `generate` on a cache that it was given."""
+        return self._steps.is_generating
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        self._steps.is_generating = value
 
     def _why_eager(self, should_compile: bool, exact_layers: list[Any], storage: Storage) -> str | None:
         """Why `generate` does not compile decode steps with this cache, if so."""
@@ -75,12 +85,13 @@ class PagedCache(SequenceCache, Cache):
 
     def _prepare(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         """Fit a layer to its first tokens. Raises ValueError where it cannot."""
-        self._attention.check(layer_idx, getattr(self, "_is_user_defined", False))  # generate marks what it was given
+        self._attention.check(layer_idx, self._is_user_defined)
         layer = self.layers[layer_idx]
         if isinstance(layer, PagedLayer) and not layer.is_initialized and (reason := self._why_unfit(keys, values)):
             self.layers[layer_idx] = DynamicLayer()
             self._compressed.remove(layer_idx)
             self._exact[layer_idx] = reason
+            self._steps.decoded.pop(layer_idx, None)
             self._steps.exact_layers = self._stock_layers()
 
     def _why_unfit(self, keys: Tensor, values: Tensor) -> str | None:
@@ -223,12 +234,11 @@ class PagedCache(SequenceCache, Cache):
         )
         calls: dict[str, int] = {}
         engines = {i: {"name": "exact", "reason": reason} for i, reason in self._exact.items()}
-        if not self._reads_codes:
-            engines |= {i: {"name": "decoded", "reason": DECODED} for i in self._compressed}
         for state in storage.states.values():
             engines |= {layer: choice._asdict() for (layer, _), choice in state.choices.items()}
             for (operation, engine), count in state.calls.items():
                 calls[f"{operation}/{engine}"] = calls.get(f"{operation}/{engine}", 0) + count
+        engines |= {i: {"name": "decoded", "reason": reason} for i, reason in self._steps.decoded.items()}
         kind = "codes" if storage.codec.needs_centroids else "pages"
         staging = 0 if storage.offload is None else used * storage.offload.page_bytes()
         total, on_host = pages + codebooks + windows + tables + staging, 0 if storage.offload is None else pages

@@ -8,9 +8,6 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hf_pqcache.hf_names import CACHE
 
-#: Why codes are decoded at every step for models that do not reach their attention through transformers' interface.
-DECODED = "the model reads keys and values itself; they are decoded for it at every step"
-
 
 def why_exact(layer: Any) -> str:
     """Why transformers' own cache layer of a model is kept as it is."""

@@ -34,12 +34,16 @@ class Steps:
     Attributes:
         pending: layers with new tokens that attention has not seen yet.
         exact_layers: the layers that transformers itself keeps; they go through the same passes.
+        decoded: why a layer's codes were decoded for attention in its last pass, where they were.
+        is_generating: whether passes come from `generate`.
     """
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self.pending: list[WaitingLayer] = []
         self.exact_layers: Sequence[Any] = ()
+        self.decoded: dict[int, str] = {}
+        self.is_generating = False
         self._damage: str | None = None
 
     def settle(self) -> None:
@@ -64,10 +68,13 @@ class Steps:
         if self._damage is not None:
             raise RuntimeError(self._damage)
 
-    def give_up(self, index: int) -> None:
-        """After an error in a layer: `take_back`, or leave that to the next pass if memory is short even for it."""
+    def give_up(self, index: int, most: int | None = None) -> None:
+        """After an error in a layer: `take_back`, or leave that to the next pass if memory is short even for it.
+
+        `most`: positions before the pass, where the layer may have stored what came with it; None if it has not.
+        """
         with suppress(torch.OutOfMemoryError):
-            self.take_back(self.storage.tokens(index))
+            self.take_back(self.storage.tokens(index) if most is None else most)
 
     def take_back(self, most: int | None = None) -> None:
         """Return to the positions that all layers hold, `most` at most. Pages written meanwhile are free again.

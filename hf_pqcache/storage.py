@@ -64,14 +64,16 @@ class Storage(Room):
             self.reserve(layer, tokens + 1)
 
     # -- storing -------------------------------------------------------------------------------------------------
-    def note_padding(self, layer: int, padding: Sequence[int]) -> None:
-        """Skip the leading padding[r] of the new positions for every row r that holds nothing yet.
+    def wants_padding(self, first: int) -> bool:
+        """Whether it is not yet known which of the positions from `first` on are left padding, and some row may have any.
 
         The first layer to store a position decides for all.
         """
+        return self._padding_known <= first and (first == 0 or first in self.starts)
+
+    def note_padding(self, layer: int, padding: Sequence[int]) -> None:
+        """Skip the leading padding[r] of the new positions for every row r that holds nothing yet."""
         first = self.tokens(layer)
-        if self._padding_known > first:
-            return
         self.starts = [
             first + pad if start == first or first == 0 else start for start, pad in zip(self.starts, padding, strict=True)
         ]

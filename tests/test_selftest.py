@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from hf_pqcache import attention, layout, pq, torch_engine
+from hf_pqcache import layout, padding, pq, torch_engine
 from hf_pqcache.cli import main
 from hf_pqcache.eval import selftest
 from hf_pqcache.eval.selftest import checks, timing
@@ -74,7 +74,7 @@ FAULTS: dict[str, tuple[Any, str, Any, str]] = {
     "a crop that is off by one": (Storage, "crop", off_by_one, "rows of codes"),
     "a fork that shares nothing": (Storage, "copy_row", lambda self, source, target: None, "sequences"),
     "attention that is 1 % too large": (torch_engine, "attend", louder, "plain torch"),
-    "left padding that is not seen": (attention, "leading_padding", lambda m, f, c, batch: [0] * batch, "generate, coded"),
+    "left padding that is not seen": (padding, "leading_padding", lambda m, p, f, c, batch, g: [0] * batch, "generate, coded"),
 }
 
 

@@ -286,12 +286,13 @@ class Batch(CacheMachine):
         mask = torch.ones(len(new), 1, 1, total + count, dtype=torch.bool)
         for row, pad in enumerate(padding):
             mask[row, ..., : self.model[row].start if total else pad] = False
+        positions = mask[:, 0, 0, total:].cumsum(-1) - 1  # as generate counts
         assert self.cache.get_seq_length() == total
         self.cache.get_mask_sizes(count, 0)
         for layer in layers:
             k, v = self.kind.exact[layer][:, new][:, :, None]
             self.cache.update(k, v, layer)
-            self.cache.layers[layer].commit(mask)
+            self.cache.layers[layer].commit(mask, positions)
 
     @rule(data=st.data(), count=st.one_of(st.just(1), st.integers(1, 40)), is_broken=st.sampled_from([False, False, True]))
     def forward(self, data: st.DataObject, count: int, is_broken: bool) -> None:

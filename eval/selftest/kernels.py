@@ -78,7 +78,7 @@ class Filled:
         self.layer = self.cache.layers[0]
         self.cache.update(self.keys[:, :, :prompt], self.values[:, :, :prompt], 0)
         self.layer = self.cache.layers[0]
-        self.layer.commit(mask)
+        self.layer.commit(mask, mask.cumsum(-1) - 1)
         for t in range(prompt, total):
             self.cache.update(self.keys[:, :, t : t + 1], self.values[:, :, t : t + 1], 0)
 

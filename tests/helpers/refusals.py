@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tiny_models import SMALL, build, codebook_of, tokens
+from tiny_models import SMALL, build, codebook_of, padded, tokens
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_pqcache import Codebook, PagedPQCache, calibrate
 from hf_pqcache.errors import NoKernelError, PagesExhaustedError
@@ -133,6 +134,26 @@ def _decoding_models() -> None:
         cache = _cache(name, compile=True)
         assert not cache.is_compileable
         assert {engine["name"] for engine in cache.stats()["engines"].values()} == {"decoded"}
+
+
+def _foreign_attention() -> None:
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(*args, **kwargs)
+
+    before = dict(tf.AttentionInterface._global_mapping)
+    try:
+        tf.AttentionInterface.register("sdpa", mine)
+        cache = _cache()
+        assert {engine["name"] for engine in cache.stats()["engines"].values()} == {"decoded"}
+    finally:
+        tf.AttentionInterface._global_mapping.update(before)
+
+
+def _shown_padding() -> None:
+    model, cache = build("llama"), PagedPQCache(build("llama").config, codebook_of("llama"), SMALL)
+    inputs, _ = padded(2, 50)
+    model.generate(**inputs, **cache_kwargs(cache), max_new_tokens=2)
+    _raises(ValueError, r"columns 0 to 6 of row 1.*left padding", lambda: _pass(cache, count=1))
 
 
 def _compiled_hybrids() -> None:
@@ -266,6 +287,18 @@ ENTRIES = (
         "decoded at every step, not compiled",
         "what is in the cache is not what transformers' attention interface is given",
         _decoding_models,
+    ),
+    Entry(
+        "attention functions that transformers did not write, or wrappers around its own; attention weights",
+        "decoded at every step",
+        "they are called as they are, with tensors: what they compute is theirs to know",
+        _foreign_attention,
+    ),
+    Entry(
+        "an attention mask that shows what was left padding before",
+        "`ValueError`",
+        "padding is not stored; a mask that hides tokens for now is no padding while positions count them",
+        _shown_padding,
     ),
     Entry(
         "compiled decode steps of models with other layers than full attention",

@@ -118,7 +118,7 @@ def rows_moved(run: Run) -> tuple[Tensor, list[Tensor]]:
         (lambda c: c.batch_repeat_interleave(2), [0, 0]),
     ]
     with torch.no_grad():
-        run.model(**inputs, **cache_kwargs(cache))
+        run.generate(cache, inputs, max_new_tokens=1)  # which says that what its mask hides is padding
         for i, (move, rows) in enumerate(moves):
             move(cache)
             mask = torch.nn.functional.pad(mask[rows], (0, 4), value=1)
