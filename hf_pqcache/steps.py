@@ -95,7 +95,7 @@ class Steps:
 
     def reset(self) -> None:
         self._discard()
-        self._damage = None
+        self._damage, self.is_generating = None, False
 
     def _discard(self) -> None:
         for layer in self.pending:
