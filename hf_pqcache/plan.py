@@ -24,24 +24,29 @@ def why_exact(layer: Any) -> str:
 
 
 class SingleAttention:
-    """Notices an encoder-decoder model that stores what both of its attentions see in one cache.
+    """Notices a model that would store what both of its attentions see in one cache.
 
-    Such a model updates a layer twice in a row, for itself and for what the encoder has read.
+    Such a model updates a layer twice in a row, for itself and for what an encoder has read. Its config may say that it has
+    an encoder; captioning models (BLIP's, or Whisper's decoder alone) only show it. A pass that is tried again after an
+    error repeats one layer; two attentions repeat the next one, too.
     """
 
     def __init__(self, config: Any, num_layers: int) -> None:
-        self._is_watching = bool(getattr(config, "is_encoder_decoder", False))
+        self._has_encoder = bool(getattr(config, "is_encoder_decoder", False))
         self._num_layers = num_layers
-        self._last = -1
+        self._last = self._repeated = -1
 
     def check(self, layer: int, is_given_to_generate: bool) -> None:
         """Called with each update of a layer. Raises ValueError for a cache that would mix two attentions."""
-        if not self._is_watching:
-            return
-        is_twice = self._last == layer and self._num_layers > 1
+        is_repeated = layer == self._last and self._num_layers > 1
+        if not is_repeated and self._last != self._repeated:
+            self._repeated = -1
+        is_second = is_repeated and self._repeated not in (-1, layer)
+        if is_repeated:
+            self._repeated = layer
         self._last = layer
-        if is_twice or is_given_to_generate:
+        if is_second or (self._has_encoder and (is_repeated or is_given_to_generate)):
             raise ValueError(
-                f"an encoder-decoder model has two caches and was given one: pass {CACHE}="
+                f"a model with two attentions in each layer has two caches and was given one: pass {CACHE}="
                 "EncoderDecoderCache(PagedPQCache(model.config), DynamicCache(config=model.config))"
             )

@@ -11,7 +11,7 @@ from tiny_models import EAGER_ONLY, SMALL, VOCABULARY, asks_for_attention, build
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from hf_pqcache import PagedPQCache
+from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.hf_names import cache_kwargs
 from hf_pqcache.reference import ReferenceCache
 
@@ -149,6 +149,49 @@ def test_a_bare_cache_for_an_encoder_decoder_model_is_refused(name: str) -> None
         generate(model, PagedPQCache(model.config), inputs)
     with pytest.raises(ValueError, match=r"EncoderDecoderCache\(PagedPQCache"):
         model(**inputs, decoder_input_ids=tokens(2, 3), **cache_kwargs(PagedPQCache(model.config)))
+
+
+def captioner() -> tuple[Any, dict[str, Tensor]]:
+    """(BLIP, inputs): its decoder looks at an image in every layer, and its config tells of no encoder."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": None, "sep_token_id": None, "pad_token_id": 0}
+    text = {**sizes, **ids, "encoder_hidden_size": 32, "max_position_embeddings": 64}
+    config = tf.BlipConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=32)
+    model = tf.BlipForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.dim() == 2):
+            parameter.mul_(6.0)
+    return model, {"pixel_values": torch.randn(2, 3, 16, 16), "input_ids": tokens(2, 6)}
+
+
+def test_two_attentions_that_the_config_does_not_tell_of_are_seen_in_the_first_pass() -> None:
+    model, inputs = captioner()
+    text = model.config.text_config
+    with pytest.raises(ValueError, match=r"EncoderDecoderCache\(PagedPQCache"):
+        model.generate(**inputs, **cache_kwargs(PagedKVCache(text, page_size=16)), max_new_tokens=4)
+    both = EncoderDecoderCache(PagedKVCache(text, page_size=16), DynamicCache(config=text))
+    got = model.generate(**inputs, **cache_kwargs(both), max_new_tokens=20)
+    assert torch.equal(got, model.generate(**inputs, max_new_tokens=20))
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_pass_that_is_tried_again_is_not_taken_for_two_attentions(times: int) -> None:
+    model, ids = build("llama"), tokens(2, 24)
+    cache = PagedKVCache(model.config, page_size=16)
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        model(ids[:, :20], **cache_kwargs(cache))
+        for _ in range(times):
+            hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(stop)
+            with pytest.raises(KeyboardInterrupt):
+                model(ids[:, 20:], **cache_kwargs(cache))
+            hook.remove()
+        got, expected = model(ids[:, 20:], **cache_kwargs(cache)).logits, model(ids).logits[:, 20:]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cache_that_was_reset_takes_another_number_of_rows() -> None:
