@@ -8,6 +8,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from hf_pqcache import tested
+
 if TYPE_CHECKING:
     from hf_pqcache.cache import PagedKVCache, PagedPQCache
     from hf_pqcache.calibrate import calibrate
@@ -45,7 +47,10 @@ sys.modules[__name__].__class__ = _Package
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ImportError as error:
+        raise tested.explain(error) from error
     globals()[name] = value
     return value
 

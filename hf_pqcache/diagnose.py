@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -15,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from hf_pqcache import jit, nvrtc, selection
+from hf_pqcache import jit, nvrtc, selection, tested
 
 Status = Literal["ok", "note", "fail"]
 #: Where no GPU is: architectures to compile for, with the shared memory that a block may have (A100, H100).
@@ -45,7 +46,7 @@ class Finding:
 
 def diagnose(show: Callable[[Finding], object] | None = None, *, kernels: bool = True) -> list[Finding]:
     """Look at everything. `show` is given each finding as it is made; `kernels=False` leaves out compiling them."""
-    steps = [_versions, _gpu, _cupy, _nvrtc, *([_kernels] if kernels else []), _engine, _memory]
+    steps = [_versions, _imports, _gpu, _cupy, _nvrtc, *([_kernels] if kernels else []), _engine, _memory]
     findings: list[Finding] = []
     for step in steps:
         for finding in step():
@@ -77,8 +78,21 @@ def _versions() -> Iterator[Finding]:
             continue
         if asked is not None and not asked.specifier.contains(Version(version).base_version, prereleases=True):
             yield Finding(name, "fail", f"{version}, needed is {asked.specifier}", fix)
-        else:
+        elif name not in tested.RANGES:
             yield Finding(name, "ok", version)
+        elif tested.is_newer(name, version):
+            detail = f"{version}, newer than what was tested: {tested.range_text(name)}"
+            yield Finding(name, "note", detail, f"{tested.newest_tested(name)}  # if something goes wrong")
+        else:
+            yield Finding(name, "ok", f"{version} (tested: {tested.range_text(name)})")
+
+
+def _imports() -> Iterator[Finding]:
+    """Whether the installed transformers has all that the caches use of it."""
+    try:
+        importlib.import_module("hf_pqcache.cache")
+    except ImportError as error:
+        yield Finding("the caches", "fail", str(tested.explain(error)), tested.newest_tested("transformers"))
 
 
 def driver_version() -> tuple[int, int] | None:

@@ -237,6 +237,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if is_gpu_only and is_elsewhere else None
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark as `cache` whatever runs the tiny models of transformers."""
+    names = vars(getattr(item, "module", None) or object)
+    if any(getattr(thing, "__module__", None) in ("tiny_models", "scenarios", "refusals") for thing in names.values()):
+        item.add_marker("cache")
+
+
 @pytest.fixture
 def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A running stand-in that HF_ENDPOINT points to; waits between tries are skipped."""

@@ -23,6 +23,7 @@ from hf_pqcache import PagedPQCache
 from hf_pqcache.errors import PagesExhaustedError
 from hf_pqcache.hf_names import cache_kwargs
 
+pytestmark = pytest.mark.cache
 COMMON = {
     "vocab_size": 128,
     "hidden_size": 64,

@@ -17,6 +17,7 @@ from hf_pqcache.hf_names import output_cache
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 TINY, ARTICLES = SHARED / "models" / "tiny", SHARED / "data" / "text" / "articles.txt"
+pytestmark = pytest.mark.cache
 CONFIG = PQConfig(num_subspaces=8, num_bits=4)
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from packaging.requirements import Requirement
 
-from hf_pqcache import diagnose, nvrtc
+from hf_pqcache import diagnose, nvrtc, tested
 from hf_pqcache.cli import main
 
 
@@ -39,6 +44,38 @@ def test_an_old_package_is_named_with_the_line_to_mend_it(monkeypatch: pytest.Mo
     result = CliRunner().invoke(main, ["doctor", "--no-kernels"])
     assert result.exit_code == 1
     assert 'pip install "transformers>=5.17"' in result.output
+
+
+@pytest.mark.parametrize(("version", "status"), [("5.17.0", "ok"), ("5.24.9", "ok"), ("5.25.0.dev0", "note"), ("6.0", "note")])
+def test_it_says_which_versions_were_tested(version: str, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "transformers" else real(name))
+    findings = by_name(diagnose.diagnose(kernels=False))
+    assert findings["transformers"].status == status
+    assert all(part in findings["transformers"].detail for part in (version, "tested: 5.17 to 5.24"))
+    assert "tested: 2.8 to 2.13" in findings["torch"].detail
+    assert ("5.24.*" in findings["transformers"].fix) == (status == "note")
+
+
+def test_what_was_tested_is_what_is_asked_for_and_pinned() -> None:
+    root = Path(__file__).parents[1]
+    asked = [Requirement(line) for line in tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]]
+    oldest = {requirement.name: str(requirement.specifier).removeprefix(">=") for requirement in asked}
+    pins = dict(line.split("==") for line in (root / "constraints.txt").read_text().splitlines() if line.count("==") == 1)
+    for package, (first, last) in tested.RANGES.items():
+        assert first == oldest[package]
+        assert pins[package].startswith(f"{last}.")
+
+
+def test_a_transformers_that_lacks_something_says_which_ones_have_it() -> None:
+    hide = "import transformers.cache_utils as c; del c.DynamicLayer"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    doctor = "from hf_pqcache.cli import main; main(['doctor', '--no-kernels'])"
+    for script in ("import hf_pqcache; hf_pqcache.PagedPQCache", doctor):
+        done = subprocess.run([sys.executable, "-c", f"{hide}; {script}"], capture_output=True, text=True, env=environment)
+        assert done.returncode == 1
+        assert "lacks what hf_pqcache uses" in done.stdout + done.stderr
+        assert 'pip install "transformers==5.24.*"' in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def expected(folder: Path) -> dict[str, dict[str, Any]]:
     return evaluate(folder, "hf", {"pretrained": str(MODEL), "dtype": "float32", "device": "cpu"})
 
 
+@pytest.mark.cache
 @pytest.mark.parametrize(("cache", "batch_size", "chunk"), [("dynamic", 1, 16), ("dynamic", 4, 1), ("static", 3, 16)])
 def test_an_exact_cache_changes_nothing(
     folder: Path, expected: dict[str, Any], cache: str, batch_size: int, chunk: int

@@ -160,6 +160,7 @@ def load_tiny() -> Any:
     return AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.float32).eval()
 
 
+@pytest.mark.cache
 def test_recipe_generates_from_a_folder_as_the_cache_does(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +180,7 @@ def test_recipe_generates_from_a_folder_as_the_cache_does(
     assert not torch.equal(exact, expected)  # random centroids: the recipe's cache was really used
 
 
+@pytest.mark.cache
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_recipe_takes_a_cache_under_either_name_and_then_loads_no_codebook(tmp_path: Path, name: str) -> None:
     recipe: dict[str, Any] = {}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from tiny_models import assistant_of, build, padded, tokens
 from torch import Tensor
@@ -175,8 +176,18 @@ def is_supported(name: str, scenario: str) -> bool:
 
 
 def assert_same(scenario: Scenario, ours: Run, theirs: Run, tolerance: float = 1e-4) -> None:
-    """Both end in the same tokens, and in logits that differ by `tolerance` at most."""
-    expected_tokens, expected = scenario(theirs)
+    """Both end in the same tokens, and in logits that differ by `tolerance` at most.
+
+    Skips what the installed transformers cannot do with its own cache, such as assisted decoding over sliding windows (5.17).
+    """
+    try:
+        expected_tokens, expected = scenario(theirs)
+    except RuntimeError:
+        try:
+            scenario(replace(theirs, new_cache=lambda starts: DynamicCache(config=theirs.model.config)))
+        except RuntimeError as own:
+            pytest.skip(f"DynamicCache cannot do it: {own}")
+        raise
     got_tokens, got = scenario(ours)
     assert torch.equal(got_tokens, expected_tokens)
     assert len(got) == len(expected)
