@@ -1,9 +1,10 @@
 """Perplexity of a text under exact or product-quantized keys and values; simulates the cache, so it needs none.
 
-Three modes. `exact` is the usual strided perplexity. `distort` replaces every key and value, the newest included, by
+Four modes. `exact` is the usual strided perplexity. `distort` replaces every key and value, the newest included, by
 its decoded code (how MILLION, Wang et al. 2025, reports it). `stream` is what a deployed cache does token by token: for
 every query the sinks and the recent window are exact and the tokens between are decoded codes; all queries of a window
-run in one forward pass.
+run in one forward pass. `forget` is the same cache with those tokens gone: how much worse it gets tells how much of a text
+hangs on them at all.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from hf_pqcache.codebook import Codebook, LayerCodebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.functions import call_eager_function
 from hf_pqcache.positions import check_positions, max_positions
+from hf_pqcache.samples import compressible_layers
 
-Mode = Literal["exact", "distort", "stream"]
-MODES = ("exact", "distort", "stream")
+Mode = Literal["exact", "distort", "stream", "forget"]
+MODES = ("exact", "distort", "stream", "forget")
 
 #: Scores (64 MiB of float32) that the stream simulation holds at once; logits cast to float32 at once.
 _SCORE_NUMBERS = 1 << 24
@@ -83,9 +85,9 @@ def perplexity(
         window: tokens the model sees at once.
         stride: the next window starts this many tokens later; only tokens not scored yet are scored, the rest is
             context. None means `window`: no overlap.
-        mode: "exact", "distort" or "stream", see the module's head.
+        mode: "exact", "distort", "stream" or "forget", see the module's head.
         codebook: centroids for distort and stream. Layers that it lacks stay exact.
-        config: sink_tokens, extended_residual and page_size of stream mode. None means the defaults.
+        config: sink_tokens, extended_residual and page_size of stream and forget mode. None means the defaults.
         max_windows: stop after so many windows.
         progress: show a progress bar.
 
@@ -99,7 +101,7 @@ def perplexity(
     stride = window if stride is None else stride
     if window < 2 or not 1 <= stride <= window:
         raise ValueError(f"window={window} and stride={stride}: use a window of 2 or more, and a stride from 1 to window")
-    if mode != "exact":
+    if mode in ("distort", "stream"):
         if codebook is None:
             raise ValueError(f"mode={mode!r} needs a codebook; make one with hf_pqcache.calibrate")
         codebook.check_model(model.config)
@@ -129,7 +131,7 @@ def perplexity(
         window=window,
         stride=stride,
         mode=mode,
-        codebook=codebook.fingerprint if codebook is not None and mode != "exact" else None,
+        codebook=codebook.fingerprint if codebook is not None and mode in ("distort", "stream") else None,
         config=config.to_dict() if config is not None and mode != "exact" else None,
     )
 
@@ -141,7 +143,7 @@ def simulated_attention(model: Any, codebook: Codebook | None, config: PQConfig 
     The attention function is replaced under the name that the model looks up, for every model of the process that uses
     the same name, and put back at the end, after an error too.
     """
-    if mode == "exact" or codebook is None:
+    if mode == "exact" or (codebook is None and mode != "forget"):
         yield
         return
     name = model.config.get_text_config(decoder=True)._attn_implementation or "eager"
@@ -150,8 +152,11 @@ def simulated_attention(model: Any, codebook: Codebook | None, config: PQConfig 
         raise ValueError(f"attn_implementation={name!r} is not registered with transformers; load the model with 'sdpa'")
     local = ALL_ATTENTION_FUNCTIONS._local_mapping
     had_entry = name in local
-    books = codebook.to(next(model.parameters()).device).layers
-    simulation = _Simulation(original, dict(books), config or codebook.config, mode)
+    books: dict[int, LayerCodebook | None] = dict.fromkeys(compressible_layers(model.config))
+    if codebook is not None and mode != "forget":
+        books = dict(codebook.to(next(model.parameters()).device).layers)
+    shape = config or (PQConfig() if codebook is None else codebook.config)
+    simulation = _Simulation(original, books, shape, mode)
     ALL_ATTENTION_FUNCTIONS[name] = simulation
     try:
         yield
@@ -168,9 +173,11 @@ def simulated_attention(model: Any, codebook: Codebook | None, config: PQConfig 
 
 
 class _Simulation:
-    """An attention function that compresses the layers of a codebook and is the original for all others."""
+    """An attention function that compresses the layers of `books` and is the original for all others."""
 
-    def __init__(self, original: Callable[..., Any], books: dict[int, LayerCodebook], config: PQConfig, mode: Mode) -> None:
+    def __init__(
+        self, original: Callable[..., Any], books: dict[int, LayerCodebook | None], config: PQConfig, mode: Mode
+    ) -> None:
         self.original, self.books, self.config, self.mode = original, books, config, mode
         self.calls = 0
 
@@ -184,12 +191,13 @@ class _Simulation:
         *args: Any,
         **kw: Any,
     ) -> Any:
-        book = self.books.get(getattr(module, "layer_idx", -1))
-        if book is None:
+        if (layer := getattr(module, "layer_idx", -1)) not in self.books:
             return self.original(module, query, key, value, attention_mask, *args, **kw)
         self.calls += 1
-        coded_key = pq.decode(pq.encode(key, book.keys), book.keys, dtype=key.dtype)
-        coded_value = pq.decode(pq.encode(value, book.values), book.values, dtype=value.dtype)
+        coded_key, coded_value = key, value
+        if (book := self.books[layer]) is not None:
+            coded_key = pq.decode(pq.encode(key, book.keys), book.keys, dtype=key.dtype)
+            coded_value = pq.decode(pq.encode(value, book.values), book.values, dtype=value.dtype)
         if self.mode == "distort":
             return self.original(module, query, coded_key, coded_value, attention_mask, *args, **kw)
         if kw.get("position_bias") is not None or key.shape[2] != query.shape[2]:
@@ -205,6 +213,7 @@ class _Simulation:
             sinks=kw.get("s_aux"),
             sliding_window=kw.get("sliding_window"),
             mask=attention_mask,
+            forgets=self.mode == "forget",
         )
         return out.transpose(1, 2).contiguous(), None
 
@@ -220,6 +229,7 @@ def stream_attention(
     sinks: Tensor | None = None,
     sliding_window: int | None = None,
     mask: Tensor | None = None,
+    forgets: bool = False,
 ) -> Tensor:
     """Causal attention in which query t sees keys and values as a cache of t + 1 tokens holds them.
 
@@ -235,6 +245,7 @@ def stream_attention(
         sinks: a learned score a query head (Hq) that takes its share of the softmax and adds nothing (gpt-oss).
         sliding_window: only so many newest keys are seen, if given.
         mask: 4D, bool (True is seen) or additive; combined with the causal one.
+        forgets: coded keys are not seen at all.
 
     Returns:
         (B, Hq, T, dv) of q's dtype.
@@ -262,6 +273,8 @@ def stream_attention(
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
         scores = scores.masked_fill_(~is_seen, float("-inf")).view(batch, query_heads, end - begin, end)
+        if forgets:
+            scores = scores.masked_fill(is_far, float("-inf"))
         if isinstance(mask, Tensor):
             extra = mask[..., begin:end, :end]
             scores = scores.masked_fill(~extra, float("-inf")) if extra.dtype == torch.bool else scores + extra.float()

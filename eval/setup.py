@@ -142,7 +142,7 @@ class Calibration:
         text, source = self.text
         ids = token_ids(session.tokenizer, text)
         name = "the embedded articles" if source == DEMO else source
-        session.say(f"calibrating on {name}: {min(ids.numel(), self.tokens):,} of {ids.numel():,} tokens")
+        session.say(f"calibrating on {name}, {min(ids.numel(), self.tokens):,} of its {ids.numel():,} tokens")
         if ids.numel() < self.tokens:
             session.say(
                 f"note: that text is too short, {self.tokens:,} tokens were asked for and a better codebook comes from more: "

@@ -7,20 +7,18 @@ depends on subspaces and bits only: every page size and window reuses it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any
+from operator import le
+from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.accuracy_study import cache_bits
-from hf_pqcache.eval.caches import CacheSpec
 from hf_pqcache.eval.results import Row
-from hf_pqcache.eval.session import Session
-from hf_pqcache.eval.tasks._text import run_perplexity
 from hf_pqcache.samples import compressible_layers
 from hf_pqcache.shapes import kv_shape, layer_configs
 
@@ -29,15 +27,17 @@ FULL_BITS = 16
 
 @dataclass(frozen=True)
 class Budget:
-    """What the best shape must keep to: exactly one of the two.
+    """What the best shape must keep to: exactly one of the first two, and the third.
 
     Attributes:
         max_ratio: bytes as a share of a half-precision cache's, window and tables included, the shared codebook not.
         max_loss: relative rise of perplexity, 0.01 is 1 %.
+        max_recall_loss: how many of the pass keys that the exact cache gives back may be lost, as a share of all.
     """
 
     max_ratio: float | None = None
     max_loss: float | None = None
+    max_recall_loss: float = 0.1
 
     def __post_init__(self) -> None:
         if (self.max_ratio is None) == (self.max_loss is None):
@@ -45,6 +45,14 @@ class Budget:
         for name, value in (("max_ratio", self.max_ratio), ("max_loss", self.max_loss)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be above 0")
+        if not 0 <= self.max_recall_loss < 1:
+            raise ValueError(f"max_recall_loss={self.max_recall_loss} must be from 0 to below 1")
+
+    def forgives(self, loss: float) -> bool:
+        return self.max_loss is None or loss <= self.max_loss
+
+    def recalls(self, recall: float | None, exact: float | None) -> bool:
+        return recall is None or exact is None or recall >= exact - self.max_recall_loss - 1e-9
 
 
 @dataclass(frozen=True)
@@ -71,13 +79,17 @@ class Grid:
 class Trial:
     """One shape: its share of a half-precision cache's bytes, and its loss, or why that was not measured.
 
-    is_pareto: no measured shape has both fewer bytes and less loss.
+    Attributes:
+        recall: share of the pass keys that it gives back; None where it was not asked.
+        note: why it was not run, or is out.
+        is_pareto: no measured shape has both fewer bytes and less loss.
     """
 
     config: PQConfig
     ratio: float
     loss: float | None = None
     perplexity: float | None = None
+    recall: float | None = None
     note: str = ""
     is_pareto: bool = False
 
@@ -88,89 +100,112 @@ class Search:
 
     Attributes:
         best: the shape that keeps to the budget best, None if none does. trials: all shapes, by bytes.
-        exact: perplexity of the exact cache. codebook: of the best shape.
+        exact, exact_recall: of the exact cache. codebook: of the best shape.
+        again: (loss, recall, exact recall) of the best shape when it was measured anew, by the running cache.
     """
 
     trials: list[Trial]
     exact: float
+    exact_recall: float | None = None
     best: Trial | None = None
     codebook: Codebook | None = None
+    again: tuple[float, float | None, float | None] | None = None
     rows: list[Row] = field(default_factory=list)
 
 
-class _Runner:
-    """Measures shapes on one text; learns each codebook once."""
+class Measurer(Protocol):
+    """What a search asks of `trials.Runner`."""
 
-    def __init__(
-        self, session: Session, learn: Callable[[PQConfig], Codebook], text: str, text_name: str, options: dict[str, Any]
-    ) -> None:
-        self.session, self.learn = session, learn
-        self.text, self.text_name, self.options = text, text_name, options
-        self.codebooks: dict[tuple[int | None, int], Codebook] = {}
-        self.rows: list[Row] = [self.run(CacheSpec("dynamic"))]
+    exact: float
+    exact_recall: float | None
+    rows: list[Row]
 
-    @property
-    def exact(self) -> float:
-        return self.rows[0].value
-
-    def codebook(self, config: PQConfig) -> Codebook:
-        key = _codes(config)
-        if key not in self.codebooks:
-            self.codebooks[key] = self.learn(config)
-        return self.codebooks[key]
-
-    def run(self, spec: CacheSpec) -> Row:
-        return run_perplexity(self.session.with_cache(spec), self.text_name, "1", self.text, **self.options)
-
-    def measure(self, trial: Trial) -> Trial:
-        row = self.run(CacheSpec("pq", trial.config.to_dict(), self.codebook(trial.config)))
-        self.rows.append(row)
-        return replace(trial, perplexity=row.value, loss=row.value / self.exact - 1)
+    def perplexity(self, config: PQConfig) -> float: ...
+    def recall(self, config: PQConfig | None) -> float | None: ...
+    def again(self, config: PQConfig) -> tuple[float, float | None, float | None]: ...
+    def codebook(self, config: PQConfig) -> Codebook: ...
 
 
 def tune(
-    session: Session,
-    learn: Callable[[PQConfig], Codebook],
-    base: PQConfig,
-    text: str,
-    text_name: str,
+    runner: Measurer,
+    configs: Sequence[PQConfig],
+    shapes: Sequence[tuple[int, int, int]],
     budget: Budget,
-    grid: Grid | None = None,
     *,
     tokens: int,
-    window: int = 2048,
-    limit: int | None = 4,
+    progress: bool = True,
 ) -> Search:
-    """Find the best shape of a cache for a model and a text. Figures that the session's results hold are not run again.
+    """Find the best of `configs`. A winner counts when it keeps to the budget a second time, measured anew.
 
     Args:
-        session: the model, and where rows are kept; its cache is ignored.
-        learn: calibrates a codebook for num_subspaces and num_bits of a shape.
-        base: everything that the grid leaves open.
-        text: to measure the loss on; calibration must not have seen it.
+        shapes: of the model's layers, see `layer_shapes`.
         tokens: length of the sequence whose bytes count: the exact window weighs less in a longer one.
-        window: tokens of a perplexity window. limit: how many windows; None measures the whole text.
-
-    Raises ValueError for an impossible grid or a model of unknown shape.
     """
-    shapes = layer_shapes(session.model.config)
-    configs = (grid or Grid()).configs(base, shapes[0][1])
-    trials = {config: Trial(config, cache_bits(config, shapes, tokens)["total"] / FULL_BITS) for config in configs}
-    runner = _Runner(session, learn, text, text_name, {"window": window, "limit": limit})
-    with tqdm(total=len(trials), desc="shapes", unit="shape", disable=not session.progress, leave=False) as bar:
+    ratios = {config: cache_bits(config, shapes, tokens)["total"] / FULL_BITS for config in configs}
+    with tqdm(total=len(ratios), desc="shapes", unit="shape", disable=not progress, leave=False) as bar:
+        state = _State(runner, budget, {config: Trial(config, ratio) for config, ratio in ratios.items()}, bar)
         search = _within_bytes if budget.max_ratio is not None else _within_loss
-        done = search(list(trials.values()), runner, budget, bar)
+        best, again = None, None
+        while best is None and (candidate := search(state)) is not None:
+            again = runner.again(candidate.config)
+            if budget.forgives(again[0]) and budget.recalls(again[1], again[2]):
+                best = candidate
+            else:
+                keys = "" if again[1] is None else f", pass keys {again[1]:.0%}"
+                state.rule_out(candidate.config, f"does not hold when measured anew ({again[0]:+.2%}{keys})")
+    done = [
+        trial if trial.loss is not None or trial.note else replace(trial, note="more bytes than the best")
+        for trial in state.all
+    ]
     measured = [trial for trial in done if trial.loss is not None]
-    fits = [t for t in measured if _keeps(t, budget)]
-    best = min(fits, key=lambda t: (t.loss, t.ratio) if budget.max_ratio is not None else (t.ratio, t.loss), default=None)
     marked = [replace(t, is_pareto=t.loss is not None and not any(_beats(other, t) for other in measured)) for t in done]
     return Search(
         trials=sorted(marked, key=lambda trial: trial.ratio),
         exact=runner.exact,
-        best=None if best is None else replace(best, is_pareto=not any(_beats(other, best) for other in measured)),
+        exact_recall=runner.exact_recall,
+        best=next((t for t in marked if best is not None and t.config == best.config), None),
         codebook=None if best is None else runner.codebook(best.config),
+        again=None if best is None else again,
         rows=runner.rows,
     )
+
+
+class _State:
+    """The trials of a search; each is measured at most once, and those that are out stay so."""
+
+    def __init__(self, runner: Measurer, budget: Budget, trials: dict[PQConfig, Trial], bar: Any) -> None:
+        self.runner, self.budget, self.trials, self.bar = runner, budget, trials, bar
+        self.out: set[PQConfig] = set()
+
+    @property
+    def all(self) -> list[Trial]:
+        return list(self.trials.values())
+
+    def rule_out(self, config: PQConfig, note: str) -> None:
+        if config not in self.out:
+            self.out.add(config)
+            self.trials[config] = replace(self.trials[config], note=note)
+            self.bar.update()
+
+    def measured(self, config: PQConfig) -> Trial:
+        trial = self.trials[config]
+        if trial.loss is None:
+            value = self.runner.perplexity(config)
+            trial = self.trials[config] = replace(trial, perplexity=value, loss=value / self.runner.exact - 1)
+        return trial
+
+    def keeps(self, config: PQConfig) -> bool:
+        """Whether a shape is not out and keeps to the budget of loss and of pass keys, which are asked for last."""
+        if config in self.out:
+            return False
+        trial = self.measured(config)
+        if not self.budget.forgives(trial.loss or 0.0):
+            self.rule_out(config, "loses too much")
+        elif trial.recall is None:
+            trial = self.trials[config] = replace(trial, recall=self.runner.recall(config))
+        if not self.budget.recalls(trial.recall, self.runner.exact_recall):
+            self.rule_out(config, "loses pass keys")
+        return config not in self.out
 
 
 def layer_shapes(config: Any) -> list[tuple[int, int, int]]:
@@ -191,63 +226,47 @@ def layer_shapes(config: Any) -> list[tuple[int, int, int]]:
     return shapes
 
 
-def _within_bytes(trials: list[Trial], runner: _Runner, budget: Budget, bar: Any) -> list[Trial]:
+def _within_bytes(state: _State) -> Trial | None:
     """Of shapes that differ in their exact window only, the one with the largest that fits is the only one to run."""
     largest: dict[tuple[Any, ...], Trial] = {}
-    for trial in (t for t in trials if _keeps(t, budget)):
+    for trial in state.all:
         key = (*_codes(trial.config), trial.config.page_size)
-        if key not in largest or trial.config.extended_residual > largest[key].config.extended_residual:
+        if trial.ratio > (state.budget.max_ratio or 0.0):
+            state.rule_out(trial.config, "too many bytes")
+        elif key not in largest or trial.config.extended_residual > largest[key].config.extended_residual:
             largest[key] = trial
-    done = []
-    for trial in trials:
-        if not _keeps(trial, budget):
-            done.append(replace(trial, note="too many bytes"))
-        elif trial not in largest.values():
-            done.append(replace(trial, note="a larger window fits"))
-        else:
-            done.append(runner.measure(trial))
-        bar.update()
-    return done
+    for trial in state.all:
+        if trial not in largest.values():
+            state.rule_out(trial.config, "a larger window fits")
+    ordered = sorted((state.measured(t.config) for t in largest.values()), key=lambda t: (t.loss, t.ratio))
+    return next((state.trials[t.config] for t in ordered if state.keeps(t.config)), None)
 
 
-def _within_loss(trials: list[Trial], runner: _Runner, budget: Budget, bar: Any) -> list[Trial]:
+def _within_loss(state: _State) -> Trial | None:
     """Codes that lose too much even beside the largest window are out; of the others shapes run from few bytes upwards."""
     families: dict[tuple[Any, ...], list[Trial]] = {}
-    for trial in sorted(trials, key=lambda t: t.ratio):
+    for trial in sorted(state.all, key=lambda t: t.ratio):
         families.setdefault(_codes(trial.config), []).append(trial)
-    done: list[Trial] = []
-    least = float("inf")  # bytes of the best so far
+    best: Trial | None = None
     for family in sorted(families.values(), key=lambda members: members[0].ratio):
-        pending = [trial for trial in family if trial.ratio < least]
-        done += [replace(trial, note="more bytes than the best") for trial in family[len(pending) :]]
-        if pending:
-            most_exact = max(pending, key=lambda t: (t.config.extended_residual, t.config.page_size))
-            measured = {most_exact.config: runner.measure(most_exact)}
-            for trial in pending:
-                if not _keeps(measured[most_exact.config], budget):
-                    note = "loses too much at its largest window"
-                elif trial.ratio < least:
-                    measured.setdefault(trial.config, trial)
-                    if measured[trial.config].loss is None:
-                        measured[trial.config] = runner.measure(trial)
-                    least = trial.ratio if _keeps(measured[trial.config], budget) else least
-                    note = ""
-                else:
-                    note = "more bytes than the best"
-                done.append(measured.get(trial.config) or replace(trial, note=note))
-        bar.update(len(family))
-    return done
+        pending = [t for t in family if t.config not in state.out and (best is None or t.ratio < best.ratio)]
+        while pending:
+            most_exact = max(pending, key=lambda t: _window(t.config))
+            if state.keeps(most_exact.config):
+                best = next(state.trials[t.config] for t in pending if state.keeps(t.config))
+                break
+            for config in (t.config for t in pending if all(map(le, _window(t.config), _window(most_exact.config)))):
+                state.rule_out(config, f"{state.trials[most_exact.config].note} at its largest window")
+            pending = [t for t in pending if t.config not in state.out]
+    return best
+
+
+def _window(config: PQConfig) -> tuple[int, int]:
+    return config.extended_residual, config.page_size
 
 
 def _codes(config: PQConfig) -> tuple[int | None, int]:
     return config.num_subspaces, config.num_bits
-
-
-def _keeps(trial: Trial, budget: Budget) -> bool:
-    """Whether a shape keeps to the budget; to one of loss only if it was measured."""
-    if budget.max_ratio is not None:
-        return trial.ratio <= budget.max_ratio
-    return trial.loss is not None and budget.max_loss is not None and trial.loss <= budget.max_loss
 
 
 def _beats(a: Trial, b: Trial) -> bool:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from checkpoints import done, pqcache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma3TextConfig, LlamaConfig
 
 from hf_pqcache import Codebook, PagedPQCache, PQConfig
-from hf_pqcache.cli import main
 from hf_pqcache.codebook import LayerCodebook
-from hf_pqcache.eval import tune as module
 from hf_pqcache.eval.accuracy_study import bits_per_value, cache_bits
 from hf_pqcache.eval.model_config import load_model_config
-from hf_pqcache.eval.results import Results, Row
-from hf_pqcache.eval.session import Session
+from hf_pqcache.eval.results import Results
 from hf_pqcache.eval.tune import Budget, Grid, Search, layer_shapes, tune
 
 GRID = Grid(num_subspaces=(16, 32), num_bits=(4, 8), page_size=(16, 64), extended_residual=(32, 64, 128))
@@ -32,8 +31,29 @@ def llama(**kw: Any) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **kw})
 
 
-class _Model:
-    config = llama()
+class Fake:
+    """Measures by formula; notes which shapes it was asked for. Pass keys are found by what loses at most `keys_until`."""
+
+    def __init__(self, loss: Callable[[PQConfig], float], keys_until: float = math.inf, drift: float = 0.0) -> None:
+        self.exact, self.exact_recall, self.rows = EXACT, 0.9, []
+        self.loss, self.keys_until, self.drift = loss, keys_until, drift
+        self.ran: list[PQConfig] = []
+        self.confirmed: list[PQConfig] = []
+
+    def perplexity(self, config: PQConfig) -> float:
+        self.ran.append(config)
+        return EXACT * (1 + self.loss(config))
+
+    def recall(self, config: PQConfig | None) -> float:
+        return 0.9 if config is None or self.loss(config) <= self.keys_until else 0.3
+
+    def again(self, config: PQConfig) -> tuple[float, float | None, float | None]:
+        self.confirmed.append(config)
+        return EXACT * (1 + self.loss(config)) / EXACT - 1 + self.drift, self.recall(config), 0.9
+
+    def codebook(self, config: PQConfig) -> Codebook:
+        side = torch.zeros(2, config.num_subspaces, config.num_centroids, 64 // (config.num_subspaces or 1)).half()
+        return Codebook({0: LayerCodebook(side, side)}, config.num_bits, config.num_subspaces)
 
 
 def loss_of(weights: tuple[float, float], noise: dict[tuple[int, int, int], float]) -> Any:
@@ -46,25 +66,8 @@ def loss_of(weights: tuple[float, float], noise: dict[tuple[int, int, int], floa
     return loss
 
 
-def search(monkeypatch: pytest.MonkeyPatch, loss: Any, budget: Budget) -> tuple[Search, list[PQConfig], list[PQConfig]]:
-    """(what was found, shapes that were run, shapes that were calibrated), nothing of it by a model."""
-    ran: list[PQConfig] = []
-    learnt: list[PQConfig] = []
-
-    def run(session: Session, name: str, version: str, text: str, **options: Any) -> Row:
-        if session.cache.name == "dynamic":
-            return Row(name, "perplexity", EXACT)
-        ran.append(session.cache.config)
-        return Row(name, "perplexity", EXACT * (1 + loss(session.cache.config)), cache="pq")
-
-    def learn(config: PQConfig) -> Codebook:
-        learnt.append(config)
-        side = torch.zeros(2, config.num_subspaces, config.num_centroids, 64 // (config.num_subspaces or 1)).half()
-        return Codebook({0: LayerCodebook(side, side)}, config.num_bits, config.num_subspaces)
-
-    monkeypatch.setattr(module, "run_perplexity", run)
-    session = Session(_Model(), None, "model", progress=False)
-    return tune(session, learn, PQConfig(), "text", "text", budget, GRID, tokens=4096), ran, learnt
+def search(runner: Fake, budget: Budget) -> Search:
+    return tune(runner, GRID.configs(PQConfig(), 64), layer_shapes(llama()), budget, tokens=4096, progress=False)
 
 
 def ratio(config: PQConfig) -> float:
@@ -75,39 +78,52 @@ def ratio(config: PQConfig) -> float:
 @given(
     st.floats(0.15, 0.5) | st.none(),
     st.floats(0.001, 0.2),
+    st.floats(0.01, 0.3) | st.just(math.inf),
     st.tuples(st.floats(0, 10), st.floats(0, 1)),
     st.lists(st.floats(0.001, 0.2), min_size=8, max_size=8),
 )
 def test_finds_what_trying_everything_finds(
-    max_ratio: float | None, max_loss: float, weights: tuple[float, float], noise: list[float]
+    max_ratio: float | None, max_loss: float, keys_until: float, weights: tuple[float, float], noise: list[float]
 ) -> None:
     keys = [(m, n, page) for m in (16, 32) for n in (4, 8) for page in (16, 64)]
     # A larger page never loses accuracy either: it keeps tokens exact for longer.
     values = {key: min(noise[i] if key[2] == 16 else noise[i - 1], noise[i]) for i, key in enumerate(keys)}
     loss = loss_of(weights, values)
     budget = Budget(max_ratio=max_ratio) if max_ratio is not None else Budget(max_loss=max_loss)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        found, ran, learnt = search(monkeypatch, loss, budget)
+    runner = Fake(loss, keys_until)
+    found = search(runner, budget)
     every = GRID.configs(PQConfig(), 64)
+    whole = [c for c in every if loss(c) <= keys_until]  # those that pass keys come back from
     if max_ratio is not None:
-        fitting = [c for c in every if ratio(c) <= max_ratio]
-        best = min((loss(c) for c in fitting), default=None)
+        best = min((loss(c) for c in whole if ratio(c) <= max_ratio), default=None)
         assert (found.best is None) == (best is None)
         assert found.best is None or found.best.loss == pytest.approx(best)
-        assert all(ratio(c) <= max_ratio for c in ran)
+        assert all(ratio(c) <= max_ratio for c in runner.ran)
     else:
-        fitting = [c for c in every if EXACT * (1 + loss(c)) / EXACT - 1 <= max_loss]
-        least = min((ratio(c) for c in fitting), default=None)
+        least = min((ratio(c) for c in whole if EXACT * (1 + loss(c)) / EXACT - 1 <= max_loss), default=None)
         assert (found.best is None) == (least is None)
         assert found.best is None or found.best.ratio == least
+    assert found.best is None or runner.confirmed[-1] == found.best.config
     assert {trial.config for trial in found.trials} == set(every)
     assert len(found.trials) == len(every)
-    assert len(ran) == len(set(ran)) < len(every)
-    assert len(learnt) == len({(c.num_subspaces, c.num_bits) for c in learnt})
+    assert len(runner.ran) == len(set(runner.ran)) < len(every)
 
 
-def test_pareto_front_is_what_nothing_beats(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, _, _ = search(monkeypatch, lambda c: 8 / (c.num_bits * (c.num_subspaces or 0)), Budget(max_ratio=0.4))
+def test_a_winner_that_does_not_hold_is_not_recommended() -> None:
+    loss = {8: 0.001, 4: 0.05}
+    runner = Fake(lambda c: loss[c.num_bits] * (1 if c.num_subspaces == 32 else 1.2))
+    good = search(runner, Budget(max_loss=0.1))
+    assert good.best is not None
+    assert good.again == (pytest.approx(good.best.loss), 0.9, 0.9)
+    fake = Fake(runner.loss, drift=0.2)  # anew, everything is worse
+    none = search(fake, Budget(max_loss=0.1))
+    assert none.best is none.codebook is none.again is None
+    assert len(set(fake.confirmed)) == len(fake.confirmed) > 1
+    assert all("measured anew" in t.note for t in none.trials if t.config in fake.confirmed)
+
+
+def test_pareto_front_is_what_nothing_beats() -> None:
+    found = search(Fake(lambda c: 8 / (c.num_bits * (c.num_subspaces or 0))), Budget(max_ratio=0.4))
     measured = [t for t in found.trials if t.loss is not None]
     front = [t for t in measured if t.is_pareto]
     assert front
@@ -127,7 +143,7 @@ def test_budget_is_one_number(numbers: tuple[float | None, float | None], messag
         Budget(*numbers)
 
 
-def test_impossible_shapes_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_shapes_are_refused_before_anything_runs() -> None:
     with pytest.raises(ValueError, match="num_subspaces=48 does not cut head_dim=64"):
         Grid(num_subspaces=(48,)).configs(PQConfig(), 64)
     with pytest.raises(ValueError, match="page_size=20"):
@@ -155,33 +171,55 @@ def test_bytes_are_known_without_a_codebook() -> None:
     assert layer_shapes(hybrid) == [(1, 256, 256)]  # one layer of six keeps all tokens
 
 
+LINE = ("tune", "-f", "tiny", "--device", "cpu", "--window", 1024, "--limit", 1, "--recall-count", 1, "--try-page-sizes", 32)
+LINE += ("--calibration-tokens", 1024, "--results", "rows.jsonl")
+
+
+def test_a_broken_cache_is_not_recommended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4-bit codes of 4 numbers each: short articles hardly show that they lose every pass key."""
+    monkeypatch.chdir(tmp_path)
+    broken = ("--try-subspaces", 16, "--try-bits", 4, "--try-residuals", 64)
+    for budget in (("--max-loss", 0.05), ("--max-ratio", 0.5)):
+        failed = pqcache(*LINE, *broken, *budget)
+        assert failed.exit_code == 1, failed.output
+        assert "no shape keeps to the budget" in failed.output.splitlines()[-1]
+        assert not (tmp_path / "best.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("word " * 300, "less than a window"), (None, "cannot tell caches apart"), ("demo", "cannot tell")]
+)
+def test_a_text_that_tells_nothing_is_refused(
+    text: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text != "demo":
+        (tmp_path / "text.txt").write_text(text or "The cat sat on the mat. " * 600)
+    failed = pqcache(*LINE, "--try-residuals", 256, "--max-loss", 0.01, "--text", text if text == "demo" else "text.txt")
+    assert failed.exit_code == 1
+    assert message in failed.output.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_command_writes_a_config_that_loads_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    line = ["tune", "-f", "tiny", "--dtype", "float32", "--max-ratio", "0.3", "--tokens", "4096", "--window", "512"]
-    line += ["--limit", "1", "--calibration-tokens", "2048", "--try-subspaces", "32", "--try-bits", "8,4", "--quiet"]
-    line += ["--try-page-sizes", "64", "--try-residuals", "64,128", "--results", "rows.jsonl", "-o", "best.yaml"]
-    runner = CliRunner()
-    done = runner.invoke(main, [*line, "--json", "found.json"], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    assert "Pareto" in done.output
+    line = (*LINE, "--dtype", "float32", "--max-ratio", 0.31, "--try-subspaces", 32, "--try-bits", "8,4", "--try-residuals", 64)
+    found = done(*line, "--json", "found.json")
+    assert "measured anew" in found.output
     best = load_model_config("best.yaml")
     book = Codebook.from_pretrained(best.codebook or "")
     assert best.num_subspaces == book.num_subspaces == 32
-    assert book.settings == {"page_size": 64, "extended_residual": 128, "sink_tokens": 4}
-    assert ratio(replace(best.pq_config, num_subspaces=32)) <= 0.3
+    assert book.settings == {"page_size": 32, "extended_residual": 64, "sink_tokens": 4}
+    assert json.loads(Path("found.json").read_text())["best"]["ratio"] <= 0.31
     rows = Results("rows.jsonl").rows
     assert {row.cache for row in rows} == {"dynamic", "pq"}
+    assert {row.metric for row in rows} == {"perplexity", "recall"}
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("nothing is measured or calibrated twice")
 
     monkeypatch.setattr("hf_pqcache.eval.tasks._text.perplexity", refuse)
     monkeypatch.setattr("hf_pqcache.eval.setup.calibrate", refuse)
-    again = runner.invoke(main, line, catch_exceptions=False)
-    assert again.exit_code == 0, again.output
+    done(*line)
     assert load_model_config("best.yaml") == best
     assert len(Results("rows.jsonl")) == len(rows)
-    failed = runner.invoke(main, [x if x != "0.3" else "0.01" for x in line])
-    assert failed.exit_code == 1
-    assert "no shape keeps to the budget" in failed.output

@@ -132,7 +132,7 @@ def run_perplexity(
     session: Session,
     name: str,
     version: str,
-    text: str,
+    text: str | torch.Tensor,
     *,
     window: int = 2048,
     stride: int | None = None,
@@ -141,7 +141,7 @@ def run_perplexity(
     limit: int | None = None,
     **settings: Any,
 ) -> Row:
-    """One row: the perplexity of `text` under the session's cache.
+    """One row: the perplexity of `text` (or token ids, int64 (N)) under the session's cache.
 
     Args:
         mode: exact (dynamic caches only), distort, stream (pq with a codebook only) or cache. None means exact for a
@@ -157,11 +157,12 @@ def run_perplexity(
     mode = mode_of(spec, simulated, mode, chunk)
     settings |= {"window": window, "stride": stride or window, "mode": mode, "limit": limit}
     settings |= {"chunk": chunk or CHUNK} if mode == "cache" else {}
-    settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    data = text.numpy().tobytes() if isinstance(text, torch.Tensor) else text.encode()
+    settings["text_sha256"] = hashlib.sha256(data).hexdigest()[:16]
     row = session.row(name, version, "perplexity", **settings)
 
     def run() -> list[float]:
-        model, ids = session.model, token_ids(session.tokenizer, text)
+        model, ids = session.model, text if isinstance(text, torch.Tensor) else token_ids(session.tokenizer, text)
         if ids.numel() < window:
             raise ValueError(f"{name} has {ids.numel()} tokens, less than a window of {window}: use a longer text")
         common: dict[str, Any] = {"window": window, "stride": stride, "max_windows": limit, "progress": session.progress}
