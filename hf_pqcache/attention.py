@@ -67,6 +67,11 @@ def _fits(mask: Any, facts: Known) -> bool:
     return mask.dim() == 2 or (mask.dim() == 4 and mask.shape[1] == 1 and is_additive)
 
 
+def _needs_gradient(query: Tensor, key: LazyKV, value: LazyKV) -> bool:
+    """Whether a step is to be differentiated, which the ops cannot be."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (query, key.fresh, value.fresh))
+
+
 def _as_column_mask(mask: Tensor | None) -> Tensor | None:
     """A mask of one query token as (B or 1, 1, 1, n); flash attention's (B, n) of ones and zeros becomes bool."""
     if mask is not None and mask.dim() == 2:
@@ -144,7 +149,7 @@ class Dispatcher:
                 layer.note_decoded(reason)
             # One query over several new keys: Gemma 4 asks its last layers for the last token of a prompt only. New keys
             # that come together are seen exactly, so this is not a decode step.
-            if reason is None and query.shape[2] == 1 and key.fresh.shape[2] == 1:
+            if reason is None and query.shape[2] == key.fresh.shape[2] == 1 and not _needs_gradient(query, key, value):
                 key.layer.commit(mask, kwargs.get("position_ids"))  # a first prompt of a single token waits, too
                 return self._fused(query, key, value, mask, kwargs)
             key, value = (x.dense() if isinstance(x, LazyKV) else x for x in (key, value))

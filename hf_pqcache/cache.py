@@ -13,8 +13,9 @@ from hf_pqcache import arguments, parallel, selection
 from hf_pqcache.calibrate import learn_layer
 from hf_pqcache.codebook import Codebook, most_bytes
 from hf_pqcache.config import PQConfig, choose_page_size
-from hf_pqcache.paged import PagedCache, full_attention
+from hf_pqcache.paged import PagedCache
 from hf_pqcache.pages import EXACT
+from hf_pqcache.plan import full_attention
 from hf_pqcache.shapes import kv_shape, layer_configs
 from hf_pqcache.storage import Storage
 
@@ -71,7 +72,7 @@ class PagedPQCache(PagedCache):
             codebook.check_model(config)
             settings = settings.replace(num_subspaces=codebook.num_subspaces, num_bits=codebook.num_bits)
         layers: list[Any] = DynamicCache(config=config).layers
-        chosen = [i for i in full_attention(layers) if codebook is None or i in codebook.layers]
+        chosen = [i for i in full_attention(config, layers) if codebook is None or i in codebook.layers]
         compile = _compiles(compile, text_config, settings)
         self._settings, self._compile = settings, compile
         storage = Storage(settings, codebook, len(layers), learn_layer, tp_rank=tp_rank, offload=offload)
@@ -169,7 +170,7 @@ class PagedKVCache(PagedCache):
         compile = _compiles(compile, config.get_text_config(decoder=True), None)
         self._settings, self._compile = settings, compile
         storage = Storage(settings, None, len(layers), learn_layer, EXACT, offload=offload)
-        super().__init__(config, layers, full_attention(layers), storage, compile)
+        super().__init__(config, layers, full_attention(config, layers), storage, compile)
 
     def _empty_twin(self) -> PagedKVCache:
         settings = self._settings

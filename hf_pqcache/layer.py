@@ -7,11 +7,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 import hf_pqcache.ops  # noqa: F401 - registers the ops
 from hf_pqcache import attention, padding, torch_engine
-from hf_pqcache.handles import KEY, KVHandle, LazyKV
+from hf_pqcache.handles import KEY, VALUE, KVHandle, LazyKV
 from hf_pqcache.pages import Which
 from hf_pqcache.steps import Steps
 from hf_pqcache.storage import Storage
@@ -23,17 +23,32 @@ class PagedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, storage: Storage, index: int, steps: Steps, is_compileable: bool, config: PreTrainedConfig) -> None:
+    def __init__(self, storage: Storage, index: int, steps: Steps, config: PreTrainedConfig) -> None:
         """config: of the decoder; which attention function the model uses is asked of it in every pass."""
         self.storage = storage
         self.index = index
-        self.is_compileable = is_compileable
         self._steps = steps
         self._config = config
         self._before = 0  # tokens before the pass under way
         self._pending: tuple[Tensor, Tensor] | None = None
         self._is_traceable = False
         super().__init__()
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        return self._steps.eager_because is None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DynamicLayer:
+        """What a layer is without its cache: transformers' own, with what this one holds.
+
+        The cache copies its layers itself. A model that runs a layer several times copies it for its other turns.
+        """
+        layer = memo[id(self)] = DynamicLayer()
+        if self.is_initialized and self.get_seq_length():
+            self.commit()
+            layer.update(self._decoded(KEY), self._decoded(VALUE))
+        self._steps.eager_because = self._steps.eager_because or "the model has copied a layer for itself"
+        return layer
 
     # Encoder-decoder models and a few others look at the tensors of a layer.
     @property
@@ -77,7 +92,8 @@ class PagedLayer(CacheLayerMixin):
     @torch.compiler.disable
     def open(self, keys: Tensor, values: Tensor) -> None:
         """Make room for tokens like keys, values (..., H, T, d) in all rows of the storage."""
-        self.storage.open(self.index, keys, values)
+        if self.index not in self.storage.views:  # after a reset there is room
+            self.storage.open(self.index, keys, values)
         self.dtype, self.device = keys.dtype, keys.device
         self.batch_size = self.storage.batch
         # Plain torch reads lengths on the host, and pages in host memory are moved by the host, which a CUDA graph cannot:

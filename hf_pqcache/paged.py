@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from hf_pqcache import attention
 from hf_pqcache.handles import DECODED
 from hf_pqcache.layer import PagedLayer
-from hf_pqcache.plan import SingleAttention, why_exact
+from hf_pqcache.plan import COPY, NO_POSITIONS, SingleAttention, layers_without_positions, why_exact
 from hf_pqcache.sequences import SequenceCache
 from hf_pqcache.steps import Steps
 from hf_pqcache.storage import Storage
@@ -34,17 +35,19 @@ class PagedCache(SequenceCache, Cache):
         """`chosen` of transformers' own `layers` are kept in pages."""
         text_config = config.get_text_config(decoder=True)
         self._exact = {i: why_exact(layer) for i, layer in enumerate(layers) if i not in chosen}
+        others = layers_without_positions(config)
+        self._exact |= dict.fromkeys(others, NO_POSITIONS)
         self._reads_codes = attention.goes_through_interface(text_config)
-        self._eager_because = self._why_eager(should_compile, [layers[i] for i in self._exact], storage)
-        can_compile = self._eager_because is None
         self.storage = storage
-        self._steps = Steps(storage)
+        cache = weakref.ref(self)  # a cycle would keep the pool alive until the garbage collector comes
+        self._steps = Steps(storage, lambda: {} if (alive := cache()) is None else alive._stock_layers())
+        self._steps.without_positions |= others
+        self._steps.eager_because = self._why_eager(should_compile, [layers[i] for i in self._exact], storage)
         self._steps.decoded = {} if self._reads_codes else dict.fromkeys(chosen, DECODED)  # until a pass has shown it
         self._compressed = chosen
         for i in chosen:
-            layers[i] = PagedLayer(storage, i, self._steps, can_compile, text_config)
+            layers[i] = PagedLayer(storage, i, self._steps, text_config)
         super().__init__(layers=layers)
-        self._steps.exact_layers = self._stock_layers()
         self._attention = SingleAttention(config, len(layers))
         self._model_config = config
         attention.install(text_config._attn_implementation)
@@ -81,18 +84,29 @@ class PagedCache(SequenceCache, Cache):
         """
         if not torch.compiler.is_compiling():  # a compiled step has been through here before, eagerly
             self._prepare(layer_idx, key_states, value_states)
+            if layer_idx in self._steps.without_positions:
+                self._steps.note_entry(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _prepare(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         """Fit a layer to its first tokens. Raises ValueError where it cannot."""
         self._attention.check(layer_idx, self._is_user_defined)
         layer = self.layers[layer_idx]
-        if isinstance(layer, PagedLayer) and not layer.is_initialized and (reason := self._why_unfit(keys, values)):
-            self.layers[layer_idx] = DynamicLayer()
-            self._compressed.remove(layer_idx)
-            self._exact[layer_idx] = reason
-            self._steps.decoded.pop(layer_idx, None)
-            self._steps.exact_layers = self._stock_layers()
+        if not isinstance(layer, PagedLayer) or layer_idx in self.storage.views:
+            return
+        if not self._steps.is_in_step(keys.shape[2]):
+            self._steps.without_positions.add(layer_idx)
+            self._keep_exact(layer_idx, NO_POSITIONS)
+        elif (reason := self._why_unfit(keys, values)) is not None:
+            self._keep_exact(layer_idx, reason)
+
+    def _keep_exact(self, index: int, reason: str) -> None:
+        """Let transformers keep a layer that has no tokens yet."""
+        self.layers[index] = DynamicLayer()
+        self._compressed.remove(index)
+        self._exact[index] = reason
+        self._steps.decoded.pop(index, None)
+        self._steps.eager_because = self._steps.eager_because or f"layer {index} is transformers' DynamicLayer"
 
     def _why_unfit(self, keys: Tensor, values: Tensor) -> str | None:
         """Why pages cannot hold tokens like these, if so."""
@@ -119,20 +133,20 @@ class PagedCache(SequenceCache, Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the sequences: page tables move, pages are shared by count, only exact windows are copied."""
         self._select(beam_idx.tolist())
-        for layer in self._stock_layers():
+        for layer in self._stock_layers().values():
             layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence; the copies share their pages."""
         self._select([row for row in range(self.storage.batch) for _ in range(repeats)])
-        for layer in self._stock_layers():
+        for layer in self._stock_layers().values():
             layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at `indices`."""
         if self.storage.views:
             self._select(torch.arange(self.storage.batch)[indices.cpu()].tolist())
-        for layer in self._stock_layers():
+        for layer in self._stock_layers().values():
             layer.batch_select_indices(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -150,9 +164,11 @@ class PagedCache(SequenceCache, Cache):
             with self.storage.out_of_memory_guard("restoring the exact windows"):
                 if self.storage.is_uneven:
                     self._steps.take_back()
+                if tokens_to_remove:
+                    self._steps.entries.clear()
                 if tokens_to_remove and self.storage.views:
                     self.storage.crop(max(0, self._steps.complete() + tokens_to_remove))
-        for layer in self._stock_layers():
+        for layer in self._stock_layers().values():
             layer.crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -160,7 +176,9 @@ class PagedCache(SequenceCache, Cache):
         self._steps.reset()
         self.storage.reset()
         self.forget_sequences()
-        for layer in self._stock_layers():
+        for i in self._compressed:
+            self.layers[i].is_initialized = False
+        for layer in self._stock_layers().values():
             if isinstance(layer, DynamicLayer):  # transformers 5.17 would zero its tokens and keep their number
                 layer.keys = layer.values = None
                 layer.is_initialized = False
@@ -176,8 +194,9 @@ class PagedCache(SequenceCache, Cache):
         for i in self._compressed:
             self.layers[i].batch_size = len(indices)
 
-    def _stock_layers(self) -> list[Any]:
-        return [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
+    def _stock_layers(self) -> dict[int, Any]:
+        """The layers that transformers itself keeps, by index; there may be more than the config tells of."""
+        return {i: layer for i, layer in enumerate(self.layers) if not isinstance(layer, PagedLayer)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         self._steps.settle()
@@ -185,12 +204,15 @@ class PagedCache(SequenceCache, Cache):
         memo[id(self)] = new
         with self.storage.out_of_memory_guard("a copy of the cache"):
             new._take_over(self.storage.clone(), self)
+        for i in [i for i in new._compressed if i not in self._compressed]:  # turned out unfit
+            new._compressed.remove(i)
+        new._exact = dict(self._exact)
+        new._steps.follow(self._steps)
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, PagedLayer):
-                new.layers[i] = copy.deepcopy(layer, memo)
+                new.layers[i : i + 1] = [copy.deepcopy(layer, memo)]
             elif layer.is_initialized:
                 new.layers[i].adopt(layer)
-        new._steps.exact_layers = new._stock_layers()
         return new
 
     def _take_over(self, storage: Storage, other: PagedCache) -> None:
@@ -233,17 +255,19 @@ class PagedCache(SequenceCache, Cache):
             for t in (state.counts, state.starts, state.page_table, state.desc, state.flags)
         )
         calls: dict[str, int] = {}
-        engines = {i: {"name": "exact", "reason": reason} for i, reason in self._exact.items()}
+        exact = dict.fromkeys(self._stock_layers(), COPY) | self._exact
+        engines = {i: {"name": "exact", "reason": reason} for i, reason in exact.items()}
         for state in storage.states.values():
             engines |= {layer: choice._asdict() for (layer, _), choice in state.choices.items()}
             for (operation, engine), count in state.calls.items():
                 calls[f"{operation}/{engine}"] = calls.get(f"{operation}/{engine}", 0) + count
         engines |= {i: {"name": "decoded", "reason": reason} for i, reason in self._steps.decoded.items()}
+        counting = (layer for i, layer in enumerate(self.layers) if i not in self._steps.without_positions)
         kind = "codes" if storage.codec.needs_centroids else "pages"
         staging = 0 if storage.offload is None else used * storage.offload.page_bytes()
         total, on_host = pages + codebooks + windows + tables + staging, 0 if storage.offload is None else pages
         return {
-            "tokens": next((layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)), 0),
+            "tokens": next((layer.get_seq_length() for layer in counting if isinstance(layer, CacheLayerMixin)), 0),
             "pages_used": used,
             "pages_free": storage.allocator.num_free,
             "bytes": {kind: pages, "staging": staging, "codebooks": codebooks, "window": windows, "tables": tables},
@@ -252,13 +276,8 @@ class PagedCache(SequenceCache, Cache):
             "bytes_host": on_host,
             "bytes_fp16": 2 * numbers,
             "compressed_layers": list(self._compressed),
-            "exact_layers": sorted(self._exact),
+            "exact_layers": sorted(exact),
             "engines": engines,
-            "eager_because": self._eager_because,
+            "eager_because": self._steps.eager_because,
             "calls": calls,
         }
-
-
-def full_attention(layers: Sequence[Any]) -> list[int]:
-    """The layers that keep every token; transformers' own layers stay for sliding windows and linear attention."""
-    return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]

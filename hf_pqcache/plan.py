@@ -1,12 +1,32 @@
-"""Why a layer of a model is not compressed, and what no cache of one attention can do; knows transformers' layers only."""
+"""Which layers of a model are compressed, why the others are not, and what no cache of one attention can do.
+
+Knows transformers' configs and layers only.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hf_pqcache.hf_names import CACHE
+
+#: Why a layer is kept as it is whose tokens are not those of the text.
+NO_POSITIONS = "its tokens are no positions of the text, but what the model attends to beside it, such as an image"
+#: Why there is a layer that the model's config does not tell of.
+COPY = "a copy that the model made of another layer"
+
+
+def layers_without_positions(config: Any) -> frozenset[int]:
+    """The layers whose tokens are no positions: the cross-attention of Llama 3.2 Vision holds an image's."""
+    return frozenset(getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ())
+
+
+def full_attention(config: Any, layers: Sequence[Any]) -> list[int]:
+    """Which of transformers' `layers` for a model keep every position; the others have a window, a state, or an image."""
+    others = layers_without_positions(config)
+    return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in others]
 
 
 def why_exact(layer: Any) -> str:

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from hf_pqcache import pq
 from hf_pqcache.codebook import Codebook, LayerCodebook
 from hf_pqcache.config import PQConfig
+from hf_pqcache.plan import full_attention
 
 
 class ReferenceLayer(DynamicLayer):
@@ -121,7 +122,7 @@ class ReferenceCache(Cache):
     ) -> None:
         settings = (pq_config or PQConfig()).replace(num_subspaces=codebook.num_subspaces, num_bits=codebook.num_bits)
         layers: list[Any] = DynamicCache(config=config).layers
-        for i, layer in enumerate(layers):
-            if type(layer) is DynamicLayer and i in codebook.layers:
+        for i in full_attention(config, layers):
+            if i in codebook.layers:
                 layers[i] = ReferenceLayer(settings, codebook.layers[i], starts)
         super().__init__(layers=layers)

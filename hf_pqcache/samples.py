@@ -22,12 +22,12 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from hf_pqcache import arguments
 from hf_pqcache.config import PQConfig
 from hf_pqcache.hf_names import cache_kwargs
 from hf_pqcache.identity import weights_fingerprint
+from hf_pqcache.plan import full_attention
 from hf_pqcache.positions import check_positions, max_positions
 
 #: Default window: long enough for positions to vary, short enough for every model that is in use.
@@ -251,7 +251,7 @@ def keep(samples: Samples, path: str | Path, metadata: Mapping[str, Any] | None 
 
 def compressible_layers(config: Any) -> list[int]:
     """Indices of the layers whose cache keeps every token (full attention), by transformers' own plan for the model."""
-    return [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
+    return full_attention(config, DynamicCache(config=config).layers)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ user's Ctrl-C, leaves some layers ahead of others. Knows layers only by what it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -33,16 +33,22 @@ class Steps:
 
     Attributes:
         pending: layers with new tokens that attention has not seen yet.
-        exact_layers: the layers that transformers itself keeps; they go through the same passes.
+        exact_layers: tells, by index, the layers that transformers itself keeps; they go through the same passes.
+        without_positions: those of them whose tokens are no positions; no pass but the one that brings some changes them.
+        entries: for these layers, the positions at which the last tokens came, and how many the layer held before.
         decoded: why a layer's codes were decoded for attention in its last pass, where they were.
+        eager_because: why decode steps are not compiled, None where they may be.
         is_generating: whether passes come from `generate`.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, exact_layers: Callable[[], dict[int, Any]]) -> None:
         self.storage = storage
+        self.exact_layers = exact_layers
         self.pending: list[WaitingLayer] = []
-        self.exact_layers: Sequence[Any] = ()
+        self.without_positions: set[int] = set()
+        self.entries: dict[int, tuple[int, int]] = {}
         self.decoded: dict[int, str] = {}
+        self.eager_because: str | None = None
         self.is_generating = False
         self._damage: str | None = None
 
@@ -55,6 +61,31 @@ class Steps:
         """Positions that all compressed layers hold, or will once what waits is stored."""
         waiting = {layer.index: layer.num_pending for layer in self.pending}
         return min((self.storage.tokens(i) + waiting.get(i, 0) for i in self.storage.views), default=0)
+
+    def is_in_step(self, count: int) -> bool:
+        """Whether `count` tokens, the first of a layer, are as many as the pass's first layer holds."""
+        views = self.storage.views
+        waiting = {layer.index: layer.num_pending for layer in self.pending}
+        return not views or count == self.storage.tokens(first := min(views)) + waiting.get(first, 0)
+
+    def note_entry(self, index: int) -> None:
+        """A layer whose tokens are no positions is about to get some. A pass that was broken off may have left others."""
+        complete = self.complete()
+        self._restore(index, complete)
+        self.entries[index] = (complete, self.exact_layers()[index].get_seq_length())
+
+    def _restore(self, index: int, complete: int) -> None:
+        """Take a layer of `note_entry` back to before the pass that began at `complete` positions, if there was one."""
+        positions, length = self.entries.get(index, (-1, 0))
+        layer = self.exact_layers()[index]
+        if positions >= complete and (excess := layer.get_seq_length() - length) > 0:
+            layer.crop(-excess)
+
+    def follow(self, other: Steps) -> None:
+        """Be in the state of another cache's, between passes."""
+        self.decoded, self.eager_because = dict(other.decoded), other.eager_because
+        self.is_generating, self.entries = other.is_generating, dict(other.entries)
+        self.without_positions = set(other.without_positions)
 
     def begin(self, index: int) -> None:
         """A layer is about to get new tokens. The first one to get any takes back a pass that stopped before its end.
@@ -83,9 +114,11 @@ class Steps:
         """
         self._discard()
         complete = self.storage.roll_back(most)
-        for layer in self.exact_layers:
+        for index, layer in self.exact_layers().items():
             try:
-                if (excess := layer.get_seq_length() - complete) > 0 and layer.is_initialized:
+                if index in self.without_positions:
+                    self._restore(index, complete)
+                elif (excess := layer.get_seq_length() - complete) > 0 and layer.is_initialized:
                     layer.crop(-excess)
             except (AttributeError, NotImplementedError, RuntimeError):
                 self._damage = (
@@ -95,6 +128,7 @@ class Steps:
 
     def reset(self) -> None:
         self._discard()
+        self.entries.clear()
         self._damage, self.is_generating = None, False
 
     def _discard(self) -> None:

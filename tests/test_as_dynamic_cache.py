@@ -25,8 +25,8 @@ OURS: dict[str, Callable[[Any], Any]] = {
     "PagedPQCache": lambda config: PagedPQCache(config, page_size=16, extended_residual=64),
 }
 PAIRS = [(PagedKVCache, DynamicCache), (PagedPQCache, DynamicCache), (PagedLayer, DynamicLayer)]
-#: What Python gives to every class, and what only a class body needs.
-IGNORED = {*dir(type("Plain", (), {})), "__abstractmethods__", "_abc_impl", "__annotations__", "__init__"}
+#: What Python gives to every class, the last one to those that were copied, and what only a class body needs.
+IGNORED = {*dir(type("Plain", (), {})), "__slotnames__", "__abstractmethods__", "_abc_impl", "__annotations__", "__init__"}
 
 
 def interface(theirs: type) -> list[str]:

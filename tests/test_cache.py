@@ -93,7 +93,7 @@ def test_fused_decode_equals_decoding_codes_and_calling_sdpa(name: str, padded: 
     model, inputs = build(name), prompt(3 if padded else 1, 90, padded)
     fused = PagedPQCache(model.config, **SMALL)
     got = generate(model, fused, inputs)
-    monkeypatch.setattr(Dispatcher, "_can_fuse", lambda *args: False)
+    monkeypatch.setattr(Dispatcher, "_why_decoded", lambda *args: "refused")
     plain = PagedPQCache(model.config, **SMALL)
     torch.testing.assert_close(got, generate(model, plain, inputs), rtol=1e-4, atol=2e-3)
     assert fused.stats()["calls"]["attend/torch"] > 0

@@ -27,6 +27,7 @@ SIBLINGS = {
     ("cuda_engine", "kernel_plan"),
     ("selection", "kernel_plan"),
     ("pool", "pages"),
+    ("samples", "plan"),
     ("state", "pool"),
     ("jit", "pool"),
     ("storage", "room"),
