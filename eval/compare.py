@@ -51,6 +51,8 @@ def check(setup: Setup, text: str, *, tokens: int | None, recall_count: int, new
     asked = None if tokens is None else (tokens,)
     room = max(new_tokens, ANSWER_TOKENS)
     (found,) = lengths_within(setup.limit, asked, room, "a comparison", offered=(2048,))
+    for spec in setup.specs:
+        spec.check_room(found + room)
     ids = token_ids(setup.tokenizer, text)
     if ids.numel() < found:
         raise ValueError(f"the text has {ids.numel()} tokens and {found} are compared: give a longer one, or fewer --tokens")

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from hf_pqcache.cache import PagedPQCache
 from hf_pqcache.calibrate import calibrate
 from hf_pqcache.config import PQConfig
 from hf_pqcache.demo import MODEL, TEXT
-from hf_pqcache.eval.perplexity import perplexity
-from hf_pqcache.eval.recall import recall
+from hf_pqcache.eval.caches import head_dim_of
+from hf_pqcache.eval.lengths import lengths_within
+from hf_pqcache.eval.models import load_config, load_model, load_tokenizer
+from hf_pqcache.eval.perplexity import perplexity, token_ids
+from hf_pqcache.eval.recall import check_recall, recall
 from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.positions import max_positions
 
+#: Of the continuation that is shown.
+NEW_TOKENS = 24
 SEPARATOR = "<|endoftext|>"
 #: (bits per value, subspaces as a share of head_dim, bits of a code)
 SETTINGS = ((4, 2, 8), (3, 2, 6), (2, 4, 8))
@@ -53,36 +60,80 @@ def _cache_bytes(model: Any, ids: torch.Tensor, cache: PagedPQCache) -> dict[str
     return cache.stats()
 
 
+#: heading -> how a row's figure is told there.
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cache": lambda row: row["cache"],
+    "perplexity": lambda row: f"{row['perplexity']:.3f}",
+    "change": lambda row: f"{row['perplexity_change']:+.2%}" if row["codebook_bytes"] else "",
+    "recall": lambda row: f"{row['recall']:.0%}",
+    "KV bytes": lambda row: f"{row['kv_bytes']:,}",
+    "of fp16": lambda row: f"{row['kv_ratio']:.0%}",
+    "codebooks": lambda row: f"{row['codebook_bytes']:,}",
+}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table for a README."""
+    lines = [list(COLUMNS), ["---"] * len(COLUMNS), *([tell(row) for tell in COLUMNS.values()] for row in result["rows"])]
+    return (
+        "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        .replace(" --- ", "---")
+        .replace("|  |", "| |")
+        .replace("%", " %")
+    )
+
+
+def _line(row: DemoRow) -> str:
+    return f"{row.cache}: perplexity {row.perplexity:.3f}, recall {row.recall:.0%}"
+
+
+def demo_tokens(config: Any, tokens: int | None = None) -> int:
+    """Length of the demo's sequences for a transformers config: `tokens`, or 1024 or what leaves room for the answer.
+
+    Raises ValueError if the model cannot hold that.
+    """
+    asked = None if tokens is None else (tokens,)
+    return lengths_within(max_positions(config), asked, NEW_TOKENS, "the demo", offered=(1024,))[0]
+
+
 def run_demo(
     model_path: str | Path = MODEL,
     text: str | None = None,
     *,
-    tokens: int = 1024,
+    tokens: int | None = None,
     recall_count: int = 20,
     seed: int = 0,
     progress: bool = True,
+    note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Calibrate, measure, compare. Returns {"conditions": ..., "rows": [DemoRow as dict, ...]}.
 
     Args:
         model_path: a folder or Hub id of a causal language model; None and the default are the embedded tiny one.
         text: text to calibrate on (two thirds) and to evaluate on (one third); None is the embedded articles.
-        tokens: window of the perplexity, length of the recall prompts and of the sequence whose bytes are counted.
+        tokens: window of the perplexity, length of the recall prompts and of the sequence whose bytes are counted; None
+            means 1024, or what the model can hold.
+        note: called with a line for every row as soon as it is there.
+
+    Raises ValueError, before the model is loaded, for more tokens than it can hold and for a text that is too short.
     """
     text = TEXT.read_text() if text is None else text
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    hf_config = load_config(model_path)
+    tokens, tokenizer, width = demo_tokens(hf_config, tokens), load_tokenizer(model_path), head_dim_of(hf_config)
+    for _, share, num_bits in SETTINGS:
+        PQConfig(num_subspaces=width // share, num_bits=num_bits).subspaces(width)
     calibration, held_out = split_text(text)
-    ids = tokenizer(held_out, return_tensors="pt")["input_ids"].to(model.device)
+    seen, ids = token_ids(tokenizer, calibration), token_ids(tokenizer, held_out)[None]
     if ids.shape[1] < tokens:
         raise ValueError(f"one third of the text has {ids.shape[1]} tokens and {tokens} are needed; pass a longer --text")
-    prompt = ids[:, :tokens]
-    head_dim = model.config.get_text_config().head_dim
+    check_recall(tokenizer, ids[0], (tokens,), (0.5,), None)
+    note(f"calibrating on two thirds of the text, {seen.numel():,} tokens")
+    model, _ = load_model(model_path, dtype="float32")
+    prompt = ids[:, :tokens].to(model.device)
 
     def continuation(cache: Any) -> str:
         mask = torch.ones_like(prompt)
-        out = model.generate(prompt, attention_mask=mask, **cache_kwargs(cache), max_new_tokens=24, do_sample=False)
+        out = model.generate(prompt, attention_mask=mask, **cache_kwargs(cache), max_new_tokens=NEW_TOKENS, do_sample=False)
         return str(tokenizer.decode(out[0, tokens:], skip_special_tokens=True))
 
     measure: dict[str, Any] = {"window": tokens, "progress": progress}
@@ -110,9 +161,10 @@ def run_demo(
             continuation=continuation(DynamicCache(config=model.config)),
         )
     ]
+    note(_line(rows[0]))
     for bits, share, num_bits in SETTINGS:
-        config = PQConfig(num_subspaces=head_dim // share, num_bits=num_bits, max_pages=64 + tokens // 32)
-        codebook = calibrate(model, tokenizer, calibration, config, seed=seed, progress=progress)
+        config = PQConfig(num_subspaces=width // share, num_bits=num_bits, max_pages=64 + tokens // 32)
+        codebook = calibrate(model, None, seen, config, num_tokens=seen.numel(), seed=seed, progress=progress)
         value = perplexity(model, tokenizer, held_out, mode="stream", codebook=codebook, config=config, **measure).value
 
         def make_cache(codebook: Any = codebook, config: PQConfig = config) -> PagedPQCache:
@@ -123,7 +175,7 @@ def run_demo(
         kv_bytes = stats["bytes"]["codes"] + stats["bytes"]["window"] // 2
         rows.append(
             DemoRow(
-                cache=f"PQ {bits} bits (M={head_dim // share}, n={num_bits})",
+                cache=f"PQ {bits} bits (M={width // share}, n={num_bits})",
                 perplexity=value,
                 perplexity_change=value / exact - 1,
                 recall=recall(
@@ -135,6 +187,7 @@ def run_demo(
                 continuation=continuation(make_cache()),
             )
         )
+        note(_line(rows[-1]))
     return {
         "conditions": {
             "model": str(model_path),

@@ -35,8 +35,10 @@ def check_given(
         if name in ("num_subspaces", "num_bits"):
             if "pq" not in caches:
                 raise ValueError(f"{FLAGS[name]} does nothing for {told}: the bits after the colon decide; use pq without them")
-            if book is not None and getattr(book.config, name) != given[name]:
-                found = getattr(book.config, name)
+            if book is None:
+                continue
+            found = book.num_bits if name == "num_bits" else next(iter(book.layers.values())).keys.shape[1]
+            if found != given[name]:
                 asked = f"{FLAGS[name]} {given[name]}"
                 raise ValueError(f"{asked} and a codebook of {found}: the codebook decides; leave {FLAGS[name]} out")
     used = {name: value for name, value in sources.items() if value is not None}

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.caches import CacheSpec, head_dim
 from hf_pqcache.eval.deployed import CHUNK
+from hf_pqcache.eval.given import check_given
 from hf_pqcache.eval.model_config import load_model_config
 from hf_pqcache.eval.models import public_name
 from hf_pqcache.eval.session import Session
@@ -86,11 +87,17 @@ class CacheLM(HFLM):
             raise ValueError(f"a KV cache under test needs a causal model, got a {self.backend} one")
         self.chunk = int(chunk)
         if isinstance(cache, CacheSpec):
+            if shape or codebook or calibration:
+                raise ValueError(
+                    f"cache={cache.label} is finished: {[*shape, *filter(None, (codebook, calibration))]} do nothing"
+                )
             self.spec = cache
         elif config is None:
             raise ValueError("with a loaded model give cache=CacheSpec(...)")
         else:
             config.check(self.model.config)
+            given = {name: value for name, value in shape.items() if value is not None}
+            check_given([cache], given, None, {"codebook": codebook, "calibration": calibration})
             more = {} if calibration is None else {"source": calibration}
             learning = Calibration.of(config, data_dir=data_dir, **more)
             spec = CacheSpec.parse(cache, head_dim(self.model), config.pq_config)

@@ -142,6 +142,8 @@ def read_lines(path: Path) -> Iterable[tuple[dict[str, Any], int]]:
         if not isinstance(values, dict):
             raise ValueError(f"{path}, line {number}: expected an object, got {type(values).__name__}")
         yield values, offset
+    if (torn := data[offset:].strip()) and not torn.startswith(b"{"):  # a row that was cut short begins like any other
+        raise ValueError(f"{path} ends in something that is no result row, and would lose it; use another file")
 
 
 def append_line(path: Path, values: dict[str, Any], valid_bytes: int) -> int:

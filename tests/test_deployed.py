@@ -78,12 +78,15 @@ def test_peers_run_weigh_and_cost_more_with_fewer_bits(tiny: Any, text: str) -> 
 @pytest.mark.parametrize("name", ["pq", "paged-kv"])
 def test_a_pool_is_made_for_all_rows_of_a_batch(tiny: Any, name: str) -> None:
     model = tiny[0]
-    shape = PQConfig(num_subspaces=16, num_bits=4, page_size=16, max_pages=1, extended_residual=16, learn_tokens=32)
+    shape = PQConfig(num_subspaces=16, num_bits=4, page_size=16, extended_residual=16, learn_tokens=32)
     spec = CacheSpec.parse(name, head_dim(model), shape)
     found = measure_memory(model, lambda: spec.make(model, 130, 3), tokens=126, batch=3)
     assert found.cache.tokens > 0
+    capped = CacheSpec.parse(name, head_dim(model), shape.replace(max_pages=9))  # for one row and not for two
+    with pytest.raises(ValueError, match="max_pages=9 pages of 16 tokens are too few"):
+        capped.make(model, 130, 2)
     with pytest.raises(PagesExhaustedError):
-        measure_memory(model, lambda: spec.make(model, 130), tokens=126, batch=3)
+        measure_memory(model, lambda: capped.make(model, 130), tokens=126, batch=3)
 
 
 def test_a_missing_library_is_named_with_the_line_to_type(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

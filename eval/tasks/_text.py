@@ -121,6 +121,7 @@ def check_perplexity(
     available = token_ids(setup.tokenizer, task.text(split, data_dir)).numel()
     found = min(setup.window, available) if window is None else window
     check_positions(found, setup.limit, "a perplexity window", "--window")
+    spec.check_room(found)
     if not 1 <= (stride or found) <= found:
         raise ValueError(f"stride={stride} and window={found}: use a stride from 1 to the window")
     if available < found:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from hf_pqcache.eval.perplexity import token_ids
-from hf_pqcache.eval.recall import check_recall, recall_at
+from hf_pqcache.eval.recall import ANSWER_TOKENS, check_recall, recall_at
 from hf_pqcache.eval.results import Row
 from hf_pqcache.eval.session import Session
 from hf_pqcache.positions import max_positions
@@ -46,7 +46,7 @@ class RecallTask:
                     session.model,
                     session.tokenizer,
                     filler,
-                    lambda: make(session.model, tokens + 32),
+                    lambda: make(session.model, tokens + ANSWER_TOKENS),
                     tokens=tokens,
                     depths=[depth] * count,
                     seed=session.seed,

@@ -32,10 +32,18 @@ def _print_demo(result: dict[str, Any]) -> None:
 @click.command()
 @click.option("--model", help="Folder, Hub id or model config of a causal LM; the embedded tiny one if absent.")
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Your own text, UTF-8.")
-@click.option("--tokens", type=click.IntRange(min=256), default=1024, show_default=True, help="Length of a sequence.")
+@click.option("--tokens", type=click.IntRange(min=256), help="Length of a sequence; 1024, or what the model holds, if absent.")
+@click.option("--markdown", "markdown_file", type=_options.FILE, help="Also write the table here, as the README has it.")
 @_options.json_option("the result")
 @_options.quiet_option()
-def command(model: str | None, text: Path | None, tokens: int, json_file: Path | None, quiet: bool) -> None:
+def command(
+    model: str | None,
+    text: Path | None,
+    tokens: int | None,
+    markdown_file: Path | None,
+    json_file: Path | None,
+    quiet: bool,
+) -> None:
     """Compare an exact and a compressed cache on a real small model, offline.
 
     \b
@@ -45,9 +53,15 @@ def command(model: str | None, text: Path | None, tokens: int, json_file: Path |
     from hf_pqcache.eval.model_config import load_model_config
     from hf_pqcache.eval.texts import read_text
 
+    for path in (markdown_file, json_file):
+        _output.check_writable(path)
     options: dict[str, Any] = {"tokens": tokens, "progress": not quiet}
+    if not quiet:
+        options["note"] = _output.note
     if model is not None:
         options["model_path"] = load_model_config(model).source
     result = runner.run_demo(text=read_text(text) if text else None, **options)
     _print_demo(result)
+    if markdown_file is not None:
+        _output.say(_output.written(markdown_file, _output.save_text(markdown_file, runner.markdown(result))))
     _output.write_json(json_file, result)

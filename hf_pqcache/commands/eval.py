@@ -157,6 +157,7 @@ def speed(get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, new
     from hf_pqcache.eval.lengths import lengths_within
 
     chosen = lengths_within(setup.limit, lengths, new_tokens, "speed")
+    setup.specs[0].check_room(max(chosen) + new_tokens, options["batch"])
     return lambda session: get("speed").run(session, lengths=chosen, new_tokens=new_tokens, **options)
 
 
@@ -172,6 +173,7 @@ def memory(get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, ba
     from hf_pqcache.eval.lengths import lengths_within
 
     chosen = lengths_within(setup.limit, lengths, 0, "memory")
+    setup.specs[0].check_room(max(chosen), batch)
     return lambda session: get("memory").run(session, lengths=chosen, batch=batch)
 
 
@@ -201,6 +203,7 @@ def recall(
 
     filler, _ = text_of(text, data_dir)
     chosen = lengths_within(setup.limit, lengths, ANSWER_TOKENS, "recall", offered=(1024, 2048))
+    setup.specs[0].check_room(max(chosen) + ANSWER_TOKENS)
     check_recall(setup.tokenizer, token_ids(setup.tokenizer, filler), chosen, depths, setup.limit)
     return lambda session: get("recall").run(session, filler, lengths=chosen, depths=depths, count=count)
 
@@ -220,4 +223,5 @@ def breakdown(get: Any, setup: Any, *, data_dir: Any, tokens: int | None, steps:
 
     asked = None if tokens is None else (tokens,)
     (chosen,) = lengths_within(setup.limit, asked, WARM_UP + steps, "a breakdown", offered=(2048,))
+    setup.specs[0].check_room(chosen + WARM_UP + steps, batch)
     return lambda session: get("breakdown").run(session, tokens=chosen, batch=batch, steps=steps)

@@ -99,6 +99,7 @@ def command(
     Example:  pqcache tune -f tiny --max-loss 0.02 --try-subspaces 32 \\
               --try-bits 8 --window 1024 --limit 2 --recall-count 1 -o best.yaml
     """
+    from hf_pqcache.eval.caches import CacheSpec
     from hf_pqcache.eval.perplexity import token_ids
     from hf_pqcache.eval.recall import ANSWER_TOKENS, check_recall
     from hf_pqcache.eval.setup import text_of
@@ -118,6 +119,8 @@ def command(
     shapes = layer_shapes(setup.hf_config)
     grid = Grid(try_subspaces, try_bits, try_page_sizes, try_residuals)
     configs = grid.configs(config.pq_config, shapes[0][1])
+    for shape in configs:
+        CacheSpec("pq", shape.to_dict()).check_room(chosen)
     material = cut(setup.tokenizer, evaluated, name, window=chosen, limit=limit, told_twice=text is None)
     prompt = chosen - ANSWER_TOKENS
     if recall_count:

@@ -25,11 +25,11 @@ def llama(seed: int = 0, **changes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**{**shape, **changes}))
 
 
-def gpt2(seed: int = 0, positions: int = 256) -> Any:
+def gpt2(seed: int = 0, positions: int = 256, heads: int = 2) -> Any:
     """A GPT-2 whose positions are learnt: there is nothing beyond them."""
     torch.manual_seed(seed)
     ends = {"bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=positions, vocab_size=VOCABULARY, **ends))
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=heads, n_positions=positions, vocab_size=VOCABULARY, **ends))
 
 
 def save(model: Any, folder: Path) -> str:

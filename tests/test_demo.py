@@ -1,0 +1,66 @@
+"""The README's demo table is what the command prints: perplexity and recall within tolerance, bytes to the last one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from checkpoints import done, gpt2, save
+
+from hf_pqcache.demo import TEXT
+from hf_pqcache.eval.demo import COLUMNS, markdown
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """cache -> the other cells, of the first table under the demo's heading."""
+    found = re.findall(r"^\| ((?:exact|PQ) .*?) \|$", text, flags=re.MULTILINE)
+    rows = [[cell.strip() for cell in line.split("|")] for line in found]
+    return {row[0]: row[1:] for row in rows if len(row) == len(COLUMNS)}
+
+
+def number(cell: str) -> float:
+    return float(cell.replace(",", "").removesuffix(" %") or "nan")
+
+
+def test_the_readme_has_the_table_as_the_command_writes_it() -> None:
+    (demo,) = re.findall(r"### The demo, on any machine\n(.*?)\n### ", README, flags=re.DOTALL)
+    row = {"perplexity": 1.0, "perplexity_change": 0.5, "recall": 1, "kv_bytes": 2000, "kv_ratio": 0.5, "codebook_bytes": 0}
+    head = markdown({"rows": [{"cache": "exact (fp16)", **row}]}).splitlines()
+    assert "\n".join(head[:2]) in demo
+    assert head[2] == "| exact (fp16) | 1.000 | | 100 % | 2,000 | 50 % | 0 |"
+    assert "pqcache demo --markdown" in demo
+
+
+def test_a_small_model_gets_a_short_demo(tmp_path: Path) -> None:
+    """GPT-2 has no head_dim in its config, and positions that end."""
+    folder = save(gpt2(positions=320, heads=1), tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(TEXT.read_text(encoding="utf-8").split()[:900]))
+    done(
+        "demo",
+        "--model",
+        folder,
+        "--text",
+        tmp_path / "text.txt",
+        "--markdown",
+        tmp_path / "demo.md",
+        "--json",
+        tmp_path / "demo.json",
+        "--quiet",
+    )
+    assert '"tokens": 296' in (tmp_path / "demo.json").read_text()
+    assert len(table((tmp_path / "demo.md").read_text())) == 4
+
+
+@pytest.mark.slow
+def test_the_readmes_demo_is_what_the_command_prints(tmp_path: Path) -> None:
+    (demo,) = re.findall(r"### The demo, on any machine\n(.*?)\n### ", README, flags=re.DOTALL)
+    done("demo", "--markdown", tmp_path / "demo.md", "--quiet")
+    told, measured = table(demo), table((tmp_path / "demo.md").read_text())
+    assert list(told) == list(measured)
+    tolerance = {"perplexity": 0.05, "change": 0.15, "recall": 10.0, "KV bytes": 0, "of fp16": 0, "codebooks": 0}
+    for cache, cells in told.items():
+        for (name, most), a, b in zip(tolerance.items(), cells, measured[cache], strict=True):
+            assert number(a) == pytest.approx(number(b), abs=most, nan_ok=True), (cache, name)
