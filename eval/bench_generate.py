@@ -24,7 +24,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from hf_pqcache import engine, torch_engine
 from hf_pqcache.cache import PagedPQCache
 from hf_pqcache.codebook import Codebook, LayerCodebook
-from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.caches import CacheSpec
 from hf_pqcache.eval.speed import deferred_stop_check, timed_generate
 from hf_pqcache.hf_names import cache_kwargs
@@ -96,9 +95,8 @@ def make_cache(name: str, config: Any, tokens: int, codebook: Codebook | None = 
     if not name.startswith("pq"):
         return CacheSpec.parse(name, config.head_dim).make(SimpleNamespace(config=config), total)
     codebook = codebook or random_codebook(config, 32 if name == "pq-2bit" else 64)
-    pages = -(-total // PQConfig().page_size)
     compile = False if name == "pq-eager" else None
-    return PagedPQCache(config, codebook, max_pages=pages, compile=compile, offload=name == "pq-offload")
+    return PagedPQCache(config, codebook, expected_tokens=total, compile=compile, offload=name == "pq-offload")
 
 
 def fill(cache: Any, config: Any, tokens: int, device: str = "cuda", seed: int = 0) -> None:
@@ -219,10 +217,9 @@ def measure_memory(config: Any, tokens: int) -> dict[str, dict[str, Any]]:
         _free()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        pages = -(-tokens // PQConfig().page_size)
         cache: Any = DynamicCache(config=config)
         if name != "dynamic":
-            cache = PagedPQCache(config, random_codebook(config, 64 if name == "pq" else 32), max_pages=pages)
+            cache = PagedPQCache(config, random_codebook(config, 64 if name == "pq" else 32))
         fill(cache, config, tokens)
         torch.cuda.synchronize()
         results[name] = {

@@ -26,6 +26,7 @@ from hf_pqcache import cuda_engine, jit, layout
 from hf_pqcache.config import PQConfig
 from hf_pqcache.pages import CODED, EXACT
 from hf_pqcache.pool import LayerView
+from hf_pqcache.slabs import PageSpec, PageStore
 from hf_pqcache.state import descriptor_row
 
 ROTATED_BYTES = 600 * 2**20  # ten times the L2 cache of an H200
@@ -142,29 +143,32 @@ class Layers:
         per_set = case.batch * width
         self.coded_bytes = 2 * per_set * case.kv_heads * page_bytes
         self.sets = max(1, min(16, math.ceil(ROTATED_BYTES / max(self.coded_bytes, 1))))
-        pool = (self.sets * per_set, case.kv_heads)
-        order = torch.randperm(pool[0], device="cuda", dtype=torch.int32).view(self.sets, case.batch, width)
+        num_pages = self.sets * per_set
+        order = torch.randperm(num_pages, device="cuda", dtype=torch.int32).view(self.sets, case.batch, width)
         window = (case.batch, case.kv_heads, config.sink_tokens + config.window_slots, case.head_dim)
         if case.is_exact:
-            pages = [torch.randn(*pool, case.page_size, case.head_dim, dtype=dtype, device="cuda") for _ in range(2)]
+            spec = PageSpec((case.kv_heads, case.page_size, case.head_dim), dtype)
             centroids = [torch.empty(0, device="cuda")] * 2
         else:
-            pages = [torch.randint(0, 256, (*pool, page_bytes), dtype=torch.uint8, device="cuda") for _ in range(2)]
+            spec = PageSpec((case.kv_heads, page_bytes), torch.uint8)
             books = (case.kv_heads, case.num_subspaces, 1 << case.num_bits, case.head_dim // case.num_subspaces)
             centroids = [torch.randn(books, device="cuda").half() for _ in range(2)]
+        store = PageStore(spec, spec, torch.device("cuda", torch.cuda.current_device()))
+        store.add(0, store.new_slab(0, num_pages))
+        for side in store.slabs[0].keys, store.slabs[0].values:
+            side.copy_(torch.randn_like(side) if case.is_exact else torch.randint_like(side, 256))
         self.views = [
             LayerView(
                 config=config,
                 num_subspaces=case.num_subspaces,
-                key_pages=pages[0],
-                value_pages=pages[1],
+                pages=store,
                 key_centroids=centroids[0],
                 value_centroids=centroids[1],
                 window_keys=torch.randn(window, device="cuda").to(dtype),
                 window_values=torch.randn(window, device="cuda").to(dtype),
                 counts=torch.tensor([[case.tokens, coded]] * case.batch, dtype=torch.int32, device="cuda"),
                 starts=torch.zeros(case.batch, dtype=torch.int32, device="cuda"),
-                page_table=order[i].contiguous(),
+                page_table=(2 * order[i]).contiguous(),  # the two sides of a page alternate
                 codec=EXACT if case.is_exact else CODED,
             )
             for i in range(self.sets)
@@ -188,12 +192,13 @@ class Layers:
         """(H, tokens, d) in float64, as the storage says."""
         view, config, case = self.views[i], self.config, self.case
         coded, sinks = config.coded_tokens(case.tokens), config.sink_tokens
+        slab = view.store.slabs[0]
         pages, centroids, window = (
-            (view.key_pages, view.key_centroids, view.window_keys)
+            (slab.keys, view.key_centroids, view.window_keys)
             if which == "key"
-            else (view.value_pages, view.value_centroids, view.window_values)
+            else (slab.values, view.value_centroids, view.window_values)
         )
-        stored = pages[view.page_table[row].long()]
+        stored = pages[view.page_table[row].long() // 2]
         if case.is_exact:
             decoded = stored.transpose(0, 1).flatten(1, 2).double()
         else:

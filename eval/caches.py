@@ -90,8 +90,7 @@ class CacheSpec:
     def make(self, model: Any, max_tokens: int, batch: int = 1) -> Any:
         """A fresh cache for `batch` sequences of up to `max_tokens` tokens each.
 
-        A static cache is as long as `max_tokens`; a paged one gets a pool that holds them all, unless its settings say how
-        many pages it may take.
+        A static cache is as long as `max_tokens`; a paged one is told to expect as many.
 
         Raises:
             ValueError: those are too few.
@@ -105,28 +104,23 @@ class CacheSpec:
         if self.name in ("quanto", "hqq", "fp8"):
             self._check_library()
             return QuantizedCache(self.name, config, **self.settings)
-        pages = self.check_room(max_tokens, batch)
+        self.check_room(max_tokens, batch)
         if self.name == "pq":
-            return PagedPQCache(config, self.codebook, self.config.replace(max_pages=pages))
-        return PagedKVCache(config, **{**self.settings, "max_pages": pages})
+            return PagedPQCache(config, self.codebook, self.config, expected_tokens=max_tokens)
+        return PagedKVCache(config, **self.settings, expected_tokens=max_tokens)
 
-    def check_room(self, max_tokens: int, batch: int = 1) -> int | None:
-        """Pages of a pool for `batch` sequences of `max_tokens` tokens: those asked for, or else enough.
-
-        Raises ValueError if fewer were asked for than are needed. Caches without pages have no limit.
-        """
-        if "max_pages" not in self.settings:
-            return None
-        asked, page_size = self.settings["max_pages"], self.settings["page_size"]
-        if asked == PQConfig().max_pages:  # nobody asked
-            return asked if asked is None else max(asked, batch * (-(-max_tokens // page_size) + 1))
+    def check_room(self, max_tokens: int, batch: int = 1) -> None:
+        """Raises ValueError if `max_pages` was set and is too few for `batch` sequences of `max_tokens` tokens."""
+        asked = self.settings.get("max_pages")
+        if asked is None:
+            return
+        page_size = self.settings["page_size"]
         coded = self.config.coded_tokens(max_tokens) if self.name == "pq" else max_tokens
         needed = batch * -(-coded // page_size)
         if needed > asked:
             raise ValueError(
                 f"max_pages={asked} pages of {page_size} tokens are too few for {batch} x {max_tokens} tokens; use {needed}"
             )
-        return int(asked)
 
     def _check_library(self) -> None:
         if self.name == "fp8":

@@ -138,7 +138,7 @@ def run_demo(
 
     measure: dict[str, Any] = {"window": tokens, "progress": progress}
     exact = perplexity(model, tokenizer, held_out, mode="exact", **measure).value
-    sample = _cache_bytes(model, prompt, PagedPQCache(model.config, max_pages=64))
+    sample = _cache_bytes(model, prompt, PagedPQCache(model.config))
     fp16_bytes = sample["bytes_fp16"]
     rows = [
         DemoRow(
@@ -163,7 +163,7 @@ def run_demo(
     ]
     note(_line(rows[0]))
     for bits, share, num_bits in SETTINGS:
-        config = PQConfig(num_subspaces=width // share, num_bits=num_bits, max_pages=64 + tokens // 32)
+        config = PQConfig(num_subspaces=width // share, num_bits=num_bits)
         codebook = calibrate(model, None, seen, config, num_tokens=seen.numel(), seed=seed, progress=progress)
         value = perplexity(model, tokenizer, held_out, mode="stream", codebook=codebook, config=config, **measure).value
 

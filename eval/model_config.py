@@ -50,7 +50,7 @@ class ModelConfig:
     num_subspaces: int | None = None
     num_bits: int = 8
     page_size: int = 64
-    max_pages: int = 1000
+    max_pages: int | None = None
     sink_tokens: int = 4
     extended_residual: int = 128
     learn_tokens: int | None = None

@@ -145,6 +145,8 @@ class Dispatcher:
             for layer in layers.values():
                 layer.check_mask(mask)
             reason = self._look(module, key, value, mask, args, kwargs)
+            if reason is None and torch.is_grad_enabled() and (query.requires_grad or key.fresh.requires_grad):
+                reason = "gradients are asked for, which the fused attention has none of"
             for layer in layers.values():
                 layer.note_decoded(reason)
             # One query over several new keys: Gemma 4 asks its last layers for the last token of a prompt only. New keys

@@ -16,6 +16,7 @@ from hf_pqcache.config import PQConfig, choose_page_size
 from hf_pqcache.paged import PagedCache
 from hf_pqcache.pages import EXACT
 from hf_pqcache.plan import full_attention
+from hf_pqcache.positions import max_positions
 from hf_pqcache.shapes import kv_shape, layer_configs
 from hf_pqcache.storage import Storage
 
@@ -36,11 +37,12 @@ class PagedPQCache(PagedCache):
             codes; see offload.py.
         tp_rank: under tensor parallelism, this process's rank among those that share the model's KV heads: which heads
             of the codebook are its own. None takes torch.distributed's rank, if all its processes share them.
-        expected_tokens: length of a sequence, prompt and new tokens together. `page_size="auto"` goes by it, see
-            `choose_page_size`; a pool without room for one such sequence is refused at once.
+        expected_tokens: length of a sequence, prompt and new tokens together: a hint that spares growing. `page_size="auto"`
+            goes by it, see `choose_page_size`; `max_pages` too few for one such sequence are refused at once.
         **overrides: single settings of PQConfig, e.g. `max_pages=4000`; also `page_size="auto"`.
 
-    The pool never grows: a token that finds no page is refused with PagesExhaustedError (PQC001).
+    Memory is taken as tokens come, a slab of pages at a time, and goes with them. A token that finds no page below
+    `max_pages` is refused with PagesExhaustedError (PQC001), without `max_pages` one that finds no memory (PQC004).
 
     Raises:
         ValueError: the codebook was made for another model, or a setting is out of range.
@@ -75,7 +77,16 @@ class PagedPQCache(PagedCache):
         chosen = [i for i in full_attention(config, layers) if codebook is None or i in codebook.layers]
         compile = _compiles(compile, text_config, settings)
         self._settings, self._compile = settings, compile
-        storage = Storage(settings, codebook, len(layers), learn_layer, tp_rank=tp_rank, offload=offload)
+        storage = Storage(
+            settings,
+            codebook,
+            len(layers),
+            learn_layer,
+            tp_rank=tp_rank,
+            offload=offload,
+            expected_tokens=expected_tokens,
+            max_positions=max_positions(config),
+        )
         super().__init__(config, layers, chosen, storage, compile)
 
     def _why_unfit(self, keys: Tensor, values: Tensor) -> str | None:
@@ -134,6 +145,7 @@ class PagedPQCache(PagedCache):
             compile=self._compile,
             offload=storage.offload is not None,
             tp_rank=storage.tp_rank,
+            expected_tokens=storage.expected_tokens,
         )
 
 
@@ -145,7 +157,8 @@ class PagedKVCache(PagedCache):
     Args:
         config: the model's config (`model.config`).
         page_size: tokens a page holds; a multiple of 16 from 16 to 512, or "auto".
-        max_pages: pages of the preallocated pool, shared by all sequences of the cache. It never grows (PQC001).
+        max_pages: as in PQConfig: most pages that all sequences may have together (PQC001); None, as many as there is memory
+            for.
         expected_tokens: as in PagedPQCache.
         compile: whether `generate` may compile the decode step. None means as for PagedPQCache.
         offload: keep the pages in pinned host memory, as in PagedPQCache.
@@ -156,7 +169,7 @@ class PagedKVCache(PagedCache):
         config: PreTrainedConfig,
         *,
         page_size: int | str = 64,
-        max_pages: int = 1000,
+        max_pages: int | None = None,
         expected_tokens: int | None = None,
         compile: bool | None = None,
         offload: bool = False,
@@ -169,7 +182,16 @@ class PagedKVCache(PagedCache):
         layers: list[Any] = DynamicCache(config=config).layers
         compile = _compiles(compile, config.get_text_config(decoder=True), None)
         self._settings, self._compile = settings, compile
-        storage = Storage(settings, None, len(layers), learn_layer, EXACT, offload=offload)
+        storage = Storage(
+            settings,
+            None,
+            len(layers),
+            learn_layer,
+            EXACT,
+            offload=offload,
+            expected_tokens=expected_tokens,
+            max_positions=max_positions(config),
+        )
         super().__init__(config, layers, full_attention(config, layers), storage, compile)
 
     def _empty_twin(self) -> PagedKVCache:
@@ -180,6 +202,7 @@ class PagedKVCache(PagedCache):
             max_pages=settings.max_pages,
             compile=self._compile,
             offload=self.storage.offload is not None,
+            expected_tokens=self.storage.expected_tokens,
         )
 
 

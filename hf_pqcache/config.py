@@ -23,7 +23,8 @@ class PQConfig:
             where values have another head_dim than keys, the largest common divisor up to that.
         num_bits: bits of one code; 2**num_bits centroids a subspace. 4 to 8.
         page_size: tokens a page holds; a multiple of 16 from 16 to 512.
-        max_pages: pages of the preallocated pool, shared by all sequences of the cache.
+        max_pages: most pages that all sequences of the cache may have together. None: as many as there is memory for.
+            Memory is taken as tokens come, whatever this says.
         sink_tokens: first tokens of every sequence that stay exact (Xiao et al. 2023, attention sinks).
         extended_residual: newest tokens that always stay exact; older ones leave this window a page at a time.
         learn_tokens: without a codebook, tokens to see (all sequences together) before one is learnt from them. None
@@ -33,7 +34,7 @@ class PQConfig:
     num_subspaces: int | None = None
     num_bits: int = 8
     page_size: int = 64
-    max_pages: int = 1000
+    max_pages: int | None = None
     sink_tokens: int = 4
     extended_residual: int = 128
     learn_tokens: int | None = None
@@ -41,7 +42,7 @@ class PQConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None and field.name in ("num_subspaces", "learn_tokens"):
+            if value is None and field.name in ("num_subspaces", "max_pages", "learn_tokens"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{field.name}={short(value)} must be an integer, got {type(value).__name__}")
@@ -51,9 +52,9 @@ class PQConfig:
             raise ValueError(f"num_bits={self.num_bits} is out of range; use {MIN_BITS} to {MAX_BITS}")
         if self.page_size % 16 or not 16 <= self.page_size <= 512:
             raise ValueError(f"page_size={self.page_size} must be a multiple of 16 from 16 to 512; the default is 64")
-        if self.max_pages < 1:
+        if self.max_pages is not None and self.max_pages < 1:
             raise ValueError(f"max_pages={self.max_pages} must be at least 1")
-        if self.max_pages * self.page_size > MAX_TOKENS:
+        if self.max_pages is not None and self.max_pages * self.page_size > MAX_TOKENS:
             raise ValueError(
                 f"max_pages={self.max_pages} pages of {self.page_size} tokens are more than {MAX_TOKENS} tokens, which is "
                 f"what kernels can count; use max_pages={MAX_TOKENS // self.page_size} or less"
@@ -71,8 +72,8 @@ class PQConfig:
 
     def check_room(self, expected_tokens: int) -> None:
         """Raises ValueError if one sequence of `expected_tokens` needs more pages than there are."""
-        pages = self.coded_tokens(expected_tokens) // self.page_size
-        if pages > self.max_pages:
+        pages = self.pages_of(expected_tokens)
+        if self.max_pages is not None and pages > self.max_pages:
             raise ValueError(
                 f"expected_tokens={expected_tokens} fill {pages} pages of {self.page_size} tokens and max_pages="
                 f"{self.max_pages}; use max_pages={pages} or more, times the sequences that there are at once"
@@ -105,6 +106,15 @@ class PQConfig:
     def coded_tokens(self, length: int) -> int:
         """How many of a sequence's first `length` tokens are stored as codes: whole pages, between sinks and window."""
         return max(0, length - self.sink_tokens - self.extended_residual) // self.page_size * self.page_size
+
+    def pages_of(self, length: int) -> int:
+        """Pages that a sequence of `length` tokens fills."""
+        return self.coded_tokens(length) // self.page_size
+
+    def fitting_pages(self, length: int) -> int:
+        """Pages that a sequence of up to `length` tokens needs at most, within `max_pages`; at least one."""
+        pages = max(1, -(-length // self.page_size))
+        return pages if self.max_pages is None else min(pages, self.max_pages)
 
     def subspaces(self, head_dim: int, value_dim: int | None = None) -> int:
         """M for keys of `head_dim` numbers and values of `value_dim` (None: as many), checked.

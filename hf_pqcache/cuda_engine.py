@@ -274,12 +274,12 @@ def append(
 
 
 def encode_values(
-    x: Tensor, pages: Tensor, book: Tensor, page_ids: Tensor, first_token: Tensor, kind: str, geometry: Geometry
+    x: Tensor, pages: int, book: Tensor, page_ids: Tensor, first_token: Tensor, kind: str, geometry: Geometry
 ) -> tuple[Any, ...]:
     """The values of ENCODE_ARGS."""
     return (
         x.data_ptr(),
-        pages.data_ptr(),
+        pages,
         book.data_ptr() + geometry.kv_heads * kernel_plan.table_bytes(geometry.shape),
         page_ids.data_ptr(),
         first_token.data_ptr(),
@@ -302,7 +302,7 @@ def is_aligned(x: Tensor) -> bool:
 
 def encode(
     x: Tensor,
-    pages: Tensor,
+    pages: int,
     book: Tensor,
     page_ids: Tensor,
     first_token: Tensor,
@@ -315,7 +315,7 @@ def encode(
 
     Args:
         x: (R, H, T, d) float16 or bfloat16 with a dense last dimension; R need not be the cache's batch.
-        pages: uint8 (max_pages, H, bytes), written in page layout.
+        pages: address of the page of id 0 of that side, uint8 (H, bytes), written in page layout.
         book: what `prepare_layer` made of the centroids.
         page_ids: int32 (R, n) on x's device; -1 skips a page. All its tokens must lie in x.
         first_token: int32 (R) on x's device, indices into T.
@@ -343,8 +343,8 @@ def encode(
 
 
 def encode_pages(view: LayerView, which: Literal["key", "value"], x: Tensor, pages: Tensor) -> None:
-    """Write x (H, n * page_size, d) as codes into the n pages of a prepared layer numbered in `pages` (n) int32."""
+    """Write x (H, n * page_size, d) as codes into the n pages of a prepared layer whose ids are in `pages` (n) int32."""
     prepared: Prepared = view.kernels
-    store, book = (view.key_pages, prepared.tensors[0]) if which == "key" else (view.value_pages, prepared.tensors[1])
+    side = 0 if which == "key" else 1
     first = torch.zeros(1, dtype=torch.int32, device=x.device)
-    encode(x[None], store, book, pages[None], first, which, prepared.geometry)
+    encode(x[None], view.bases[side], prepared.tensors[side], pages[None], first, which, prepared.geometry)

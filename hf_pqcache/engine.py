@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_pqcache import cuda_engine, selection, torch_engine
-from hf_pqcache.pages import Which
 from hf_pqcache.pool import LayerView
+from hf_pqcache.slabs import Which
 from hf_pqcache.state import DeviceState
 from hf_pqcache.torch_engine import read_window, write_window
 
@@ -86,7 +86,8 @@ def attend(
         state.calls["attend", "torch"] += 1
         return torch_engine.attend(view, query, mask, sinks, scale, softcap, counts[:, 0].tolist(), state.starts.tolist())
     state.calls["attend", name] += 1
-    view.bring()
+    if view.pages is not None:
+        view.pages.prefetch()
     geometry = view.kernels.geometry
     return cuda_engine.attend(
         query,
@@ -94,7 +95,7 @@ def attend(
         layer,
         counts,
         state.starts,
-        state.page_table,
+        view.page_table,
         mask,
         sinks,
         geometry,
@@ -106,30 +107,42 @@ def attend(
 
 
 def append(state: DeviceState, layer: int, counts: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Store one decode step's keys, values (B, H, T, d) of all rows and advance `counts` (B, 2). Pages must be reserved."""
+    """Store one decode step's keys, values (B, H, T, d) of all rows and advance `counts` (B, 2).
+
+    Raises PagesExhaustedError, nothing changed, if there are no pages for them. Launches that are captured in a CUDA graph
+    cannot ask: their pages must be reserved.
+    """
     view = state.views[layer]
     if view.kernels is not None and keys.shape[2] == 1:
-        view.bring()
+        if not (keys.is_cuda and torch.cuda.is_current_stream_capturing()):
+            state.before_append(layer, None)
+        if view.pages is not None:
+            view.pages.prefetch()
         state.calls["append", "cuda"] += 1
         geometry = view.kernels.geometry
-        cuda_engine.append(keys, values, state.desc, layer, counts, state.page_table, state.flags, geometry)
+        cuda_engine.append(keys, values, state.desc, layer, counts, view.page_table, state.flags, geometry)
         return
     state.calls["append", "torch"] += 1
     lengths = counts[:, 0].tolist()
+    after = [length + keys.shape[2] for length in lengths]
+    state.before_append(layer, after)
     for row, length in enumerate(lengths):
         encode_row(view, row, keys[row], values[row], length)
     for row, length in enumerate(lengths):
         keep_row(view, row, keys[row], values[row], length)
-    view.set_lengths([length + keys.shape[2] for length in lengths])
+    # Into what was passed, not into the view's: a compiler that passes a copy copies it back.
+    counts.copy_(view.counts_of(after), non_blocking=True)
 
 
-def encode_pages(view: LayerView, which: Which, x: Tensor, ids: Tensor) -> None:
-    """Write x (H, n * page_size, d) into the n pages whose numbers are in `ids` (n) int32. Waits for no device."""
-    view.bring()
+def encode_pages(view: LayerView, which: Which, x: Tensor, row: int, first: int) -> None:
+    """Write x (H, n * page_size, d) into the n pages of a row from its page `first` on. Waits for no device."""
+    last = first + x.shape[1] // view.config.page_size
+    numbers = view.page_numbers(row, first, last)
+    view.store.prefetch()
     if view.kernels is not None and view.codec.needs_centroids:  # exact pages are a copy, which torch makes as fast
-        cuda_engine.encode_pages(view, which, x, ids)
+        cuda_engine.encode_pages(view, which, x, view.page_table[row, first:last])
     else:
-        torch_engine.encode_pages(view, which, x, ids.long())
+        torch_engine.encode_pages(view, which, x, numbers)
 
 
 def encode_row(view: LayerView, row: int, keys: Tensor, values: Tensor, length: int) -> None:
@@ -143,18 +156,17 @@ def encode_row(view: LayerView, row: int, keys: Tensor, values: Tensor, length: 
     size, old_coded, coded = config.page_size, view.coded_tokens(length), view.coded_tokens(new_length)
     if coded == old_coded:
         return
-    first = config.sink_tokens + old_coded
-    ids = view.page_table[row, old_coded // size : coded // size]
-    begun = min(len(ids), max(0, -(-(length - first) // size)))  # pages whose first tokens are in the window
+    first, page, count = config.sink_tokens + old_coded, old_coded // size, (coded - old_coded) // size
+    begun = min(count, max(0, -(-(length - first) // size)))  # pages whose first tokens are in the window
     straight = first + begun * size
     sides: tuple[tuple[Which, Tensor], ...] = (("key", keys), ("value", values))
     for which, x in sides:
         if begun:
             old = read_window(view, which, row, first, min(straight, length))
-            encode_pages(view, which, torch.cat([old, x[:, : max(0, straight - length)]], dim=1), ids[:begun])
-        if begun < len(ids):
+            encode_pages(view, which, torch.cat([old, x[:, : max(0, straight - length)]], dim=1), row, page)
+        if begun < count:
             at = straight - length
-            encode_pages(view, which, x[:, at : at + (len(ids) - begun) * size], ids[begun:])
+            encode_pages(view, which, x[:, at : at + (count - begun) * size], row, page + begun)
 
 
 def keep_row(view: LayerView, row: int, keys: Tensor, values: Tensor, length: int) -> None:
@@ -173,6 +185,6 @@ def keep_row(view: LayerView, row: int, keys: Tensor, values: Tensor, length: in
 def encode_window(view: LayerView, row: int, length: int) -> None:
     """Store as codes what the window holds beyond its share, once a layer has got its centroids."""
     coded, sinks = view.coded_tokens(length), view.config.sink_tokens
-    ids = view.page_table[row, : coded // view.config.page_size]
-    encode_pages(view, "key", read_window(view, "key", row, sinks, sinks + coded), ids)
-    encode_pages(view, "value", read_window(view, "value", row, sinks, sinks + coded), ids)
+    if coded:
+        encode_pages(view, "key", read_window(view, "key", row, sinks, sinks + coded), row, 0)
+        encode_pages(view, "value", read_window(view, "value", row, sinks, sinks + coded), row, 0)

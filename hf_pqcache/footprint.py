@@ -165,7 +165,7 @@ def _paged(
         name,
         stored=int(pages * config.page_size * sum(token_bytes(*shape) for shape in shapes)),
         window=slots * sum(heads * (dk + dv) for heads, dk, dv in shapes) * dtype_bytes,
-        tables=4 * pages + 8 * batch * len(shapes),
+        tables=(4 * pages + 8 * batch) * len(shapes),
         codebooks=codebooks,
         other_layers=kept,
         pages=pages,

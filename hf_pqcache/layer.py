@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 import hf_pqcache.ops  # noqa: F401 - registers the ops
 from hf_pqcache import attention, padding, torch_engine
 from hf_pqcache.handles import KEY, VALUE, KVHandle, LazyKV
-from hf_pqcache.pages import Which
+from hf_pqcache.slabs import Which
 from hf_pqcache.steps import Steps
 from hf_pqcache.storage import Storage
 
@@ -107,9 +107,14 @@ class PagedLayer(CacheLayerMixin):
 
         Several tokens at once attend in full precision: they wait until attention has seen them, then are stored.
         """
-        if torch.compiler.is_compiling() and key_states.shape[2] == 1 and self._is_traceable:
+        if self.is_traced(key_states):
             return self._update_traced(key_states, value_states)
         return self._update_eager(key_states, value_states)
+
+    def is_traced(self, keys: Tensor) -> bool:
+        """Whether new keys (B, H, T, d) come in a decode step that is being compiled as a whole."""
+        is_step = torch.compiler.is_compiling() and keys.shape[2] == 1
+        return is_step and self.is_compileable and self._is_traceable and keys.dtype == self.dtype
 
     def _update_traced(self, keys: Tensor, values: Tensor) -> tuple[KVHandle, KVHandle]:
         state = self.storage.state(self.index)
@@ -120,12 +125,12 @@ class PagedLayer(CacheLayerMixin):
     @torch.compiler.disable
     def _update_eager(self, keys: Tensor, values: Tensor) -> tuple[LazyKV, LazyKV]:
         attention.install(self._config._attn_implementation)
-        self._steps.begin(self.index)
+        self._steps.begin(self.index, keys.shape[2])
         self._steps.decoded.pop(self.index, None)
         try:
             with self.storage.out_of_memory_guard("the new tokens"):
                 return self._take(keys, values)
-        except Exception:
+        except BaseException:
             self._steps.give_up(self.index)
             raise
 
@@ -137,13 +142,16 @@ class PagedLayer(CacheLayerMixin):
         self.batch_size = storage.batch
         self._before = storage.tokens(self.index)
         total = self._before + count
+        keys, values = storage.fit_dtypes(self.index, keys, values)
+        self.dtype = keys.dtype
         if count == 1 and total > 1:
             storage.learn_if_due(self.index, keys, values)
             storage.reserve(self.index, total)
             state = storage.state(self.index)
-            torch.ops.hf_pqcache.append(keys, values, state.counts, state.desc, self.index)
+            with torch.no_grad():
+                torch.ops.hf_pqcache.append(keys, values, state.counts, state.desc, self.index)
             storage.advance(self.index, 1)
-        else:
+        else:  # attention sees them as they are, gradients included, before they are stored
             self._pending = (keys, values)
             self._steps.pending.append(self)
         return LazyKV(self, 0, keys, total), LazyKV(self, 1, values, total)
@@ -171,13 +179,13 @@ class PagedLayer(CacheLayerMixin):
         self._steps.pending.remove(self)
         storage, first = self.storage, self.storage.tokens(self.index)
         try:
-            with storage.out_of_memory_guard("encoding the new tokens"):
+            with torch.no_grad(), storage.out_of_memory_guard("encoding the new tokens"):
                 if storage.wants_padding(first):
                     batch, is_generating = keys.shape[0], self._steps.is_generating
                     hidden = padding.leading_padding(mask, positions, first, keys.shape[2], batch, is_generating)
                     storage.note_padding(self.index, hidden)
                 storage.append(self.index, keys, values)
-        except Exception:
+        except BaseException:
             self._steps.give_up(self.index)
             raise
 
@@ -214,7 +222,10 @@ class PagedLayer(CacheLayerMixin):
     def dense(self, which: int, new: Tensor) -> Tensor:
         """All keys (0) or values (1), (B, H, n, d): decoded past, then pending new tokens exactly."""
         if self._pending is None:
-            return self._decoded(which)
+            whole = self._decoded(which)
+            if torch.is_grad_enabled() and new.requires_grad:  # the newest token is exact; what it came from gets its gradient
+                whole = torch.cat([whole[:, :, : -new.shape[2]], new], dim=2)
+            return whole
         return new if self.storage.tokens(self.index) == 0 else torch.cat([self._decoded(which), new], dim=2)
 
     def dense_traced(self, which: int, new: Tensor) -> Tensor:
@@ -234,8 +245,12 @@ class PagedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return 0
         if torch.compiler.is_compiling():
-            return self.storage.device_position(self.index)
+            return self.storage.device_position(self.index) if self.is_compileable else self._length_on_host()
         return self.storage.tokens(self.index) + self.num_pending
+
+    @torch.compiler.disable
+    def _length_on_host(self) -> Any:
+        return self.get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, 0). Constant for one-token steps of a compileable cache: a changing mask would be a new graph each.
@@ -244,6 +259,8 @@ class PagedLayer(CacheLayerMixin):
         """
         is_fixed = self.is_compileable and query_length == 1
         if torch.compiler.is_compiling():
+            if not self.is_compileable:
+                return self._mask_sizes_on_host(query_length)
             return (self.get_max_length() if is_fixed else self.get_seq_length() + query_length), 0
         if is_fixed:  # nothing here may read the device: a step is about to start
             if self.is_initialized:
@@ -253,6 +270,10 @@ class PagedLayer(CacheLayerMixin):
         if self.is_initialized and total > query_length:
             self.storage.reserve(self.index, total)
         return total, 0
+
+    @torch.compiler.disable
+    def _mask_sizes_on_host(self, query_length: int) -> tuple[int, int]:
+        return self.get_mask_sizes(query_length)
 
     def get_max_length(self) -> int:
         return self.storage.max_tokens if self.is_compileable else -1

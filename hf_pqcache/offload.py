@@ -1,16 +1,17 @@
-"""Pages in pinned host memory, brought to the device ahead of their layer's turn; knows tensors and page numbers only.
+"""Pages in pinned host memory, brought to the device ahead of their layer's turn; knows slabs and page numbers only.
 
-With `offload=True` the page pools of all layers lie in host memory. The device holds two staging pools, which layers use
-in turn: the first, third, fifth, ... layer reads and writes one of them, the others the other. A page has the same number
-in both memories, so page tables, addresses and kernels know nothing of it. Exact windows and centroids stay on the device.
+With `offload=True` the slabs of all layers lie in host memory. The device holds two staging pools, slab for slab, which
+layers use in turn: the first, third, fifth, ... layer reads and writes one of them, the others the other. A page has the
+same number in both memories, so page tables, addresses and kernels know nothing of it. Exact windows and centroids stay on
+the device.
 
-    bring   before pages of a layer are read or written: its staging pool holds all pages that the layer has. Then the
-            next layer's pages start on their way into the other pool, on a stream of their own, behind all work that is
-            queued on the pool so far; what this layer computes meanwhile hides the transfer as far as it lasts.
-    keep    after a layer has written pages: they are copied to the host, on the stream that wrote them.
+    prefetch    before pages of a layer are read or written: its staging pool holds all pages that the layer has. Then
+                the next layer's pages start on their way into the other pool, on a stream of their own, behind all work
+                that is queued on the pool so far; what this layer computes meanwhile hides the transfer as far as it lasts.
+    write_back  after a layer has written pages: they are copied to the host, on the stream that wrote them.
 
 A page is written once, so what the host has is never out of date. Two waits keep the streams in order: a transfer begins
-after everything queued when `bring` was called, also the copies of `keep`; and whoever reads waits for the transfer.
+after everything queued when `prefetch` was called, also the copies of `write_back`; and whoever reads waits for the transfer.
 Without CUDA the same copies happen, one after the other.
 
 Cost: a decode step moves every page of every layer to the device once. That is 32 KiB for each token of context with
@@ -22,12 +23,13 @@ layers of one shape gain nothing. A captured CUDA graph cannot do what the host 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hf_pqcache.slabs import MAX_SLAB, PLACE_BITS, PageSpec, PageStore, Slab
 
 #: Staging pools of a device: one is read while the other is filled.
 NUM_STAGING = 2
@@ -44,59 +46,44 @@ def _new_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def _move(targets: Sequence[Tensor], sources: Sequence[Tensor], pages: Sequence[slice]) -> None:
-    """Queue copies of the same pages of two pools on the current stream."""
-    for run in pages:
-        for target, source in zip(targets, sources, strict=True):
-            target[run].copy_(source[run], non_blocking=True)
+def _move(targets: Sequence[Tensor], sources: Sequence[Tensor], places: slice) -> None:
+    """Queue copies of the same places of two slabs, keys and values, on the current stream."""
+    for target, source in zip(targets, sources, strict=True):
+        target[places].copy_(source[places], non_blocking=True)
 
 
-@dataclass
 class _Staging:
-    """A key pool and a value pool on the device, and the layer whose pages they hold or are about to."""
+    """Slabs on the device, and the layer whose pages they hold or are about to."""
 
-    pools: list[Tensor]
-    owner: int | None = None
-    arrival: Any = None  # event: the pages on their way are there
-
-
-@dataclass
-class _Layer:
-    """A key pool and a value pool on the host, and the pages that they hold."""
-
-    pools: list[Tensor]
-    kept: set[int] = field(default_factory=set)
+    def __init__(self) -> None:
+        self.slabs: dict[int, Slab] = {}
+        self.owner: int | None = None
+        self.arrival: Any = None  # event: the pages on their way are there
 
 
 class _Group:
-    """Layers of one device whose pools are alike: they share staging pools, in the order in which they were opened."""
+    """Layers of one device whose pages are alike: they share staging pools, in the order in which they were opened."""
 
     def __init__(self, device: torch.device, references: Callable[[int], int]) -> None:
         self.device = device
         self.references = references
         self.stream = _new_stream(device)
-        self.staging: list[_Staging] = []
-        self.layers: list[_Layer] = []
-        self.places: dict[int, int] = {}
+        self.staging = [_Staging() for _ in range(NUM_STAGING)]
+        self.layers: list[HostedStore] = []
 
-    def open(self, layer: int, like: Sequence[Tensor]) -> HostPages:
-        if layer in self.places:  # a layer that learns its centroids anew
-            self.layers[self.places[layer]].kept.clear()
-            return HostPages(self, self.places[layer])
-        place = len(self.layers)
-        is_cuda = self.device.type == "cuda"
-        pools = [torch.empty(x.shape, dtype=x.dtype, pin_memory=is_cuda) for x in like]
-        if place < NUM_STAGING:
-            staging = _Staging([torch.empty(x.shape, dtype=x.dtype, device=self.device) for x in like])
-            if is_cuda:
-                for pool in staging.pools:
-                    pool.record_stream(self.stream)  # not to be given away while a transfer is under way
-            self.staging.append(staging)
-        self.layers.append(_Layer(pools))
-        self.places[layer] = place
-        return HostPages(self, place)
+    def record(self, slab: Slab) -> None:
+        """A new staging slab is not to be given away while a transfer is under way."""
+        if self.device.type == "cuda":
+            for side in (slab.keys, slab.values):
+                side.record_stream(self.stream)
 
-    def bring(self, place: int) -> None:
+    def drop_staging(self, place: int, number: int) -> None:
+        """Without a slab on the device that no layer needs any more."""
+        sharing = self.layers[place % NUM_STAGING :: NUM_STAGING]
+        if not any(number in layer.host for layer in sharing):
+            self.staging[place % NUM_STAGING].slabs.pop(number, None)
+
+    def prefetch(self, place: int) -> None:
         staging = self.staging[place % NUM_STAGING]
         if staging.arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(staging.arrival)
@@ -116,43 +103,82 @@ class _Group:
 
     def _copy(self, place: int) -> None:
         """Bring a layer's pages, as far as somebody still refers to them."""
-        staging, layer = self.staging[place % NUM_STAGING], self.layers[place]
+        layer = self.layers[place]
         layer.kept = {page for page in layer.kept if self.references(page)}
-        _move(staging.pools, layer.pools, runs(layer.kept))
-        staging.owner = place
+        self._move(layer, layer.kept, to_device=True)
+        self.staging[place % NUM_STAGING].owner = place
 
-    def keep(self, place: int, pages: Sequence[int]) -> None:
-        staging, layer = self.staging[place % NUM_STAGING], self.layers[place]
-        if staging.owner != place:
+    def write_back(self, place: int, pages: Sequence[int]) -> None:
+        if self.staging[place % NUM_STAGING].owner != place:
             raise RuntimeError(f"pages {pages} were written while another layer's pages were on the device")
-        _move(layer.pools, staging.pools, runs(pages))
-        layer.kept.update(pages)
+        self._move(self.layers[place], pages, to_device=False)
+        self.layers[place].kept.update(pages)
+
+    def _move(self, layer: HostedStore, pages: Iterable[int], to_device: bool) -> None:
+        for run in runs(pages):
+            number, place = run.start >> PLACE_BITS, run.start & (MAX_SLAB - 1)
+            there, here = ((slab.keys, slab.values) for slab in (layer.slabs[number], layer.host[number]))
+            target, source = (there, here) if to_device else (here, there)
+            _move(target, source, slice(place, place + run.stop - run.start))
 
 
-@dataclass(frozen=True)
-class HostPages:
-    """One layer's pages in host memory."""
+class HostedStore(PageStore):
+    """One layer's pages in host memory; `slabs` are those of its staging pool, between `prefetch` and the next layer's.
 
-    group: _Group
-    place: int
+    Attributes:
+        host: the slabs on the host.
+        kept: the pages that they hold.
+    """
+
+    def __init__(self, group: _Group, keys: PageSpec, values: PageSpec, max_id: int) -> None:
+        super().__init__(keys, values, group.device, max_id)
+        self.group, self.place = group, len(group.layers)
+        self.slabs = group.staging[self.place % NUM_STAGING].slabs
+        self.host: dict[int, Slab] = {}
+        self.kept: set[int] = set()
+        group.layers.append(self)
+
+    def new_slab(self, number: int, size: int) -> Slab:
+        is_cuda = self.device.type == "cuda"
+        keys, values = (
+            torch.empty((size, *spec.shape), dtype=spec.dtype, pin_memory=is_cuda) for spec in (self.keys, self.values)
+        )
+        slab = Slab(keys, values, keys.nbytes + values.nbytes)
+        if number not in self.slabs:
+            self.slabs[number] = super().new_slab(number, size)
+            self.group.record(self.slabs[number])
+        return slab
+
+    def add(self, number: int, slab: Slab) -> None:
+        self.host[number] = slab
+        self.version += 1
+
+    def drop(self, number: int) -> None:
+        if self.host.pop(number, None) is not None:
+            self.version += 1
+        self.kept = {page for page in self.kept if page >> PLACE_BITS != number}
+        self.group.drop_staging(self.place, number)
 
     @property
-    def staging(self) -> list[Tensor]:
-        """The key pool and the value pool on the device that the layer uses, between `bring` and the next layer's."""
-        return self.group.staging[self.place % NUM_STAGING].pools
+    def reserved_bytes(self) -> int:
+        """Bytes on the device: staging slabs, told by the first layer that shares them."""
+        return super().reserved_bytes if self.place < NUM_STAGING else 0
 
     @property
-    def pools(self) -> list[Tensor]:
-        """The key pool and the value pool on the host."""
-        return self.group.layers[self.place].pools
+    def staged_page_bytes(self) -> int:  # type: ignore[override]
+        return self.page_bytes if self.place < NUM_STAGING else 0
 
-    def bring(self) -> None:
-        """Have all pages of the layer on the device, for what is queued on the current stream from now on."""
-        self.group.bring(self.place)
+    @property
+    def host_bytes(self) -> int:  # type: ignore[override]
+        return sum(slab.nbytes for slab in self.host.values())
 
-    def keep(self, pages: Sequence[int]) -> None:
-        """Copy pages that have just been written on the device to the host. Raises RuntimeError unless `bring` came first."""
-        self.group.keep(self.place, pages)
+    def prefetch(self) -> None:
+        self.group.prefetch(self.place)
+
+    def write_back(self, pages: Sequence[int]) -> None:
+        """Raises RuntimeError unless `prefetch` came first."""
+        if pages:
+            self.group.write_back(self.place, pages)
 
 
 class Offload:
@@ -166,14 +192,9 @@ class Offload:
         self._references = references
         self._groups: dict[Hashable, _Group] = {}
 
-    def open(self, layer: int, device: torch.device, like: Sequence[Tensor]) -> HostPages:
-        """Allocate a layer's pools, shaped like `like` (key pool, value pool; any device, the meta device best)."""
-        key = (device, *((x.shape, x.dtype) for x in like))
+    def new_store(self, keys: PageSpec, values: PageSpec, device: torch.device, max_id: int) -> HostedStore:
+        """The store of one more layer; the order of calls is that of the layers' turns."""
+        key = (device, keys, values)
         if key not in self._groups:
             self._groups[key] = _Group(device, self._references)
-        return self._groups[key].open(layer, like)
-
-    def page_bytes(self) -> int:
-        """Bytes that one page takes in all staging pools together."""
-        pools = (pool for group in self._groups.values() for staging in group.staging for pool in staging.pools)
-        return sum(pool[0].nbytes for pool in pools)
+        return HostedStore(self._groups[key], keys, values, max_id)

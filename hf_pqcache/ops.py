@@ -28,7 +28,7 @@ def _layer_counts(state: DeviceState, counts: Tensor, layer: int) -> Tensor:
 
 
 def _append(key: Tensor, value: Tensor, counts: Tensor, desc: Tensor, layer: int) -> None:
-    """Store one decode step's key and value (B, H, T, d) and advance the layer's counts. Pages must be reserved."""
+    """Store one decode step's key and value (B, H, T, d) and advance the layer's counts; see `engine.append`."""
     state = state_of(desc)
     engine.append(state, layer, _layer_counts(state, counts, layer), key, value)
 

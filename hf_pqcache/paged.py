@@ -40,7 +40,7 @@ class PagedCache(SequenceCache, Cache):
         self._reads_codes = attention.goes_through_interface(text_config)
         self.storage = storage
         cache = weakref.ref(self)  # a cycle would keep the pool alive until the garbage collector comes
-        self._steps = Steps(storage, lambda: {} if (alive := cache()) is None else alive._stock_layers())
+        self._steps = Steps(storage, lambda: {} if (alive := cache()) is None else alive._stock_layers(), chosen)
         self._steps.without_positions |= others
         self._steps.eager_because = self._why_eager(should_compile, [layers[i] for i in self._exact], storage)
         self._steps.decoded = {} if self._reads_codes else dict.fromkeys(chosen, DECODED)  # until a pass has shown it
@@ -82,12 +82,14 @@ class PagedCache(SequenceCache, Cache):
         an error elsewhere in the forward pass `get_seq_length` says these positions, too, and the next pass (or `crop`)
         takes back what some layers have stored. Tokens that return from a page to the window are restored as in `crop`.
         """
-        if not torch.compiler.is_compiling():  # a compiled step has been through here before, eagerly
+        layer = self.layers[layer_idx]
+        if not (isinstance(layer, PagedLayer) and layer.is_traced(key_states)):  # else it has been here before, eagerly
             self._prepare(layer_idx, key_states, value_states)
             if layer_idx in self._steps.without_positions:
                 self._steps.note_entry(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    @torch.compiler.disable
     def _prepare(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         """Fit a layer to its first tokens. Raises ValueError where it cannot."""
         self._attention.check(layer_idx, self._is_user_defined)
@@ -119,9 +121,15 @@ class PagedCache(SequenceCache, Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Positions that the cache holds, left padding included: those that all its layers hold."""
-        if layer_idx or torch.compiler.is_compiling() or not self.storage.views:
+        if torch.compiler.is_compiling():
+            return super().get_seq_length(layer_idx) if self.is_compileable else self._length_on_host(layer_idx)
+        if layer_idx or not self.storage.views:
             return super().get_seq_length(layer_idx)
         return self._steps.complete()
+
+    @torch.compiler.disable
+    def _length_on_host(self, layer_idx: int) -> Any:
+        return self.get_seq_length(layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Position of the next token. After compiled steps a device tensor, as StaticCache's: to read it would be a wait."""
@@ -232,28 +240,15 @@ class PagedCache(SequenceCache, Cache):
     def stats(self) -> dict[str, Any]:
         """Tokens, pages, true bytes by kind, the bytes an fp16 cache takes, which engine attends and why, and how often.
 
-        `calls` counts launches from the host; replays of a captured CUDA graph do not pass there. `eager_because` says why
-        decode steps are not compiled, None where they may be. With offload=True the pages, `codes` or `pages`, lie on the
-        host, and `staging` is what the device holds of them; without, `bytes_host` is 0.
+        `bytes` is what tokens use, by kind, and `bytes_total` their sum; `bytes_reserved` is what the cache holds of the
+        device's and the host's memory for it, as the allocator counts: pages come in slabs, so it is more by up to a slab
+        and an eighth. `calls` counts launches from the host; replays of a captured CUDA graph do not pass there.
+        `eager_because` says why decode steps are not compiled, None where they may be. With offload=True the pages, `codes`
+        or `pages`, lie on the host, and `staging` is what the device holds of them; without, `bytes_host` is 0. Deep copies
+        share pages, and each tells those that it has.
         """
         self._steps.settle()
         storage = self.storage
-        used = storage.allocator.num_used
-        pages = codebooks = windows = numbers = 0
-        for layer, view in storage.views.items():
-            pools = (view.key_pages, view.value_pages) if view.is_coded else ()
-            pages += used * sum(pool[0].nbytes for pool in pools)
-            # With kernels, a side's book holds its look-up table and its centroids.
-            books = (view.key_centroids, view.value_centroids) if view.kernels is None else view.kernels.tensors
-            codebooks += sum(book.nbytes for book in books)
-            sides = (view.window_keys, view.window_values)
-            windows += sum(w.nbytes for w in sides)
-            numbers += sum(storage.row_lengths(layer)) * sum(w.shape[1] * w.shape[3] for w in sides)
-        tables = sum(
-            t.nbytes
-            for state in storage.states.values()
-            for t in (state.counts, state.starts, state.page_table, state.desc, state.flags)
-        )
         calls: dict[str, int] = {}
         exact = dict.fromkeys(self._stock_layers(), COPY) | self._exact
         engines = {i: {"name": "exact", "reason": reason} for i, reason in exact.items()}
@@ -263,18 +258,23 @@ class PagedCache(SequenceCache, Cache):
                 calls[f"{operation}/{engine}"] = calls.get(f"{operation}/{engine}", 0) + count
         engines |= {i: {"name": "decoded", "reason": reason} for i, reason in self._steps.decoded.items()}
         counting = (layer for i, layer in enumerate(self.layers) if i not in self._steps.without_positions)
+        used, reserved = storage.bytes_used(), storage.bytes_reserved()
         kind = "codes" if storage.codec.needs_centroids else "pages"
-        staging = 0 if storage.offload is None else used * storage.offload.page_bytes()
-        total, on_host = pages + codebooks + windows + tables + staging, 0 if storage.offload is None else pages
+        on_host = used["pages"] if storage.offload is not None else 0
+        total = sum(used.values())
         return {
             "tokens": next((layer.get_seq_length() for layer in counting if isinstance(layer, CacheLayerMixin)), 0),
-            "pages_used": used,
-            "pages_free": storage.allocator.num_free,
-            "bytes": {kind: pages, "staging": staging, "codebooks": codebooks, "window": windows, "tables": tables},
+            "pages_used": storage.table.num_used,
+            "pages_free": storage.table.num_free,
+            "pages_reserved": storage.allocator.num_reserved,
+            "bytes": {kind if name == "pages" else name: count for name, count in used.items()},
             "bytes_total": total,
             "bytes_device": total - on_host,
             "bytes_host": on_host,
-            "bytes_fp16": 2 * numbers,
+            "bytes_reserved": reserved["device"] + reserved["host"],
+            "bytes_reserved_device": reserved["device"],
+            "bytes_reserved_host": reserved["host"],
+            "bytes_fp16": storage.bytes_fp16(),
             "compressed_layers": list(self._compressed),
             "exact_layers": sorted(exact),
             "engines": engines,

@@ -5,15 +5,14 @@ The only difference between a compressed and an uncompressed paged cache is the 
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hf_pqcache import layout, pq
 from hf_pqcache.config import PQConfig
-
-Which = Literal["key", "value"]
+from hf_pqcache.slabs import PageSpec, Which
 
 
 class PageCodec(Protocol):
@@ -22,8 +21,11 @@ class PageCodec(Protocol):
     #: Whether pages can be written only once centroids are known.
     needs_centroids: bool
 
-    def new_pages(self, like: Tensor, config: PQConfig, num_subspaces: int) -> Tensor:
-        """An uninitialised pool (max_pages, H, ...) for tokens like those of `like` (..., H, T, d)."""
+    #: Tokens whose numbers lie together; kernels count such groups in 32 bits.
+    tokens_together: int
+
+    def spec(self, like: Tensor, config: PQConfig, num_subspaces: int) -> PageSpec:
+        """What one page takes for tokens like those of `like` (..., H, T, d): shape (H, ...) and dtype."""
 
     def encode(self, x: Tensor, centroids: Tensor, config: PQConfig, which: Which) -> Tensor:
         """x (H, n * page_size, d) -> (n, H, ...), what the pool stores of them."""
@@ -33,13 +35,13 @@ class PageCodec(Protocol):
 
 
 class CodedPages:
-    """Pages of codes: uint8 (max_pages, H, page_size * M * num_bits / 8) in the orders of `layout`."""
+    """Pages of codes: uint8 (H, page_size * M * num_bits / 8) each, in the orders of `layout`."""
 
     needs_centroids = True
+    tokens_together = layout.TILE_TOKENS
 
-    def new_pages(self, like: Tensor, config: PQConfig, num_subspaces: int) -> Tensor:
-        page_bytes = config.page_size * num_subspaces * config.num_bits // 8
-        return torch.empty(config.max_pages, like.shape[-3], page_bytes, dtype=torch.uint8, device=like.device)
+    def spec(self, like: Tensor, config: PQConfig, num_subspaces: int) -> PageSpec:
+        return PageSpec((like.shape[-3], config.page_size * num_subspaces * config.num_bits // 8), torch.uint8)
 
     def encode(self, x: Tensor, centroids: Tensor, config: PQConfig, which: Which) -> Tensor:
         codes = pq.encode(x, centroids).unflatten(1, (-1, config.page_size)).transpose(0, 1)  # (n, H, page_size, M)
@@ -56,19 +58,19 @@ class CodedPages:
 
 
 class ExactPages:
-    """Pages of tokens as they came: model dtype (max_pages, H, page_size, d), contiguous."""
+    """Pages of tokens as they came: model dtype (H, page_size, d) each, contiguous."""
 
     needs_centroids = False
+    tokens_together = 1
 
-    def new_pages(self, like: Tensor, config: PQConfig, num_subspaces: int) -> Tensor:
-        shape = (config.max_pages, like.shape[-3], config.page_size, like.shape[-1])
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    def spec(self, like: Tensor, config: PQConfig, num_subspaces: int) -> PageSpec:
+        return PageSpec((like.shape[-3], config.page_size, like.shape[-1]), like.dtype)
 
     def encode(self, x: Tensor, centroids: Tensor, config: PQConfig, which: Which) -> Tensor:
         return x.unflatten(1, (-1, config.page_size)).transpose(0, 1)
 
     def decode(self, pages: Tensor, centroids: Tensor, config: PQConfig, which: Which, dtype: torch.dtype) -> Tensor:
-        return pages.transpose(0, 1).flatten(1, 2)
+        return pages.transpose(0, 1).flatten(1, 2).to(dtype)
 
 
 CODED: PageCodec = CodedPages()

@@ -1,7 +1,8 @@
-"""What the layers of a cache own, pools, page table, windows and counts, and how it is made; stores no token itself."""
+"""What the layers of a cache own, pages, page table, windows and counts, and how it is made; stores no token itself."""
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,7 +18,11 @@ from hf_pqcache.errors import CacheOutOfMemoryError, PagesExhaustedError
 from hf_pqcache.offload import Offload
 from hf_pqcache.pages import CODED, PageCodec
 from hf_pqcache.pool import LayerView, PageAllocator, PageTable
+from hf_pqcache.slabs import PageStore
 from hf_pqcache.state import FLAG_PAGES_EXHAUSTED, DeviceState
+
+#: Tokens that page tables have room for at first where nobody says how long sequences get.
+DEFAULT_TOKENS = 32768
 
 Learner = Callable[[Tensor, Tensor, PQConfig], LayerCodebook]
 
@@ -32,7 +37,7 @@ def out_of_memory_as_pqc004(what: str) -> Any:
         if not says_so and not isinstance(error, torch.OutOfMemoryError):
             raise
         raise CacheOutOfMemoryError(
-            f"there is no memory left for {what}; lower max_pages, use fewer bits, or free memory. ({error})"
+            f"there is no memory left for {what}; use fewer bits or sequences, offload=True, or free memory. ({error})"
         ) from error
 
 
@@ -47,6 +52,8 @@ class Room:
         codec: what pages hold.
         tp_rank: this process's rank among those that share the KV heads; None asks torch.distributed if it matters.
         offload: whether pages lie in host memory, see offload.py.
+        expected_tokens: of a sequence; memory is made for as many at first, and tables.
+        max_positions: of the model; page tables have room for as many at first.
     """
 
     def __init__(
@@ -58,6 +65,8 @@ class Room:
         codec: PageCodec = CODED,
         tp_rank: int | None = None,
         offload: bool = False,
+        expected_tokens: int | None = None,
+        max_positions: int | None = None,
     ) -> None:
         self.config = config
         self.codebook = codebook
@@ -65,9 +74,13 @@ class Room:
         self.learner = learner
         self.codec = codec
         self.tp_rank = tp_rank
-        self.allocator = PageAllocator(config.max_pages)
+        self.expected_tokens, self.max_positions = expected_tokens, max_positions
+        self.allocator = PageAllocator(0 if expected_tokens is None else config.pages_of(expected_tokens))
         self.offload = Offload(self.allocator.references) if offload else None
-        self.table = PageTable(self.allocator, 0)
+        self._own(PageTable(self.allocator, 0, config.max_pages))
+        self._stores: dict[int, PageStore] = {}
+        #: Pages that a row has room for in the tables of devices; it doubles when a row gets longer.
+        self.table_width = config.fitting_pages(expected_tokens or max_positions or DEFAULT_TOKENS)
         self.starts: list[int] = []
         self.states: dict[torch.device, DeviceState] = {}
         self.views: dict[int, LayerView] = {}
@@ -77,7 +90,12 @@ class Room:
         self._padding_known = 0  # positions up to which left padding has been looked at
         self.are_rows_independent = False  # sequences that advance each by itself
         self.is_stale = False  # compiled steps advanced the device's lengths unseen by the host
-        self._unread_steps = 0
+        self._unread_steps = self._unread_appends = 0
+
+    def _own(self, table: PageTable) -> None:
+        self.table = table
+        # Copies of a cache share pages: one that goes must leave its own to the others.
+        weakref.finalize(self, table.clear).atexit = False
 
     # -- sizes ---------------------------------------------------------------------------------------------------
     @property
@@ -97,8 +115,8 @@ class Room:
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens that a single row can hold."""
-        return self.config.sink_tokens + self.config.max_pages * self.config.page_size + self.config.window_slots
+        """Most tokens that a single row can hold before the tables of devices grow."""
+        return self.config.sink_tokens + self.table_width * self.config.page_size + self.config.window_slots
 
     def tokens(self, layer: int) -> int:
         """Positions that `layer` has seen, left padding included; those of the longest row where rows differ."""
@@ -127,18 +145,21 @@ class Room:
 
     def _refresh(self) -> None:
         """Read the lengths that compiled steps have advanced on the device."""
-        self.is_stale, self._unread_steps = False, 0
+        self.is_stale, self._unread_steps, self._unread_appends = False, 0, 0
+        flags = 0
         for state in self.states.values():
-            counts, flags = state.counts.tolist(), int(state.flags[0])
+            counts, raised = state.counts.tolist(), int(state.flags[0])
             for layer in state.views:
                 rows = zip(self._positions[layer], counts[layer], self.starts, strict=True)
                 self._count(layer, [max(position, length + start) for position, (length, _), start in rows])
-            if flags & FLAG_PAGES_EXHAUSTED:
+            if raised:
                 state.flags.zero_()
-                raise PagesExhaustedError(
-                    "a compiled step found no reserved page for its tokens; they are lost. Call the cache's "
-                    "get_mask_sizes() before every step, as generate does, and build it with a larger max_pages"
-                )
+                flags |= raised
+        if flags & FLAG_PAGES_EXHAUSTED:
+            raise PagesExhaustedError(
+                "a compiled step found no reserved page for its tokens; they are lost. Call the cache's "
+                "get_mask_sizes() before every step, as generate does"
+            )
 
     def _count(self, layer: int, positions: list[int]) -> None:
         """Record on the host what each row holds in `layer`."""
@@ -147,6 +168,40 @@ class Room:
         self._reused[layer] = [
             max(old, length - slots) for old, length in zip(self._reused[layer], self._lengths_at(positions), strict=True)
         ]
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers together."""
+        return sum(view.store.page_bytes for view in self.views.values() if view.is_coded)
+
+    def _fixed_bytes(self) -> dict[str, int]:
+        """What takes memory whatever number of tokens there is: exact windows, codebooks and tables."""
+        windows = codebooks = 0
+        for view in self.views.values():
+            windows += view.window_keys.nbytes + view.window_values.nbytes
+            # With kernels, a side's book holds its look-up table and its centroids.
+            books = (view.key_centroids, view.value_centroids) if view.kernels is None else view.kernels.tensors
+            codebooks += sum(book.nbytes for book in books)
+        tables = sum(state.nbytes for state in self.states.values())
+        return {"codebooks": codebooks, "window": windows, "tables": tables}
+
+    def bytes_used(self) -> dict[str, int]:
+        """Bytes that the cache's tokens need, by kind; `staging` is what the device holds of pages on the host."""
+        pages = self.table.num_used * self.page_bytes
+        staged = sum(view.store.staged_page_bytes for view in self.views.values() if view.is_coded)
+        return {"pages": pages, "staging": self.table.num_used * staged, **self._fixed_bytes()}
+
+    def bytes_reserved(self) -> dict[str, int]:
+        """Bytes that are allocated, on devices and on the host."""
+        stores = self._stores.values()
+        device = sum(store.reserved_bytes for store in stores) + sum(self._fixed_bytes().values())
+        return {"device": device, "host": sum(store.host_bytes for store in stores)}
+
+    def bytes_fp16(self) -> int:
+        """Bytes that an uncompressed cache of two bytes a number takes for the same tokens."""
+        windows = {layer: (view.window_keys, view.window_values) for layer, view in self.views.items()}
+        return 2 * sum(sum(self.row_lengths(i)) * sum(w.shape[1] * w.shape[3] for w in sides) for i, sides in windows.items())
 
     # -- making room ---------------------------------------------------------------------------------------------
     @torch.inference_mode(False)
@@ -169,15 +224,14 @@ class Room:
             view = LayerView(
                 config=config,
                 num_subspaces=num_subspaces,
-                key_pages=keys.new_empty(0, dtype=torch.uint8),
-                value_pages=keys.new_empty(0, dtype=torch.uint8),
                 key_centroids=keys.new_empty(num_heads, 0, dtype=torch.float16),
                 value_centroids=keys.new_empty(num_heads, 0, dtype=torch.float16),
                 window_keys=window_keys,
                 window_values=window_values,
                 counts=state.counts[layer],
                 starts=state.starts,
-                page_table=state.page_table,
+                page_table=state.page_table[layer],
+                table=self.table,
                 is_coded=False,
                 codec=self.codec,
             )
@@ -185,6 +239,7 @@ class Room:
                 self._give_pages(layer, view, book)
             engine.publish(state, layer, view)
         self.views[layer] = view
+        state.sync_table(self.table)
         self._positions[layer], self._reused[layer] = [0] * batch, [0] * batch
 
     def check_rows_advance_together(self) -> None:
@@ -212,29 +267,39 @@ class Room:
         if device not in self.states:
             state = self._new_state(self.batch, window_keys, window_values)
             state.set_starts(self.starts)
-            state.sync_table(self.table)
             self.states[device] = state
         return self.states[device]
 
     def _new_state(self, batch: int, window_keys: Tensor, window_values: Tensor) -> DeviceState:
         shape = (self.config, type(self.codec), window_keys.shape[1:], window_values.shape[3], window_keys.dtype)
-        return DeviceState(self.num_layers, batch, self.config.max_pages, window_keys.device, shape)
+        state = DeviceState(self.num_layers, batch, self.table_width, window_keys.device, shape)
+        own = weakref.WeakMethod(self._before_append)
+        state.before_append = lambda layer, lengths: None if (call := own()) is None else call(layer, lengths)
+        return state
 
     @torch.inference_mode(False)
     def _give_pages(self, layer: int, view: LayerView, book: LayerCodebook | None) -> None:
-        """Let a layer write pages: its share of the page pool and, where pages hold codes, its centroids."""
+        """Let a layer write pages: memory for those there are and, where pages hold codes, its centroids."""
         if book is not None:
             self._check_book(layer, view, book)
-        windows = view.window_keys, view.window_values
-        with out_of_memory_as_pqc004(f"a pool of {self.config.max_pages} pages"):
-            if self.offload is None:
-                pages = [self.codec.new_pages(w, view.config, view.num_subspaces) for w in windows]
-            else:
-                like = [self.codec.new_pages(w.to("meta"), view.config, view.num_subspaces) for w in windows]
-                view.host = self.offload.open(layer, view.device, like)
-                pages = view.host.staging
-        view.key_pages, view.value_pages = pages
+        if layer not in self._stores:
+            with out_of_memory_as_pqc004("pages"):
+                self._stores[layer] = self._attached(self._new_store(view))
+        view.pages = self._stores[layer]
         view.codebook, view.is_coded = book, True  # `publish` brings the centroids to the device
+
+    def _new_store(self, view: LayerView) -> PageStore:
+        windows = (view.window_keys, view.window_values)
+        keys, values = (self.codec.spec(w, view.config, view.num_subspaces) for w in windows)
+        num_heads, together = view.window_keys.shape[1], self.codec.tokens_together
+        max_id = min((1 << 31) // num_heads, (1 << 32) // (num_heads * self.config.page_size // together))
+        if self.offload is not None:
+            return self.offload.new_store(keys, values, view.device, max_id)
+        return PageStore(keys, values, view.device, max_id)
+
+    def _attached(self, store: PageStore) -> PageStore:
+        self.allocator.attach(store)
+        return store
 
     def _check_book(self, layer: int, view: LayerView, book: LayerCodebook) -> None:
         for name, centroids, window in (
@@ -250,10 +315,13 @@ class Room:
                 )
 
     def reserve(self, layer: int, tokens: int) -> None:
-        """Own the pages that `tokens` positions of `layer` need, for every row or none. Raises PagesExhaustedError."""
+        """Own the pages that `tokens` positions of `layer` need, for every row or none.
+
+        Raises PagesExhaustedError, CacheOutOfMemoryError.
+        """
         self._reserve_rows(layer, [max(0, tokens - start) for start in self.starts])
 
-    def _reserve_rows(self, layer: int, lengths: Sequence[int]) -> None:
+    def _reserve_rows(self, layer: int, lengths: Sequence[int], *, may_widen: bool = True) -> None:
         """Own the pages that lengths[r] tokens of row r need in `layer`, for every row or none.
 
         A page that the row is about to write and shares with another becomes a copy of its own. That happens only if the
@@ -261,6 +329,9 @@ class Room:
         """
         view, size = self.views[layer], self.config.page_size
         counts = [view.coded_tokens(length) // size for length in lengths]
+        if max(counts, default=0) > self.table_width:
+            self.table.require(sum(self.table.missing(counts)))  # nothing changes, tables neither, where pages are short
+            self._widen_tables(max(counts), may_widen)
         shared: list[tuple[int, int]] = []
         leaving: Counter[int] = Counter()
         for row, old in enumerate(self.row_lengths(layer)):
@@ -269,33 +340,72 @@ class Room:
                 if self.allocator.references(pages[i]) - leaving[pages[i]] > 1:
                     leaving[pages[i]] += 1
                     shared.append((row, i))
-        staged: list[tuple[LayerView, Tensor, Tensor]] = []
+        sources = [self.table.rows[row][place] for row, place in shared]
+        with out_of_memory_as_pqc004("more pages"):
+            new = self.table.reserve(counts, shared)
         for other in self.views.values() if shared else ():
             if other.is_coded:
-                sources = torch.tensor([self.table.rows[r][i] for r, i in shared], device=other.key_pages.device)
-                other.bring()
-                staged.append((other, other.key_pages[sources], other.value_pages[sources]))
-        new = self.table.reserve(counts, shared)
-        for other, keys, values in staged:
-            other.bring()
-            ids = torch.tensor(new, device=keys.device)
-            other.key_pages.index_copy_(0, ids, keys)
-            other.value_pages.index_copy_(0, ids, values)
-            other.keep(new)
-        for state in self.states.values():
-            state.sync_table(self.table)
+                other.store.prefetch()
+                other.store.copy_pages(sources, new)
+                other.store.write_back(new)
+        self._sync_tables()
 
     def reserve_pages(self, row: int, count: int) -> None:
         """Own at least `count` pages for one row."""
-        self.table.reserve([count if r == row else 0 for r in range(self.batch)])
-        for state in self.states.values():
-            state.sync_table(self.table)
+        if count > self.table_width:
+            self.table.require(count - len(self.table.rows[row]))
+            self._widen_tables(count)
+        with out_of_memory_as_pqc004("more pages"):
+            self.table.reserve([count if r == row else 0 for r in range(self.batch)])
+        self._sync_tables()
+
+    def _owns(self, layer: int, tokens: int) -> bool:
+        """Whether every row has the pages that `tokens` positions of `layer` need."""
+        return self._rows_own(layer, self._lengths_at([tokens] * self.batch))
+
+    def _rows_own(self, layer: int, lengths: Sequence[int]) -> bool:
+        """Whether every row has the pages that lengths[r] tokens need in `layer`."""
+        view, size = self.views[layer], self.config.page_size
+        return all(view.coded_tokens(n) // size <= len(row) for n, row in zip(lengths, self.table.rows, strict=True))
+
+    def _before_append(self, layer: int, lengths: Sequence[int] | None) -> None:
+        """The op is about to store one more token of every row of `layer`, which then hold `lengths` (None: not read)."""
+        raise NotImplementedError
 
     # -- telling the devices -----------------------------------------------------------------------------------
     def _publish(self) -> None:
         for state in self.states.values():
             state.set_starts(self.starts)
+        self._sync_tables()
+
+    def _sync_tables(self) -> None:
+        for state in self.states.values():
             state.sync_table(self.table)
+
+    def _widen_tables(self, pages: int, may_widen: bool = True) -> None:
+        """Room for longer rows: new tables, at least twice as wide, for which compiled code is compiled once more."""
+        if not may_widen:  # in the middle of compiled code, which goes on with the old ones
+            raise PagesExhaustedError(
+                f"page tables have room for {self.max_tokens} tokens, and nobody said before this step that there would be "
+                "more; build the cache with expected_tokens=, or call its get_mask_sizes() before every step"
+            )
+        self.table_width = max(2 * self.table_width, pages)
+        views = self.views.items()
+        with out_of_memory_as_pqc004("longer page tables"):
+            states = {view.device: self._new_state(self.batch, view.window_keys, view.window_values) for _, view in views}
+        for device, state in states.items():
+            state.choices, state.calls = self.states[device].choices, self.states[device].calls
+            state.set_starts(self.starts)
+        self._use_states(states)
+
+    def _use_states(self, states: dict[torch.device, DeviceState]) -> None:
+        """Address everything by new tensors; lengths are yet to be published."""
+        self.states = states
+        for layer, view in self.views.items():
+            state = states[view.device]
+            view.counts, view.starts, view.page_table = state.counts[layer], state.starts, state.page_table[layer]
+            engine.publish(state, layer, view)
+            self._publish_lengths(layer)
 
     def _publish_lengths(self, layer: int) -> None:
         self.views[layer].set_lengths(self.row_lengths(layer))

@@ -46,7 +46,7 @@ class SequenceCache:
         if initial_len < 0:
             raise ValueError(f"initial_len={initial_len} must not be negative")
         pages = self.storage.config.coded_tokens(initial_len) // self.storage.config.page_size
-        self.storage.allocator.require(pages)  # before a row is made
+        self.storage.table.require(pages)  # before a row is made
         row = self._free_row(seq_id)
         self.storage.reserve_pages(row, pages)
         self._own(seq_id, row)
@@ -115,14 +115,11 @@ class SequenceCache:
         """Tokens (the most that a layer holds), pages, how many of these are shared with others, and bytes of the pages."""
         row, storage = self._row(seq_id), self.storage
         pages = storage.table.rows[row]
-        page_bytes = sum(
-            pool[0].nbytes for view in storage.views.values() if view.is_coded for pool in (view.key_pages, view.value_pages)
-        )
         return {
             "tokens": max((storage.row_lengths(layer)[row] for layer in storage.views), default=0),
             "pages": len(pages),
             "shared_pages": sum(storage.allocator.references(page) > 1 for page in pages),
-            "page_bytes": len(pages) * page_bytes,
+            "page_bytes": len(pages) * storage.page_bytes,
         }
 
     def forget_sequences(self) -> None:

@@ -6,7 +6,7 @@ user's Ctrl-C, leaves some layers ahead of others. Knows layers only by what it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -39,11 +39,14 @@ class Steps:
         decoded: why a layer's codes were decoded for attention in its last pass, where they were.
         eager_because: why decode steps are not compiled, None where they may be.
         is_generating: whether passes come from `generate`.
+        compressed: the layers that a pass goes through, as the model's config says; those that a pass has not reached yet
+            hold nothing.
     """
 
-    def __init__(self, storage: Storage, exact_layers: Callable[[], dict[int, Any]]) -> None:
+    def __init__(self, storage: Storage, exact_layers: Callable[[], dict[int, Any]], compressed: Sequence[int] = ()) -> None:
         self.storage = storage
         self.exact_layers = exact_layers
+        self.compressed = compressed
         self.pending: list[WaitingLayer] = []
         self.without_positions: set[int] = set()
         self.entries: dict[int, tuple[int, int]] = {}
@@ -59,8 +62,14 @@ class Steps:
 
     def complete(self) -> int:
         """Positions that all compressed layers hold, or will once what waits is stored."""
+        if not self._has_reached_all():
+            return 0
         waiting = {layer.index: layer.num_pending for layer in self.pending}
         return min((self.storage.tokens(i) + waiting.get(i, 0) for i in self.storage.views), default=0)
+
+    def _has_reached_all(self) -> bool:
+        """Whether every compressed layer has had tokens, now or in a pass before."""
+        return self.storage.views.keys() >= set(self.compressed)
 
     def is_in_step(self, count: int) -> bool:
         """Whether `count` tokens, the first of a layer, are as many as the pass's first layer holds."""
@@ -87,17 +96,36 @@ class Steps:
         self.is_generating, self.entries = other.is_generating, dict(other.entries)
         self.without_positions = set(other.without_positions)
 
-    def begin(self, index: int) -> None:
-        """A layer is about to get new tokens. The first one to get any takes back a pass that stopped before its end.
+    def begin(self, index: int, count: int) -> None:
+        """A layer is about to get `count` new tokens. The first one to get any takes back a pass that stopped before its end.
 
         Raises RuntimeError if that is beyond repair, and ValueError in a cache that holds sequences.
         """
         self.settle()
         self.storage.check_rows_advance_together()
-        if self.storage.views and index == min(self.storage.views) and self.storage.is_uneven:
-            self.take_back()
+        views = self.storage.views
+        if views and index == min(views):
+            if not self._has_reached_all() and self.storage.tokens(index):
+                self._take_back_first_pass(count)
+            elif self.storage.is_uneven:
+                self.take_back()
         if self._damage is not None:
             raise RuntimeError(self._damage)
+
+    def _take_back_first_pass(self, count: int) -> None:
+        """The first pass has not reached all layers: it was broken off, or the model has fewer than its config says.
+
+        Who repeats the pass gives the whole input again. A single token after several is a next step instead, of a model
+        that is not what its config says.
+        """
+        if count == 1 and self.storage.tokens(min(self.storage.views)) > 1:
+            missing = sorted(set(self.compressed) - self.storage.views.keys())
+            self._damage = (
+                f"layers {missing} have never had a token. If a forward pass was interrupted, call reset() on the cache and "
+                "pass the whole input again; if the model has fewer layers than its config says, set num_hidden_layers"
+            )
+            return
+        self.take_back(0)
 
     def give_up(self, index: int, most: int | None = None) -> None:
         """After an error in a layer: `take_back`, or leave that to the next pass if memory is short even for it.

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from hf_pqcache import engine, torch_engine
-from hf_pqcache.errors import PagesExhaustedError, WindowOverflowError
-from hf_pqcache.pages import Which
-from hf_pqcache.pool import LayerView, PageTable
+from hf_pqcache.errors import CacheOutOfMemoryError, PagesExhaustedError, WindowOverflowError
+from hf_pqcache.pool import LayerView
 from hf_pqcache.room import Room, out_of_memory_as_pqc004
+from hf_pqcache.slabs import PageStore, Which
 from hf_pqcache.state import DeviceState
 
 #: Keys and values (H, T, d) that a row is about to get.
@@ -38,20 +38,30 @@ class Storage(Room):
         if batch == self.batch:
             return
         if any(self.tokens(layer) for layer in self.views):
-            raise ValueError(f"the cache holds {self.batch} sequences, not {batch}; call reset() first")
+            raise ValueError(
+                f"the cache holds {self.batch} sequences, not {batch}; batch_repeat_interleave() and batch_select_indices() "
+                "change their number and keep their tokens, reset() forgets them"
+            )
         self.select_rows([None] * batch)
 
     def before_step(self, layer: int) -> None:
         """Between two decode steps: own the page that the coming one may fill, without reading the device if possible.
 
-        Compiled steps are counted, and lengths read once per page of them.
+        Steps are counted; the device's lengths are read when so many could have filled the pages there are.
         """
         self._unread_steps += 1
-        if layer not in self.views or not (self.is_stale and self._unread_steps < self.config.page_size // 2):
+        if layer in self.views and not (self.is_stale and self._has_room_for(layer, self._unread_steps)):
             self.reserve_ahead(layer)
+            self._unread_steps = 1
+
+    def _has_room_for(self, layer: int, steps: int) -> bool:
+        """Whether compiled steps, `steps` since lengths were read, surely have pages, and nothing to learn meanwhile."""
+        if not all(view.is_coded for view in self.views.values()):
+            return steps < self.config.page_size // 2
+        return self._owns(layer, max(self._positions[layer], default=0) + steps)
 
     def reserve_ahead(self, layer: int) -> None:
-        """Own the pages of the next page_size tokens, or of the next one only where the pool is that short."""
+        """Own the pages of the next page_size tokens, or of the next one only where there are no more."""
         if layer not in self.views:
             return
         tokens = self.tokens(layer)
@@ -60,8 +70,25 @@ class Storage(Room):
                 self.learn_if_due(other, view.window_keys[:, :, :0], view.window_values[:, :, :0])
         try:
             self.reserve(layer, tokens + self.config.page_size)
-        except PagesExhaustedError:
+        except (PagesExhaustedError, CacheOutOfMemoryError):
             self.reserve(layer, tokens + 1)
+
+    def _before_append(self, layer: int, lengths: Sequence[int] | None) -> None:
+        """The op is about to store one more token of every row of `layer`, which then hold `lengths` (None: not read).
+
+        Whoever compiles a model by himself may call no `get_mask_sizes` between steps.
+        """
+        if lengths is not None:
+            if not self._rows_own(layer, lengths):
+                self._reserve_rows(layer, lengths, may_widen=False)
+            return
+        self._unread_appends += layer == min(self.views)
+        if not self.is_stale:
+            has_room = self._owns(layer, max(self._positions[layer], default=0) + 1)
+        else:
+            has_room = self._has_room_for(layer, max(self._unread_steps, self._unread_appends))
+        if not has_room:
+            self._reserve_rows(layer, [length + 1 for length in self.row_lengths(layer)], may_widen=False)
 
     # -- storing -------------------------------------------------------------------------------------------------
     def wants_padding(self, first: int) -> bool:
@@ -101,7 +128,8 @@ class Storage(Room):
         """Record `count` positions that an op has stored and counted on the device itself."""
         before = self._positions[layer]
         self._count(layer, [position + count for position in before])
-        self._keep(layer, before)
+        self._unread_appends = 0
+        self._write_back(layer, before)
         self._padding_known = max(self._padding_known, self.tokens(layer))
 
     def _new_tokens(self, layer: int, keys: Tensor, values: Tensor) -> NewTokens:
@@ -118,12 +146,13 @@ class Storage(Room):
             self._reserve_rows(layer, self._lengths_at(positions))
             for row, (keys, values) in new.items():
                 engine.encode_row(view, row, keys, values, lengths[row])
-            self._keep(layer, self._positions[layer], positions)
+            self._write_back(layer, self._positions[layer], positions)
         for row, (keys, values) in new.items():
             engine.keep_row(view, row, keys, values, lengths[row])
         self._count(layer, positions)
         self._publish_lengths(layer)
 
+    @torch.no_grad()
     def _learn_if_due(self, layer: int, new: NewTokens) -> None:
         view, lengths = self.views[layer], self.row_lengths(layer)
         added = [new[row][0].shape[1] if row in new else 0 for row in range(self.batch)]
@@ -153,7 +182,7 @@ class Storage(Room):
                 self._reserve_rows(layer, lengths)
                 for row, length in enumerate(lengths):
                     engine.encode_window(view, row, length)
-                self._keep(layer, self.starts)
+                self._write_back(layer, self.starts)
         except BaseException:
             vars(view).update(vars(before))
             self.state(layer).add_view(layer, view, () if view.kernels is None else view.kernels.tensors)
@@ -161,16 +190,18 @@ class Storage(Room):
         self.learned[layer] = book
         self._publish_lengths(layer)
 
-    def _keep(self, layer: int, before: Sequence[int], after: Sequence[int] | None = None) -> None:
+    def _write_back(self, layer: int, before: Sequence[int], after: Sequence[int] | None = None) -> None:
         """The rows' pages between positions `before` and `after` (None: those there are) have just been written."""
         view = self.views[layer]
-        if view.host is None:
+        if self.offload is None:
             return
         counts = [
             [view.coded_tokens(length) // self.config.page_size for length in self._lengths_at(positions)]
             for positions in (before, self._positions[layer] if after is None else after)
         ]
-        view.keep([page for row, a, b in zip(self.table.rows, *counts, strict=True) for page in row[a:b]])
+        pages = [page for row, a, b in zip(self.table.rows, *counts, strict=True) for page in row[a:b]]
+        if pages:
+            view.store.write_back(pages)
 
     @contextmanager
     def _pages_given_back_on_failure(self) -> Any:
@@ -181,6 +212,52 @@ class Storage(Room):
             self.table.truncate(owned)
             self._publish()
             raise
+
+    # -- another dtype -------------------------------------------------------------------------------------------------
+    def fit_dtypes(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """New keys and values in dtypes that also hold what `layer` has, which it then has in these dtypes, without loss.
+
+        As torch.cat does it for DynamicCache: what was stored under autocast goes on in float32.
+        """
+        view = self.views[layer]
+        held = view.window_keys.dtype, view.window_values.dtype
+        wanted = torch.promote_types(held[0], keys.dtype), torch.promote_types(held[1], values.dtype)
+        if wanted != held:
+            self._promote(layer, *wanted)
+        return keys.to(wanted[0]), values.to(wanted[1])
+
+    @torch.inference_mode(False)
+    def _promote(self, layer: int, key_dtype: torch.dtype, value_dtype: torch.dtype) -> None:
+        view = self.views[layer]
+        with out_of_memory_as_pqc004("tokens of another dtype"):
+            new = dataclasses.replace(
+                view, window_keys=view.window_keys.to(key_dtype), window_values=view.window_values.to(value_dtype)
+            )
+            if layer in self._stores and not self.codec.needs_centroids:
+                new.pages = self._rewritten(self._stores[layer], self._new_store(new))
+        if new.pages is not view.pages and new.pages is not None:
+            if self.allocator.num_tables == 1:
+                self.allocator.detach(self._stores[layer])
+            self._stores[layer] = new.pages
+        vars(view).update(vars(new))
+        state = self.state(layer)
+        state.choices = {key: choice for key, choice in state.choices.items() if key[0] != layer}
+        engine.publish(state, layer, view)
+        self._publish()
+
+    def _rewritten(self, old: PageStore, new: PageStore) -> PageStore:
+        """`new` with memory for all pages, and this cache's as `old` has them."""
+        self.allocator.attach(new)
+        pages = sorted({page for row in self.table.rows for page in row})
+        for i in range(0, len(pages), torch_engine.PAGES_PER_CHUNK):
+            chunk = pages[i : i + torch_engine.PAGES_PER_CHUNK]
+            old.prefetch()
+            sides = [old.read("key", chunk), old.read("value", chunk)]
+            new.prefetch()
+            new.write("key", chunk, sides[0].to(new.keys.dtype))
+            new.write("value", chunk, sides[1].to(new.values.dtype))
+            new.write_back(chunk)
+        return new
 
     # -- taking away ---------------------------------------------------------------------------------------------
     def crop(self, tokens: int) -> None:
@@ -238,7 +315,7 @@ class Storage(Room):
         """Forget all tokens; storage and addresses stay, codebooks that were learnt from the tokens go."""
         self.table.truncate([0] * self.batch)
         self.starts = [0] * self.batch
-        self._padding_known, self.is_stale, self._unread_steps = 0, False, 0
+        self._padding_known, self.is_stale, self._unread_steps, self._unread_appends = 0, False, 0, 0
         for layer in self.views:
             self._positions[layer], self._reused[layer] = [0] * self.batch, [0] * self.batch
             self._publish_lengths(layer)
@@ -334,31 +411,25 @@ class Storage(Room):
                     states[old.device] = self._new_state(len(indices), view.window_keys, view.window_values)
 
         def commit() -> None:
-            self.states = states
             for layer, (keys, values) in staged.items():
-                view, state = self.views[layer], states[keys.device]
-                view.window_keys, view.window_values = keys, values
-                view.counts, view.starts, view.page_table = state.counts[layer], state.starts, state.page_table
-                engine.publish(state, layer, view)
+                self.views[layer].window_keys, self.views[layer].window_values = keys, values
+            self._use_states(states)
 
         return commit
 
     def clone(self) -> Storage:
-        """An independent copy: same contents, own pages, own addresses."""
+        """An independent copy: same contents, own windows and tables; pages are shared by count, as they never change."""
         if self.is_stale:
             self._refresh()
         new = Storage(
-            self.config, self.codebook, self.num_layers, self.learner, self.codec, self.tp_rank, self.offload is not None
-        )
-        new.table = PageTable(new.allocator, self.batch)
-        copies: dict[int, int] = {}
-        for row, pages in enumerate(self.table.rows):
-            for page in pages:
-                if page in copies:
-                    new.allocator.share([copies[page]])
-                else:
-                    copies[page] = new.allocator.allocate(1)[0]
-                new.table.rows[row].append(copies[page])
+            self.config, self.codebook, self.num_layers, self.learner, self.codec, self.tp_rank, self.offload is not None,
+            self.expected_tokens, self.max_positions,
+        )  # fmt: skip
+        new.table_width = self.table_width
+        if self._stores:
+            new._share_pages(self)
+        else:
+            new.table.rows = [[] for _ in self.table.rows]
         new.starts, new._padding_known = list(self.starts), self._padding_known
         new.are_rows_independent = self.are_rows_independent
         new.learned = dict(self.learned)
@@ -366,29 +437,24 @@ class Storage(Room):
             state = new._device_state(view.window_keys, view.window_values)
             twin = dataclasses.replace(
                 view,
-                key_pages=view.key_pages.new_empty(0),
-                value_pages=view.value_pages.new_empty(0),
                 window_keys=view.window_keys.clone(),
                 window_values=view.window_values.clone(),
                 counts=state.counts[layer],
                 starts=state.starts,
-                page_table=state.page_table,
-                host=None,
+                page_table=state.page_table[layer],
+                table=new.table,
             )
-            if view.is_coded:
-                new._give_pages(layer, twin, view.codebook)
-            if copies and view.is_coded:
-                old, here = torch.tensor([list(copies), list(copies.values())], device=view.key_pages.device)
-                view.bring()
-                twin.bring()
-                twin.key_pages[here], twin.value_pages[here] = view.key_pages[old], view.value_pages[old]
-                twin.keep(list(copies.values()))
             engine.publish(state, layer, twin)
             new.views[layer] = twin
             new._positions[layer], new._reused[layer] = list(self._positions[layer]), list(self._reused[layer])
             new._publish_lengths(layer)
         new._publish()
         return new
+
+    def _share_pages(self, other: Storage) -> None:
+        """Have the pages of another cache of the same shape, whose memory both use from now on."""
+        self.allocator, self.offload, self._stores = other.allocator, other.offload, dict(other._stores)
+        self._own(other.table.twin(other._written_pages()))  # others may yet be written
 
 
 def _pick(numbers: Sequence[int], indices: Sequence[int | None]) -> list[int]:

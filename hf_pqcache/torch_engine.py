@@ -11,37 +11,38 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_pqcache.pages import Which
 from hf_pqcache.pool import LayerView
+from hf_pqcache.slabs import Which
 
 #: Pages encoded or decoded at once: bounds temporary memory whatever the length of the prompt.
 PAGES_PER_CHUNK = 64
 
 
-def _side(view: LayerView, which: Which) -> tuple[Tensor, Tensor, Tensor]:
-    """(pages, centroids, window) of the keys or the values."""
-    if which == "key":
-        return view.key_pages, view.key_centroids, view.window_keys
-    return view.value_pages, view.value_centroids, view.window_values
+def _window(view: LayerView, which: Which) -> Tensor:
+    return view.window_keys if which == "key" else view.window_values
 
 
-def encode_pages(view: LayerView, which: Which, x: Tensor, pages: Tensor) -> None:
-    """Write x (H, n * page_size, d) into the n pages whose numbers are in `pages` (n) int64."""
-    store, centroids, _ = _side(view, which)
+def _centroids(view: LayerView, which: Which) -> Tensor:
+    return view.key_centroids if which == "key" else view.value_centroids
+
+
+def encode_pages(view: LayerView, which: Which, x: Tensor, pages: Sequence[int]) -> None:
+    """Write x (H, n * page_size, d) into n pages."""
     size = view.config.page_size
-    for i in range(0, pages.numel(), PAGES_PER_CHUNK):
-        ids = pages[i : i + PAGES_PER_CHUNK]
-        part = x[:, i * size : (i + ids.numel()) * size]
-        store[ids] = view.codec.encode(part, centroids, view.config, which)
+    for i in range(0, len(pages), PAGES_PER_CHUNK):
+        numbers = pages[i : i + PAGES_PER_CHUNK]
+        part = x[:, i * size : (i + len(numbers)) * size]
+        view.store.write(which, numbers, view.codec.encode(part, _centroids(view, which), view.config, which))
 
 
-def decode_pages(view: LayerView, which: Which, pages: Tensor) -> Tensor:
-    """The contents of `pages` (n) int64 -> (H, n * page_size, d) in the model's dtype."""
-    store, centroids, window = _side(view, which)
-    if not pages.numel():
+def decode_pages(view: LayerView, which: Which, pages: Sequence[int]) -> Tensor:
+    """The contents of n pages -> (H, n * page_size, d) in the model's dtype."""
+    centroids, window = _centroids(view, which), _window(view, which)
+    if not pages:
         return window.new_empty(window.shape[1], 0, window.shape[3])
-    view.bring()
-    parts = [view.codec.decode(store[ids], centroids, view.config, which, window.dtype) for ids in pages.split(PAGES_PER_CHUNK)]
+    view.store.prefetch()
+    chunks = [pages[i : i + PAGES_PER_CHUNK] for i in range(0, len(pages), PAGES_PER_CHUNK)]
+    parts = [view.codec.decode(view.store.read(which, c), centroids, view.config, which, window.dtype) for c in chunks]
     return torch.cat(parts, dim=1)
 
 
@@ -65,14 +66,14 @@ def window_spans(view: LayerView, first: int, last: int) -> Iterator[tuple[int, 
 
 def read_window(view: LayerView, which: Which, row: int, first: int, last: int) -> Tensor:
     """A row's exact tokens first..last-1 -> (H, last - first, d)."""
-    window = _side(view, which)[2][row]
+    window = _window(view, which)[row]
     parts = [window[:, slot : slot + count] for slot, _, count in window_spans(view, first, last)]
     return torch.cat(parts, dim=1) if parts else window[:, :0]
 
 
 def write_window(view: LayerView, which: Which, row: int, first: int, x: Tensor) -> None:
     """Put x (H, T, d), a row's tokens from `first` on, into its window. Allocates nothing, so it cannot fail half-way."""
-    window = _side(view, which)[2][row]
+    window = _window(view, which)[row]
     for slot, token, count in window_spans(view, first, first + x.shape[1]):
         window[:, slot : slot + count].copy_(x[:, token - first : token - first + count])
 
@@ -81,20 +82,20 @@ def coded_tokens(view: LayerView, which: Which, row: int, first: int, last: int)
     """A row's tokens first..last-1 as its pages have them -> (H, last - first, d); all of them must be in pages."""
     sinks, size = view.config.sink_tokens, view.config.page_size
     begin = (first - sinks) // size
-    ids = view.page_table[row, begin : -(-(last - sinks) // size)].long()
+    pages = view.page_numbers(row, begin, -(-(last - sinks) // size))
     skip = first - sinks - begin * size
-    return decode_pages(view, which, ids)[:, skip : skip + last - first]
+    return decode_pages(view, which, pages)[:, skip : skip + last - first]
 
 
 def row_tokens(view: LayerView, which: Which, row: int, length: int) -> Tensor:
     """All tokens of a row that holds `length`, exact or decoded -> (H, length, d)."""
     coded = view.coded_tokens(length)
-    ids = view.page_table[row, : coded // view.config.page_size].long()
+    pages = view.page_numbers(row, 0, coded // view.config.page_size)
     sinks = min(length, view.config.sink_tokens)
     return torch.cat(
         [
             read_window(view, which, row, 0, sinks),
-            decode_pages(view, which, ids),
+            decode_pages(view, which, pages),
             read_window(view, which, row, sinks + coded, length),
         ],
         dim=1,
@@ -103,7 +104,7 @@ def row_tokens(view: LayerView, which: Which, row: int, length: int) -> Tensor:
 
 def dense(view: LayerView, which: Which, lengths: Sequence[int], starts: Sequence[int], total: int) -> Tensor:
     """Keys or values as an uncompressed cache would hold them: (B, H, total, d), zeros where a row has no token."""
-    window = view.window_keys if which == "key" else view.window_values
+    window = _window(view, which)
     out = window.new_zeros(len(lengths), window.shape[1], total, window.shape[3])
     for row, (length, start) in enumerate(zip(lengths, starts, strict=True)):
         out[row, :, start : start + length] = row_tokens(view, which, row, length)[:, : total - start]

@@ -79,7 +79,7 @@ RAISED: dict[str, tuple[Callable[[pytest.MonkeyPatch], tuple[PagedPQCache, str]]
     "PQC001": (pages_exhausted, "max_pages="),
     "PQC002": (no_kernel, "unset it"),
     "PQC003": (window_overflow, "pass a codebook, or lower learn_tokens"),
-    "PQC004": (out_of_memory, "lower max_pages"),
+    "PQC004": (out_of_memory, "use fewer bits or sequences"),
 }
 
 

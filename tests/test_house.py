@@ -9,9 +9,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: {
         *{"arguments", "config", "errors", "identity", "positions", "shapes", "hf_names", "layout", "pq", "kmeans", "hub"},
-        *{"handles", "offload", "tested"},
+        *{"handles", "slabs", "tested"},
     },
-    1: {"codebook", "pages", "plan", "pool", "state", "jit", "functions", "padding", "samples"},
+    1: {"codebook", "pages", "plan", "pool", "state", "jit", "offload", "functions", "padding", "samples"},
     2: {"torch_engine", "kernel_plan", "selection", "cuda_engine", "nvrtc", "parallel"},
     3: {"engine", "attention", "calibrate", "reference", "diagnose"},
     4: {"footprint", "ops", "room", "storage"},

@@ -255,7 +255,7 @@ def test_append_copies_pages_that_leave_the_window(page_size: int) -> None:
         80, 0, 0, [full, 1, full], kv_heads=2, page_size=page_size, sink_tokens=sinks, recent=recent, dtype=torch.bfloat16
     )
     view = case.view
-    view.page_table[0, 2] = min(set(range(view.key_pages.shape[0])) - set(view.page_table.flatten().tolist()))
+    view.page_table[0, 2] = min(set(range(case.key_pages.shape[0])) - set(view.page_table.flatten().tolist()))
     before = {which: [h.exact(case, row, which) for row in range(3)] for which in ("key", "value")}
     k, v = (torch.randn(3, 2, 1, 80).bfloat16() for _ in range(2))
     flags = torch.zeros(4, dtype=torch.int32)
@@ -297,7 +297,7 @@ def test_append_fills_window_flushes_pages_and_counts(shape: tuple[int, int, int
     full = sinks + recent + 3 * page - 1  # one more token makes the third page
     case = h.make_case(*shape, [full, 2, 40, full], page_size=page, kv_heads=2, dtype=torch.bfloat16)
     view = case.view
-    view.page_table[0, 2] = int(view.key_pages.shape[0]) - 1
+    view.page_table[0, 2] = int(case.key_pages.shape[0]) - 1
     leaving = [h.exact(case, 0, which)[:, sinks + 2 * page : sinks + 3 * page] for which in ("key", "value")]
     k, v = (torch.randn(4, 2, 1, shape[0]).bfloat16() for _ in range(2))
     flags = torch.zeros(4, dtype=torch.int32)

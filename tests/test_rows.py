@@ -49,9 +49,14 @@ def filled(count: int, rows: int = 2) -> PagedPQCache:
     return cache
 
 
-def pool_pointers(cache: PagedPQCache) -> set[int]:
-    views = cache.storage.views.values()
-    return {pages.untyped_storage().data_ptr() for view in views for pages in (view.key_pages, view.value_pages)}
+def slabs_of(cache: PagedPQCache) -> list[Tensor]:
+    """Keys and values of every slab of every layer."""
+    slabs = [slab for view in cache.storage.views.values() for slab in view.store.slabs.values()]
+    return [side for slab in slabs for side in (slab.keys, slab.values)]
+
+
+def slab_pointers(cache: PagedPQCache) -> set[int]:
+    return {side.untyped_storage().data_ptr() for side in slabs_of(cache)}
 
 
 MOVES = {
@@ -68,16 +73,15 @@ def test_moving_rows_costs_page_tables_not_codes(move: str) -> None:
     for count in (60, 380):
         cache = filled(count)
         before = cache.stats()["pages_used"]
-        pools = [pages.clone() for view in cache.storage.views.values() for pages in (view.key_pages, view.value_pages)]
+        slabs = [slab.clone() for slab in slabs_of(cache)]
         with BytesWritten() as meter:
             MOVES[move](cache)
-        assert not pool_pointers(cache) & set(meter.by_storage), "codes were written"
-        now = [pages for view in cache.storage.views.values() for pages in (view.key_pages, view.value_pages)]
-        assert all(torch.equal(a, b) for a, b in zip(pools, now, strict=True))
+        assert not slab_pointers(cache) & set(meter.by_storage), "codes were written"
+        assert move == "select" or all(torch.equal(a, b) for a, b in zip(slabs, slabs_of(cache), strict=True))
         written.append(meter.total)
         used.append((before, cache.stats()["pages_used"]))
     assert all(after <= before for before, after in used)
-    more_codes = (used[1][0] - used[0][0]) * sum(p[0].nbytes for p in now)
+    more_codes = (used[1][0] - used[0][0]) * cache.storage.page_bytes
     assert more_codes > 20_000
     assert abs(written[1] - written[0]) < more_codes / 10, "the cost of moving rows grows with their tokens"
 
@@ -132,16 +136,24 @@ def test_crop_to_nothing_frees_every_page() -> None:
         cache.crop(5)
 
 
-def test_a_deep_copy_has_pages_of_its_own() -> None:
+def test_a_deep_copy_shares_pages_and_goes_its_own_way() -> None:
     model, cache = build("llama"), filled(60)
+    held = cache.stats()["bytes_reserved"]
     twin = copy.deepcopy(cache)
-    assert not pool_pointers(cache) & pool_pointers(twin)
+    assert slab_pointers(cache) == slab_pointers(twin)
+    fixed = sum(cache.stats()["bytes"][kind] for kind in ("window", "tables", "codebooks"))
+    assert twin.stats()["bytes_reserved"] == held >= fixed
     before = [layer.keys.clone() for layer in cache.layers]
     with torch.no_grad():
         model(tokens(2, 40), **cache_kwargs(twin))
     assert (cache.get_seq_length(), twin.get_seq_length()) == (60, 100)
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
     assert all(torch.equal(layer.keys[:, :, :36], keys[:, :, :36]) for layer, keys in zip(twin.layers, before, strict=True))
+    allocator, shared = cache.storage.allocator, cache.stats()["pages_used"]
+    assert allocator.num_used == twin.stats()["pages_used"] > shared, "the prefix is there once"
+    del twin
+    assert allocator.num_used == shared, "what only the copy had is free"
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
 
 
 def test_a_cache_is_not_pickled() -> None:

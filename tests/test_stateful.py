@@ -31,6 +31,7 @@ from hf_pqcache import Codebook, PagedKVCache, PagedPQCache, offload, pq
 from hf_pqcache.codebook import LayerCodebook
 from hf_pqcache.errors import PagesExhaustedError
 from hf_pqcache.pool import PageAllocator
+from hf_pqcache.slabs import MAX_SLAB, PLACE_BITS
 from hf_pqcache.storage import Storage
 
 LAYERS, HEAD_DIM, PAGE, MAX_PAGES, TOKENS = 2, 8, 16, 14, 512
@@ -155,12 +156,13 @@ class CacheMachine(RuleBasedStateMachine):
         CacheMachine.steps += 1
         allocator, table = self.cache.storage.allocator, self.cache.storage.table
         owners = Counter(page for row in table.rows for page in row)
-        assert all(allocator.references(page) == owners[page] for page in range(MAX_PAGES))
-        free = allocator._free
+        assert all(allocator.references(page) == count for page, count in owners.items())
+        free = [number << PLACE_BITS | place for number, slab in allocator._slabs.items() for place in slab.free]
         assert len(free) == len(set(free)), "a page is free twice"
         assert not set(free) & set(owners)
-        assert len(free) + len(owners) == MAX_PAGES, "a page is lost"
-        assert allocator.num_used == self.num_used()
+        assert len(free) + len(owners) == allocator.num_reserved, "a page is lost"
+        assert table.num_free == MAX_PAGES - len(owners)
+        assert allocator.num_used == table.num_used == self.num_used()
 
 
 class Sequences(CacheMachine):
@@ -262,7 +264,7 @@ class Sequences(CacheMachine):
             self.cache.free_sequence(name)
         self.model.clear()
         self.every_page_is_accounted_for()
-        assert self.cache.storage.allocator.num_free == MAX_PAGES
+        assert self.cache.storage.table.num_free == MAX_PAGES
 
 
 class Batch(CacheMachine):
@@ -368,7 +370,7 @@ class Batch(CacheMachine):
 
     def teardown(self) -> None:
         self.cache.reset()
-        assert self.cache.storage.allocator.num_free == MAX_PAGES
+        assert self.cache.storage.table.num_free == MAX_PAGES
 
 
 MACHINES = {
@@ -403,8 +405,8 @@ def _free_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def release(self: PageAllocator, pages: Any) -> None:
         for page in pages:
-            self._references[page] = max(0, self._references[page] - 1)
-            self._free.append(page)
+            self._references[page] = max(0, self._references.get(page, 0) - 1)
+            self._slabs[page >> PLACE_BITS].free.append(page & (MAX_SLAB - 1))
 
     monkeypatch.setattr(PageAllocator, "release", release)
 

@@ -91,10 +91,10 @@ class Filled:
         """A row's keys or values in float64 as the cache has them, and as they went in: (H, n, d) each."""
         view = self.view
         given = (self.keys if which == "key" else self.values)[row, :, self.starts[row] :].double()
-        pages, centroids = (view.key_pages, view.key_centroids) if which == "key" else (view.value_pages, view.value_centroids)
+        centroids = view.key_centroids if which == "key" else view.value_centroids
         coded, sinks = view.coded_tokens(given.shape[1]), view.config.sink_tokens
-        ids = view.page_table[row, : coded // view.config.page_size].long()
-        decoded = view.codec.decode(pages[ids], centroids, view.config, which, torch.float64)
+        pages = view.store.read(which, view.page_numbers(row, 0, coded // view.config.page_size))
+        decoded = view.codec.decode(pages, centroids, view.config, which, torch.float64)
         return torch.cat([given[:, :sinks], decoded.double(), given[:, sinks + coded :]], dim=1), given
 
     def attend(

@@ -19,6 +19,7 @@ from hf_pqcache import cuda_engine, jit, kernel_plan, layout, pq
 from hf_pqcache.config import PQConfig
 from hf_pqcache.pages import CODED, EXACT
 from hf_pqcache.pool import LayerView
+from hf_pqcache.slabs import PageSpec, PageStore, Slab
 from hf_pqcache.state import descriptor_row
 
 HERE = Path(__file__).parent
@@ -42,6 +43,14 @@ class Case:
     geometry: kernel_plan.Geometry
     desc: Tensor
     kept: tuple[Tensor, ...]  # books and tickets, addressed by desc
+
+    @property
+    def key_pages(self) -> Tensor:
+        return self.view.store.slabs[0].keys
+
+    @property
+    def value_pages(self) -> Tensor:
+        return self.view.store.slabs[0].values
 
     @property
     def tickets(self) -> Tensor:
@@ -111,11 +120,13 @@ def make_case(
             held = window_tokens(config, n, slots)
             window[row, :, [slot for slot, _ in held]] = torch.randn(kv_heads, len(held), head_dim).to(dtype)
         windows.append(window)
+    sides = [pages().to(device) for _ in range(2)]
+    store = PageStore(*[PageSpec(tuple(side.shape[1:]), side.dtype) for side in sides], torch.device(device))
+    store.add(0, Slab(*sides, 0))  # ids in the page table are the numbers of pages in this one slab
     view = LayerView(
         config=config,
         num_subspaces=num_subspaces,
-        key_pages=pages().to(device),
-        value_pages=pages().to(device),
+        pages=store,
         key_centroids=centroids().to(device),
         value_centroids=centroids().to(device),
         window_keys=windows[0].to(device),
@@ -144,9 +155,9 @@ def exact(case: Case, row: int, which: str) -> Tensor:
     view, length = case.view, int(case.view.lengths[row])
     config = view.config
     pages, centroids, window = (
-        (view.key_pages, view.key_centroids, view.window_keys)
+        (case.key_pages, view.key_centroids, view.window_keys)
         if which == "key"
-        else (view.value_pages, view.value_centroids, view.window_values)
+        else (case.value_pages, view.value_centroids, view.window_values)
     )
     out = torch.zeros(window.shape[1], length, window.shape[3], dtype=torch.float64)
     for slot, token in window_tokens(config, length, view.window_slots):
@@ -283,8 +294,8 @@ def append_emulated(case: Case, k: Tensor, v: Tensor, flags: Tensor) -> None:
 def encode_emulated(case: Case, x: Tensor, which: str, page_ids: Tensor, first_token: Tensor) -> None:
     """encode.cu on the CPU."""
     plan = kernel_plan.encode_plan(case.geometry.shape, x.dtype == torch.bfloat16, "encode.cu", cuda_engine.is_aligned(x))
-    pages, book = (case.view.key_pages, case.kept[0]) if which == "key" else (case.view.value_pages, case.kept[1])
-    values = cuda_engine.encode_values(x, pages, book, page_ids, first_token, which, case.geometry)
+    pages, book = (case.key_pages, case.kept[0]) if which == "key" else (case.value_pages, case.kept[1])
+    values = cuda_engine.encode_values(x, pages.data_ptr(), book, page_ids, first_token, which, case.geometry)
     grid = kernel_plan.encode_grid(case.geometry, x.shape[0], page_ids.shape[1], plan)
     emulate(plan.spec, "EncodeArgs", cuda_engine.ENCODE_ARGS, grid, values)
 
@@ -292,7 +303,7 @@ def encode_emulated(case: Case, x: Tensor, which: str, page_ids: Tensor, first_t
 def page_codes(case: Case, which: str, page: int) -> Tensor:
     """Codes of a page: (H, page_size, M) on the CPU."""
     view, config = case.view, case.view.config
-    pages = view.key_pages if which == "key" else view.value_pages
+    pages = case.key_pages if which == "key" else case.value_pages
     order_of = layout.key_order if which == "key" else layout.value_order
     order = order_of(config.page_size, view.num_subspaces, config.num_bits)
     return layout.unpack_pages(pages[page].cpu(), order, view.num_subspaces, config.num_bits)

@@ -75,8 +75,7 @@ def assert_placed(cache: Any) -> None:
     for layer, device in enumerate(devices):
         view = storage.views[layer]
         kept = [
-            view.key_pages,
-            view.value_pages,
+            *(side for slab in view.store.slabs.values() for side in (slab.keys, slab.values)),
             view.window_keys,
             view.window_values,
             view.counts,
@@ -84,10 +83,10 @@ def assert_placed(cache: Any) -> None:
             view.starts,
         ]
         assert {x.device for x in kept} == {device}
-        assert view.page_table is storage.states[device].page_table
-    tables = [state.page_table.cpu() for state in storage.states.values()]
-    assert torch.equal(*tables)
-    assert torch.equal(tables[0], storage.table.to_tensor(tables[0].shape[1]))
+        width = storage.states[device].width
+        expected = torch.from_numpy(view.store.device_ids(storage.table.to_array(width)))
+        assert torch.equal(view.page_table.cpu(), expected)
+        assert torch.equal(storage.states[device].page_table[layer].cpu(), expected)
 
 
 def test_layers_on_two_gpus(folder: Path) -> None:

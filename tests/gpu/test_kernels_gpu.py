@@ -109,7 +109,7 @@ def test_append_to_exact_pages_step_by_step() -> None:
     sinks, page = 2, 16
     case = h.make_case(80, 0, 0, [100, 0, 70], page_size=page, kv_heads=2, sink_tokens=sinks, recent=1, device="cuda")
     view = case.view
-    table, pool = view.page_table.cpu(), view.key_pages.shape[0]
+    table, pool = view.page_table.cpu(), case.key_pages.shape[0]
     free = sorted(set(range(pool)) - set(table.flatten().tolist()))
     table[0, (table[0] >= 0).sum()] = free.pop()
     view.page_table.copy_(table)
@@ -229,10 +229,10 @@ def test_encode(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         ids = torch.tensor([[1, -1], [0, 2]], dtype=torch.int32, device="cuda")
         first = torch.tensor([3, 100], dtype=torch.int32, device="cuda")
         for which, pages, book in (
-            ("key", case.view.key_pages, case.kept[0]),
-            ("value", case.view.value_pages, case.kept[1]),
+            ("key", case.key_pages, case.kept[0]),
+            ("value", case.value_pages, case.kept[1]),
         ):
-            cuda_engine.encode(x, pages, book, ids, first, which, case.geometry)
+            cuda_engine.encode(x, pages.data_ptr(), book, ids, first, which, case.geometry)
             for row, j in ((0, 0), (1, 0), (1, 1)):
                 start = int(first[row]) + page_size * j
                 excess = h.excess_distance(case, which, int(ids[row, j]), x[row, :, start : start + page_size])
@@ -244,7 +244,7 @@ def test_append_step_by_step(shape: tuple[int, int, int]) -> None:
     sinks, page = 4, 48
     case = h.make_case(*shape, [100, 0, 170], page_size=page, kv_heads=2, dtype=torch.bfloat16, device="cuda")
     view = case.view
-    pool = view.key_pages.shape[0]
+    pool = case.key_pages.shape[0]
     needed = [case.view.config.coded_tokens(n + 60) // page for n in (100, 0, 170)]
     free = [p for p in range(pool) if p not in set(view.page_table.flatten().tolist())]
     table = view.page_table.cpu()

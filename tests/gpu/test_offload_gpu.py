@@ -56,7 +56,8 @@ def test_results_are_those_without(model: Any, kind: str, options: dict[str, Any
     expected = generate(model, make_cache(model, kind), **options)
     cache = make_cache(model, kind, offload=True)
     assert_equal(generate(model, cache, **options), expected)
-    assert all(pool.is_pinned() for view in cache.storage.views.values() for pool in view.host.pools)
+    slabs = [slab for view in cache.storage.views.values() for slab in view.store.host.values()]
+    assert all(side.is_pinned() for slab in slabs for side in (slab.keys, slab.values))
     assert not cache.is_compileable
     cache.reset()
     assert_equal(generate(model, cache, **options), expected)
@@ -82,7 +83,7 @@ def test_the_device_needs_room_for_two_layers(model: Any, kind: str) -> None:
     with torch.no_grad():
         model(prompt)  # what torch's libraries allocate once
     for options in ({}, {"offload": True}):
-        cache = make_cache(model, kind, max_pages=4000, **options)
+        cache = make_cache(model, kind, expected_tokens=64000, **options)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         with torch.no_grad():
@@ -90,6 +91,6 @@ def test_the_device_needs_room_for_two_layers(model: Any, kind: str) -> None:
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated() - before)
         view = cache.storage.views[0]
-        layer_bytes = view.key_pages.nbytes + view.value_pages.nbytes
+        layer_bytes = sum(slab.nbytes for slab in view.store.slabs.values())
         del cache, view
     assert used[0] - used[1] == pytest.approx((LAYERS - 2) * layer_bytes, rel=0.1)
