@@ -18,7 +18,17 @@ from hf_pqcache.footprint import PQ_BITS
 from hf_pqcache.samples import compressible_layers
 from hf_pqcache.shapes import kv_shape, layer_configs
 
-CACHES = ("dynamic", "static", "quanto", "hqq", "fp8", "pq", "paged-kv")
+#: The caches by name, in a few words each.
+ABOUT = {
+    "dynamic": "transformers' DynamicCache: exact, grows as tokens come",
+    "static": "transformers' StaticCache: exact, its length is taken at once",
+    "quanto": "transformers' QuantizedCache by optimum-quanto",
+    "hqq": "transformers' QuantizedCache by hqq",
+    "fp8": "transformers' QuantizedCache in 8-bit floats",
+    "pq": "PagedPQCache: product-quantization codes in pages",
+    "paged-kv": "PagedKVCache: exact, in pages",
+}
+CACHES = tuple(ABOUT)
 #: Bits a value that each family offers, its default first; families that are not here offer no choice.
 BITS = {"quanto": (4, 2), "hqq": (4, 8, 3, 2, 1), "pq": (4, 3, 2)}
 _PIP = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq")}

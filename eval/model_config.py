@@ -127,6 +127,12 @@ def available() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def about(name: str) -> str:
+    """The comment at the head of a model config that came along."""
+    first = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip()
+
+
 def load_model_config(name_or_path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> ModelConfig:
     """A ModelConfig from, later ones winning: its defaults, the YAML file, `overrides` (None in it means: not given).
 

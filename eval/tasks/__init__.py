@@ -23,6 +23,19 @@ def registry() -> dict[str, Any]:
     return found
 
 
+def abouts() -> dict[str, str]:
+    """What each task is, by the first line of its file; tasks of one family (longbench/...) under the family's name."""
+    found: dict[str, str] = {}
+    for name in registry():
+        found.setdefault(name.partition("/")[0], "")
+    for module_info in pkgutil.iter_modules(__path__):
+        if not module_info.name.startswith("_"):
+            module = importlib.import_module(f"{__name__}.{module_info.name}")
+            for task in getattr(module, "tasks", None) or (module.task,):
+                found[task.name.partition("/")[0]] = (module.__doc__ or "").strip().splitlines()[0]
+    return found
+
+
 def get(name: str) -> Any:
     """The task called `name`. Raises ValueError naming the ones there are."""
     if name not in registry():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_pqcache.eval.deployed import CHUNK
+from hf_pqcache.eval.harness_tasks import FOLDER as OWN_TASKS
 from hf_pqcache.eval.results import Row, provenance
 from hf_pqcache.eval.session import Session
 
@@ -111,7 +112,7 @@ def _manager(include_path: str | Path | None) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError("these tasks come from lm-evaluation-harness; type: pip install 'hf-pqcache[harness]'") from error
-    return TaskManager(include_path=None if include_path is None else str(include_path))
+    return TaskManager(include_path=[str(OWN_TASKS), *([] if include_path is None else [str(include_path)])])
 
 
 def _asked(row: Row) -> Row:

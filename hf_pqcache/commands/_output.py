@@ -78,7 +78,7 @@ def show_table(
     others = list(shown)[1:]
     widths = {h: max([cell_len(h), *map(cell_len, shown[h])]) for h in shown}
     for heading in (h for h in others if h in left):
-        widths[heading] = min(widths[heading], _LEAST_TEXT)
+        widths[heading] = min(widths[heading], _LEAST_TEXT)  # the least: it takes what room there is
     room = output.width - 2
     widths[first] = min(widths[first], max(_LEAST_TEXT, room // 2))
     parts: list[list[str]] = [[]]

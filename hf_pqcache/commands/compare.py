@@ -36,7 +36,7 @@ def command(
     """Perplexity, recall, bytes and speed of a model under every cache, side by side.
 
     \b
-    Example:  pqcache compare --model tiny --caches dynamic,pq:4,pq:2 --tokens 1024
+    Example:  pqcache compare --model tiny --caches dynamic,pq:4 --tokens 512 --limit 1
     """
     from hf_pqcache.eval.compare import DEFAULT_CACHES, check, compare, markdown, table
     from hf_pqcache.eval.setup import text_of

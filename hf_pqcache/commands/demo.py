@@ -47,7 +47,7 @@ def command(
     """Compare an exact and a compressed cache on a real small model, offline.
 
     \b
-    Example:  pqcache demo --json demo.json
+    Example:  pqcache demo --tokens 512 --json demo.json
     """
     from hf_pqcache.eval import demo as runner
     from hf_pqcache.eval.model_config import load_model_config

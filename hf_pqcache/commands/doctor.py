@@ -33,7 +33,7 @@ def command(no_kernels: bool, json_file: Path | None) -> None:
     """Look at versions, GPU, driver, kernels and memory; exit 1 if something is broken.
 
     \b
-    Example:  pqcache doctor --json doctor.json
+    Example:  pqcache doctor --no-kernels --json doctor.json
     """
     from hf_pqcache.diagnose import diagnose
 

@@ -75,7 +75,7 @@ def wikitext(get: Any, setup: Any, *, dataset: str, **options: Any) -> Any:
     """Perplexity of WikiText.
 
     \b
-    Example:  pqcache eval wikitext --model small.yaml --cache pq:3 --data-dir data --limit 12
+    Example:  pqcache eval wikitext --model tiny --cache pq:3 --data-dir data --limit 2
     """
     return _perplexity(get(dataset), setup, **options)
 
@@ -86,7 +86,7 @@ def ptb(get: Any, setup: Any, **options: Any) -> Any:
     """Perplexity of the Penn Treebank (Mikolov's form).
 
     \b
-    Example:  pqcache eval ptb --model tiny --cache pq --data-dir data
+    Example:  pqcache eval ptb --model tiny --cache pq:4 --data-dir data --limit 2
     """
     return _perplexity(get("ptb_text_only"), setup, **options)
 
@@ -107,7 +107,8 @@ def longbench(get: Any, setup: Any, *, names: list[str], max_tokens: int | None,
     """LongBench; `accelerate launch -m hf_pqcache eval longbench ...` shares the examples among processes.
 
     \b
-    Example:  pqcache eval longbench --model qwen2.5-7b --cache pq --tasks qasper,lcc --results results.jsonl
+    Example:  pqcache eval longbench --model tiny --cache pq:4 --data-dir data \\
+              --tasks qasper --limit 2 --max-new-tokens 8
     """
     from hf_pqcache.eval.tasks.longbench import NAMES, NAMES_E
 
@@ -136,7 +137,7 @@ def harness(get: Any, setup: Any, *, data_dir: Any, names: list[str], **options:
     """Any task of lm-evaluation-harness; `pqcache lm-eval` is its own command line.
 
     \b
-    Example:  pqcache eval harness --model qwen2.5-7b --cache pq --tasks piqa,arc_easy --results results.jsonl
+    Example:  pqcache eval harness --model tiny --cache pq:4 --tasks pqcache_articles --limit 2
     """
     task = get("harness")
     task.check(names, options["include_path"])
@@ -152,7 +153,7 @@ def speed(get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, new
     """Time to the first token, time per token, tokens per second.
 
     \b
-    Example:  pqcache eval speed --model tiny --cache dynamic --lengths 512,1K
+    Example:  pqcache eval speed --model tiny --cache dynamic --lengths 512 --new-tokens 8
     """
     from hf_pqcache.eval.lengths import lengths_within
 
@@ -194,7 +195,7 @@ def recall(
     """Pass keys over depth and length.
 
     \b
-    Example:  pqcache eval recall --model tiny --cache pq:2 --lengths 512,1K
+    Example:  pqcache eval recall --model tiny --cache pq:4 --lengths 512,1K --count 1 --results rows.jsonl
     """
     from hf_pqcache.eval.lengths import lengths_within
     from hf_pqcache.eval.perplexity import token_ids
@@ -216,7 +217,7 @@ def breakdown(get: Any, setup: Any, *, data_dir: Any, tokens: int | None, steps:
     """Where the time of a decode step goes.
 
     \b
-    Example:  pqcache eval breakdown --model tiny --cache pq --tokens 1024
+    Example:  pqcache eval breakdown --model tiny --cache pq:4 --tokens 512 --steps 4
     """
     from hf_pqcache.eval.breakdown import WARM_UP
     from hf_pqcache.eval.lengths import lengths_within

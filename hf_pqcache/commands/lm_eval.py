@@ -19,7 +19,8 @@ def command(context: click.Context) -> None:
     """Everything that `lm_eval` does, with the model hf-pqcache; its own --help has the options.
 
     \b
-    Example:  pqcache lm-eval --model hf-pqcache --model_args pretrained=tiny,cache=pq:4 --tasks piqa --limit 10
+    Example:  pqcache lm-eval --model hf-pqcache \\
+              --model_args pretrained=tiny,cache=pq:4 --tasks pqcache_articles --limit 2
     """
     if find_spec("lm_eval") is None:
         raise click.ClickException("lm-evaluation-harness is not installed; type: pip install 'hf-pqcache[harness]'")
@@ -28,8 +29,13 @@ def command(context: click.Context) -> None:
     if _needs_model(context.args):
         import hf_pqcache.eval.harness  # noqa: F401  registers the model
 
+    from hf_pqcache.eval.harness_tasks import FOLDER
+
+    words = list(context.args)
+    if _needs_model(words) and not any(word.split("=")[0] in ("--include_path", "--include-path") for word in words):
+        words += ["--include_path", str(FOLDER)]
     before = sys.argv
-    sys.argv = ["lm_eval", *context.args]
+    sys.argv = ["lm_eval", *words]
     try:
         cli_evaluate()
     finally:

@@ -18,7 +18,7 @@ def command(results: tuple[Path, ...], out: Path, title: str, json_file: Path | 
     """Draw result files: perplexity against bits, time and memory against length, recall maps, one page with all.
 
     \b
-    Example:  pqcache report results.jsonl -o report
+    Example:  pqcache report rows.jsonl -o report
     """
     try:
         from hf_pqcache.eval.report import PAGE, write_report
