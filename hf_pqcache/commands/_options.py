@@ -157,7 +157,12 @@ LOADING = (
     click.option("--device-map", help="Spread the weights over devices: auto, balanced, sequential, or JSON."),
     click.option("--revision", help="Commit, branch or tag of the model; the model config's if absent."),
     click.option("--attn-implementation", help="sdpa, eager, flash_attention_2, ...; transformers' choice if absent."),
-    click.option("--quantization", type=click.Choice(QUANTIZATIONS), help="Quantize the weights as they are loaded."),
+    click.option(
+        "--quantization",
+        type=click.Choice(QUANTIZATIONS),
+        metavar="KIND",
+        help=f"Quantize the weights as they are loaded: {', '.join(QUANTIZATIONS)}.",
+    ),
     click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model."),
     click.option("--model-kwargs", type=Settings(), help="More arguments of from_pretrained: name=value,... or JSON."),
 )
@@ -230,6 +235,14 @@ def calibrate_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def tune_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Those that a search leaves as they are."""
     return apply((*_MODEL, _SINKS, _POOL, *_CALIBRATION, *_RESULTS), function)
+
+
+def sweep_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Those that a sweep over subspaces, bits and windows leaves as they are."""
+    return apply(
+        (*_MODEL, click.option("--page-size", type=int, help="Tokens of a page."), _SINKS, _POOL, *_CALIBRATION, *_RESULTS),
+        function,
+    )
 
 
 def loading_of(options: dict[str, Any]) -> dict[str, Any]:

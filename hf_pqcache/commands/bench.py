@@ -176,7 +176,7 @@ def generate(
     """Milliseconds per token of generate under our caches, StaticCache (compiled), DynamicCache and quantized ones.
 
     \b
-    Example:  pqcache bench generate --case llama-3.1-8b,32768 --cache pq --cache static
+    Example:  pqcache bench generate --case llama-3.1-8b,32768 --cache pq
     """
     from hf_pqcache.eval import bench_generate as bench
 

@@ -19,7 +19,7 @@ def command(merge: bool, output: Path, json_file: Path | None, **options: Any) -
     """Learn a codebook from text and write it to a folder.
 
     \b
-    Example:  pqcache calibrate --model tiny --calibration-tokens 4096 -o codebook
+    Example:  pqcache calibrate --model tiny -o codebook --results rows.jsonl
     """
     was_there = (output / "codebook.json").exists()
     from hf_pqcache.eval.given import RECOMMENDED

@@ -36,7 +36,8 @@ def command(
     """Perplexity, recall, bytes and speed of a model under every cache, side by side.
 
     \b
-    Example:  pqcache compare --model tiny --caches dynamic,pq:4 --tokens 512 --limit 1
+    Example:  pqcache compare --model tiny --caches dynamic,pq:4 --tokens 256 \\
+              --limit 1 --results rows.jsonl
     """
     from hf_pqcache.eval.compare import DEFAULT_CACHES, check, compare, markdown, table
     from hf_pqcache.eval.setup import text_of

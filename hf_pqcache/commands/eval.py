@@ -17,7 +17,7 @@ def command() -> None:
     """Measure a model under one cache, by task.
 
     \b
-    Example:  pqcache eval memory --model tiny --cache pq --lengths 512,1K,2K
+    Example:  pqcache eval memory --model tiny --lengths 512 --results rows.jsonl
     """
 
 
@@ -75,7 +75,8 @@ def wikitext(get: Any, setup: Any, *, dataset: str, **options: Any) -> Any:
     """Perplexity of WikiText.
 
     \b
-    Example:  pqcache eval wikitext --model tiny --cache pq:3 --data-dir data --limit 2
+    Example:  pqcache eval wikitext --model tiny --data-dir data --limit 1 \\
+              --results rows.jsonl
     """
     return _perplexity(get(dataset), setup, **options)
 
@@ -86,7 +87,8 @@ def ptb(get: Any, setup: Any, **options: Any) -> Any:
     """Perplexity of the Penn Treebank (Mikolov's form).
 
     \b
-    Example:  pqcache eval ptb --model tiny --cache pq:4 --data-dir data --limit 2
+    Example:  pqcache eval ptb --model tiny --data-dir data --limit 1 \\
+              --results rows.jsonl
     """
     return _perplexity(get("ptb_text_only"), setup, **options)
 
@@ -107,8 +109,8 @@ def longbench(get: Any, setup: Any, *, names: list[str], max_tokens: int | None,
     """LongBench; `accelerate launch -m hf_pqcache eval longbench ...` shares the examples among processes.
 
     \b
-    Example:  pqcache eval longbench --model tiny --cache pq:4 --data-dir data \\
-              --tasks qasper --limit 2 --max-new-tokens 8
+    Example:  pqcache eval longbench --model tiny --data-dir data --tasks qasper \\
+              --limit 2 --max-new-tokens 8 --results rows.jsonl
     """
     from hf_pqcache.eval.tasks.longbench import NAMES, NAMES_E
 
@@ -137,7 +139,8 @@ def harness(get: Any, setup: Any, *, data_dir: Any, names: list[str], **options:
     """Any task of lm-evaluation-harness; `pqcache lm-eval` is its own command line.
 
     \b
-    Example:  pqcache eval harness --model tiny --cache pq:4 --tasks pqcache_articles --limit 2
+    Example:  pqcache eval harness --model tiny --tasks pqcache_articles \\
+              --limit 2 --results rows.jsonl
     """
     task = get("harness")
     task.check(names, options["include_path"])
@@ -153,7 +156,8 @@ def speed(get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, new
     """Time to the first token, time per token, tokens per second.
 
     \b
-    Example:  pqcache eval speed --model tiny --cache dynamic --lengths 512 --new-tokens 8
+    Example:  pqcache eval speed --model tiny --cache fp8 --lengths 512 \\
+              --new-tokens 8
     """
     from hf_pqcache.eval.lengths import lengths_within
 
@@ -169,7 +173,7 @@ def memory(get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, ba
     """Bytes of the cache, and the allocator's peak on CUDA.
 
     \b
-    Example:  pqcache eval memory --model tiny --cache pq --lengths 512,1K,2K
+    Example:  pqcache eval memory --model tiny --lengths 512 --results rows.jsonl
     """
     from hf_pqcache.eval.lengths import lengths_within
 
@@ -195,7 +199,8 @@ def recall(
     """Pass keys over depth and length.
 
     \b
-    Example:  pqcache eval recall --model tiny --cache pq:4 --lengths 512,1K --count 1 --results rows.jsonl
+    Example:  pqcache eval recall --model tiny --lengths 512,1K --count 1 \\
+              --results rows.jsonl
     """
     from hf_pqcache.eval.lengths import lengths_within
     from hf_pqcache.eval.perplexity import token_ids
@@ -217,7 +222,8 @@ def breakdown(get: Any, setup: Any, *, data_dir: Any, tokens: int | None, steps:
     """Where the time of a decode step goes.
 
     \b
-    Example:  pqcache eval breakdown --model tiny --cache pq:4 --tokens 512 --steps 4
+    Example:  pqcache eval breakdown --model tiny --tokens 512 --steps 4 \\
+              --results rows.jsonl
     """
     from hf_pqcache.eval.breakdown import WARM_UP
     from hf_pqcache.eval.lengths import lengths_within

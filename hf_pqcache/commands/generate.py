@@ -47,7 +47,8 @@ def command(
     Texts appear as they are made; tokens a second and bytes follow.
 
     \b
-    Example:  pqcache generate --model tiny --prompt "The owl is" --max-new-tokens 32
+    Example:  pqcache generate --model tiny --prompt "The owl is" \\
+              --max-new-tokens 32 --codebook codebook
     """
     if (prompt is not None) + (prompt_file is not None) + is_chat != 1:
         raise click.UsageError("give one of --prompt TEXT, --file FILE and --chat")

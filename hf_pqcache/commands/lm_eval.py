@@ -20,7 +20,7 @@ def command(context: click.Context) -> None:
 
     \b
     Example:  pqcache lm-eval --model hf-pqcache \\
-              --model_args pretrained=tiny,cache=pq:4 --tasks pqcache_articles --limit 2
+              --model_args pretrained=tiny,cache=fp8 --tasks pqcache_articles --limit 2
     """
     if find_spec("lm_eval") is None:
         raise click.ClickException("lm-evaluation-harness is not installed; type: pip install 'hf-pqcache[harness]'")

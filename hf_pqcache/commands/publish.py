@@ -40,7 +40,8 @@ def command(
     """Publish a codebook with its results, plots, model card and generate recipe. Log in first: hf auth login
 
     \b
-    Example:  pqcache publish codebook --repo me/tiny-pq4 --license mit --dry-run preview
+    Example:  pqcache publish codebook --repo me/tiny-pq4 --license mit \\
+              --dry-run preview
     """
     from hf_pqcache.eval.model_config import load_model_config
     from hf_pqcache.eval.publish import publish
