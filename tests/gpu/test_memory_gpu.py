@@ -1,4 +1,4 @@
-"""Memory on a GPU, by torch's allocator: held follows used, growth disturbs no captured graph, and a full cache says so in time."""
+"""Memory on a GPU, by torch's allocator: held follows used, growth disturbs no graph, and a full cache says so in time."""
 
 from __future__ import annotations
 
@@ -162,6 +162,10 @@ def test_own_compile_of_a_step(model: Any, kind: str, backend: str) -> None:
             assert float((a - b).float().norm() / a.float().norm()) < 0.03
         full = make(model, kind, max_pages=6)
         model(prompt(100), **cache_kwargs(full))
-        with pytest.raises(PagesExhaustedError, match="PQC001"):
+
+        def fill() -> None:
             for n in range(200):
                 step(prompt(1, seed=n), **cache_kwargs(full))
+
+        with pytest.raises(PagesExhaustedError, match="PQC001"):
+            fill()
