@@ -211,7 +211,7 @@ def model_card(
             "from hf_pqcache import PagedPQCache",
             "",
             f'cache = PagedPQCache.from_pretrained("{repo_id}", model)  # revision="..." pins a commit',
-            "model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache",
+            "model.generate(**inputs, cache=cache, max_new_tokens=200)  # before transformers 5.24: past_key_values=cache",
             "```",
             *(recipe if has_recipe else []),
             "",
