@@ -96,10 +96,11 @@ class Session:
         rows: Sequence[Row],
         run: Callable[[], Sequence[float]],
         true_bits: float | Callable[[], float | None] | None = None,
+        errors: Callable[[], Sequence[float | None]] = lambda: (),
     ) -> list[Row]:
         """Fill in and keep the values of `rows`, which one run yields in their order, unless all are there already.
 
-        true_bits: of the rows; a function is asked after the run.
+        true_bits: of the rows; a function is asked after the run. errors: standard errors of the values, asked after it.
         """
         if not self.force and all(row.key in self.results for row in rows):
             return [self.results[row.key] for row in rows]
@@ -112,6 +113,9 @@ class Session:
         done = [
             replace(row, value=float(value), true_bits=bits, provenance=origin) for row, value in zip(rows, values, strict=True)
         ]
+        for i, error in enumerate(errors()):
+            if error is not None:
+                done[i] = replace(done[i], provenance={**origin, "stderr": error})
         for row in done:
             self.keep(row)
         return done

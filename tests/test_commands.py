@@ -88,6 +88,30 @@ SHEET: dict[str, tuple[str, dict[str, str]]] = {
             "--model tiny --data-dir nowhere": "does not exist",
         },
     ),
+    "eval ruler": (
+        "--model tiny --cache dynamic --tasks vt --lengths 300 --count 1 --quiet",
+        {
+            "--model tiny --tasks nothing": "no task 'ruler/nothing'",
+            "--model tiny --cache dynamic --tasks vt --lengths 20": "use a greater length",
+            "--model tiny --lengths 99999999": "positions",
+        },
+    ),
+    "eval longbench-v2": (
+        "--model tiny --cache dynamic --data-dir data --limit 0.5 --max-new-tokens 2 --max-length 99 --quiet",
+        {
+            "--model tiny --cache dynamic --data-dir empty": "longbench-v2.jsonl",
+            "--model tiny --limit 1.5": "--limit",
+            "--model tiny --data-dir data --chat": "no chat template",
+        },
+    ),
+    "eval infinitebench": (
+        "--model tiny --cache dynamic --data-dir data --tasks passkey --limit 1 --max-length 99 --quiet",
+        {
+            "--model tiny --data-dir data --tasks math_find": "math_find.jsonl",
+            "--model tiny --tasks nothing": "no task 'infinitebench/nothing'",
+            "--model tiny --limit none": "--limit",
+        },
+    ),
     "eval memory": (
         "--model tiny --cache pq --codebook cb --lengths 64,128 --json - --quiet",
         {
@@ -209,6 +233,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "data" / f"ptb.{name}.txt").write_text(" ".join(part).lower().replace(". ", " \n "), encoding="utf-8")
     examples = [{"input": "What?", "context": lines[20 + i], "answers": ["an owl"], "length": 99} for i in range(3)]
     (folder / "data" / "qasper.jsonl").write_text("".join(json.dumps(x) + "\n" for x in examples))
+    choice = {f"choice_{letter}": letter.lower() for letter in "ABCD"}
+    question = {**choice, "context": lines[20], "question": "?", "answer": "B", "difficulty": "easy", "length": "short"}
+    (folder / "data" / "longbench-v2.jsonl").write_text(2 * (json.dumps(question) + "\n"))
+    needle = {"id": 0, "context": lines[20], "input": "The pass key?", "answer": ["12345"], "options": []}
+    (folder / "data" / "passkey.jsonl").write_text(json.dumps(needle) + "\n")
     (folder / "empty").mkdir()
     (folder / "empty.jsonl").write_text("")
     (folder / "broken.jsonl").write_text("{\n")

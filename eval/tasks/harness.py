@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,29 +30,35 @@ class HarnessTask:
         *,
         include_path: str | Path | None = None,
         num_fewshot: int | None = None,
-        limit: int | None = None,
+        limit: float | None = None,
         batch_size: int = 1,
         chunk: int = CHUNK,
         use_chat: bool = False,
+        gen_kwargs: Mapping[str, Any] | None = None,
+        samples: str | Path | None = None,
     ) -> list[Row]:
         """One row for every metric of every task, of a group also of its parts; a name that has rows is not run again.
 
         Args:
             names: of tasks, groups or tags. include_path: a folder with more task files.
-            num_fewshot: examples shown first; None leaves it to the task. limit: first examples only.
+            num_fewshot: examples shown first; None leaves it to the task.
+            limit: first examples only, or below 1 a share of them.
             chunk: tokens of a continuation that go in at once, see `CacheLM`. use_chat: wrap prompts in the chat template.
+            gen_kwargs: over those of the task: max_gen_toks=16384 for long answers (AIME, MATH). samples: a folder for every
+                prompt, answer and score, a JSON lines file a task.
 
         Raises:
             ImportError: the harness is not installed. ValueError: it has no such task.
         """
         settings: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "chunk": chunk, "chat": use_chat}
+        settings |= {"gen_kwargs": dict(gen_kwargs)} if gen_kwargs else {}
         rows: list[Row] = []
         for name in names:
             asked = session.row(f"{self.name}/{name}", self.version, "", **settings)
             done = [] if session.force else [row for row in session.results.rows if _asked(row).key == asked.key]
             if not done:
                 self.check([name], include_path)
-                done = self._measure(session, asked, name, _manager(include_path), batch_size)
+                done = self._measure(session, asked, name, _manager(include_path), batch_size, samples)
                 for row in done:
                     session.keep(row)
             rows += done
@@ -63,7 +70,9 @@ class HarnessTask:
             if not _manager(include_path).match_tasks([name]):
                 raise ValueError(f"lm-evaluation-harness has no task {name!r}; `pqcache lm-eval ls tasks` names all")
 
-    def _measure(self, session: Session, asked: Row, name: str, manager: Any, batch_size: int) -> list[Row]:
+    def _measure(
+        self, session: Session, asked: Row, name: str, manager: Any, batch_size: int, samples: str | Path | None = None
+    ) -> list[Row]:
         from lm_eval import simple_evaluate
 
         from hf_pqcache.eval.harness import CacheLM
@@ -82,12 +91,15 @@ class HarnessTask:
             limit=settings["limit"],
             apply_chat_template=settings["chat"],
             task_manager=manager,
-            log_samples=False,
+            log_samples=samples is not None,
+            gen_kwargs=settings.get("gen_kwargs"),
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
+        for part, logged in (found.get("samples") or {}).items():
+            _write_samples(Path(str(samples)), part, logged)
         rows = []
         for part, values in found["results"].items():
             origin = provenance(
@@ -113,6 +125,12 @@ def _manager(include_path: str | Path | None) -> Any:
     except ImportError as error:
         raise ImportError("these tasks come from lm-evaluation-harness; type: pip install 'hf-pqcache[harness]'") from error
     return TaskManager(include_path=[str(OWN_TASKS), *([] if include_path is None else [str(include_path)])])
+
+
+def _write_samples(folder: Path, name: str, logged: Sequence[Mapping[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(sample, default=str, ensure_ascii=False) for sample in logged)
+    (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _asked(row: Row) -> Row:

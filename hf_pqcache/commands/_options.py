@@ -55,6 +55,21 @@ class Length(click.ParamType):
         return found[0]
 
 
+class Limit(click.ParamType):
+    """100 examples, or 0.1: a tenth of them."""
+
+    name = "limit"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            found = float(value)
+        except ValueError:
+            found = -1.0
+        if not (0 < found < 1 or (found >= 1 and found.is_integer())):
+            self.fail(f"{value!r}: give a number of examples, or a share of them between 0 and 1", param, ctx)
+        return found if found < 1 else int(found)
+
+
 class Numbers(click.ParamType):
     """0,0.25,1 as a list of numbers of one kind.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hf_pqcache.commands import _options, _rows
+from hf_pqcache.commands import _options, _output, _rows
 from hf_pqcache.commands._groups import Group
 
 
@@ -39,7 +39,7 @@ def _task(function: Callable[..., Any]) -> click.Command:
 
     call.__doc__ = function.__doc__
     call.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
-    name = function.__name__.strip("_")
+    name = function.__name__.replace("_", "-")
     return command.command(name)(_options.session_options(call))
 
 
@@ -131,10 +131,12 @@ def longbench(get: Any, setup: Any, *, names: list[str], max_tokens: int | None,
 )
 @click.option("--include-path", type=_options.FOLDER, help="Folder with more task files.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples shown first; the task's own number if absent.")
-@click.option("--limit", type=click.IntRange(min=1), help="First examples of each task only.")
+@click.option("--limit", type=_options.Limit(), help="First examples of each task only, or a share such as 0.1.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--chunk", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens of an answer scored at once.")
 @click.option("--chat/--no-chat", "use_chat", default=False, help="Wrap prompts in the model's chat template.")
+@click.option("--gen-kwargs", type=_options.Settings(), help="Of generation: max_gen_toks=16384 for AIME and MATH.")
+@click.option("--log-samples", "samples", type=_options.NEW_FOLDER, help="Folder for every prompt, answer and score.")
 def harness(get: Any, setup: Any, *, data_dir: Any, names: list[str], **options: Any) -> Any:
     """Any task of lm-evaluation-harness; `pqcache lm-eval` is its own command line.
 
@@ -145,6 +147,78 @@ def harness(get: Any, setup: Any, *, data_dir: Any, names: list[str], **options:
     task = get("harness")
     task.check(names, options["include_path"])
     return lambda session: task.run(session, names, **options)
+
+
+def _questions(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--chat/--no-chat", "use_chat", default=None, help="The model's chat template; if it has one."),
+        click.option("--max-new-tokens", type=click.IntRange(min=1), help="Bound to the official length of an answer."),
+        click.option(
+            "--max-length", "max_tokens", type=click.IntRange(min=2), help="Of a prompt; what the model holds if absent."
+        ),
+        click.option("--limit", type=_options.Limit(), help="First examples only, or a share such as 0.1."),
+    ):
+        function = option(function)
+    return function
+
+
+def _ask(tasks: list[Any], setup: Any, **options: Any) -> Any:
+    """(session -> rows) of question tasks, once they have been checked."""
+    lengths = [task.check(setup.limit, setup.tokenizer, **options) for task in tasks]
+
+    def run(session: Any) -> Any:
+        pairs = zip(tasks, lengths, strict=True)
+        return [row for task, tokens in pairs for row in task.run(session, **{**options, "max_tokens": tokens})]
+
+    return run
+
+
+@_task
+@_questions
+def longbench_v2(get: Any, setup: Any, **options: Any) -> Any:
+    """LongBench v2: four choices over long texts, by difficulty and length.
+
+    \b
+    Example:  pqcache eval longbench-v2 --model tiny --data-dir data --limit 2 \\
+              --max-new-tokens 8 --results rows.jsonl
+    """
+    return _ask([get("longbench-v2")], setup, **options)
+
+
+@_task
+@_questions
+@click.option(
+    "--tasks", "names", default="all", type=_options.Words(), show_default=True, help="all, or passkey,kv_retrieval,..."
+)
+def infinitebench(get: Any, setup: Any, *, names: list[str], **options: Any) -> Any:
+    """InfiniteBench: retrieval, books, dialogue, code over 100K tokens.
+
+    \b
+    Example:  pqcache eval infinitebench --model tiny --data-dir data --tasks passkey \\
+              --limit 1 --results rows.jsonl
+    """
+    from hf_pqcache.eval.tasks.infinitebench import KINDS
+
+    chosen = list(KINDS) if names == ["all"] else names
+    return _ask([get(f"infinitebench/{name}") for name in chosen], setup, **options)
+
+
+@_task
+@_options.lengths_option("4K")
+@click.option("--tasks", "names", default="all", type=_options.Words(), show_default=True, help="all, or niah_single_1,vt,...")
+@click.option("--count", "limit", type=click.IntRange(min=1), default=20, show_default=True, help="Examples of each cell.")
+def ruler(get: Any, setup: Any, *, names: list[str], lengths: list[int] | None, limit: int, data_dir: Any) -> Any:
+    """RULER's synthetic tasks, made for your lengths, offline.
+
+    \b
+    Example:  pqcache eval ruler --model tiny --tasks niah_single_1,vt --lengths 512 \\
+              --count 1 --results rows.jsonl
+    """
+    from hf_pqcache.eval.ruler import KINDS
+
+    tasks = [get(f"ruler/{name}") for name in (list(KINDS) if names == ["all"] else names)]
+    chosen = tasks[0].check(setup.limit, lengths=lengths)
+    return lambda session: [row for task in tasks for row in task.run(session, lengths=chosen, limit=limit)]
 
 
 @_task
@@ -193,14 +267,23 @@ def memory(get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, ba
 )
 @click.option("--count", type=click.IntRange(min=1), default=4, show_default=True, help="Pass keys for every cell.")
 @_options.text_option("Filler")
+@click.option("--plot", type=_options.FILE, help="Draw recall over depth and length here (PNG; needs matplotlib).")
 def recall(
-    get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, depths: list[float], text: str, count: int
+    get: Any,
+    setup: Any,
+    *,
+    data_dir: Any,
+    lengths: list[int] | None,
+    depths: list[float],
+    text: str,
+    count: int,
+    plot: Path | None,
 ) -> Any:
     """Pass keys over depth and length.
 
     \b
     Example:  pqcache eval recall --model tiny --lengths 512,1K --count 1 \\
-              --results rows.jsonl
+              --results rows.jsonl --plot recall.png
     """
     from hf_pqcache.eval.lengths import lengths_within
     from hf_pqcache.eval.perplexity import token_ids
@@ -211,7 +294,20 @@ def recall(
     chosen = lengths_within(setup.limit, lengths, ANSWER_TOKENS, "recall", offered=(1024, 2048))
     setup.specs[0].check_room(max(chosen) + ANSWER_TOKENS)
     check_recall(setup.tokenizer, token_ids(setup.tokenizer, filler), chosen, depths, setup.limit)
-    return lambda session: get("recall").run(session, filler, lengths=chosen, depths=depths, count=count)
+    _output.check_writable(plot)
+
+    def run(session: Any) -> Any:
+        rows = get("recall").run(session, filler, lengths=chosen, depths=depths, count=count)
+        if plot is not None:
+            from hf_pqcache.eval.charts import recall_maps
+            from hf_pqcache.eval.plots import save_png
+
+            was_there = plot.exists()
+            save_png(recall_maps(rows)[0], plot)
+            _output.say(_output.written(plot, was_there))
+        return rows
+
+    return run
 
 
 @_task

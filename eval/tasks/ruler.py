@@ -1,0 +1,84 @@
+"""RULER's synthetic tasks (Hsieh et al. 2024), made here for any tokenizer and length: no download."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_pqcache import demo
+from hf_pqcache.eval import questions, ruler
+from hf_pqcache.eval.lengths import lengths_within
+from hf_pqcache.eval.results import Row
+from hf_pqcache.eval.session import Session
+
+
+@dataclass(frozen=True)
+class RulerTask:
+    kind: str
+    version: str = "1"
+
+    @property
+    def name(self) -> str:
+        return f"ruler/{self.kind}"
+
+    def check(
+        self,
+        context: int | None,
+        tokenizer: Any = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        max_tokens: int | None = None,
+        data_dir: Path | None = None,
+        limit: int | None = None,
+    ) -> list[int]:
+        """The lengths of prompt and answer together, as `run` takes them, for a model that holds `context` tokens.
+
+        Raises ValueError for a length that the model cannot hold.
+        """
+        asked = lengths if lengths is not None else None if max_tokens is None else (max_tokens,)
+        return lengths_within(context, asked, 0, self.name, offered=(4096,))
+
+    def run(
+        self,
+        session: Session,
+        *,
+        lengths: Sequence[int] | None = None,
+        max_tokens: Sequence[int] | int | None = None,
+        limit: int | None = None,
+        text: str | None = None,
+        data_dir: Path | None = None,
+    ) -> list[Row]:
+        """One row a length: the mean share of right answers that appear, 0 to 100, and its standard error.
+
+        Args:
+            lengths: tokens of prompt and answer together; `max_tokens` is another name for them.
+            limit: examples; None is 20. text: haystack of the tasks that hide needles in text; None is the articles.
+        """
+        given = lengths if lengths is not None else [max_tokens] if isinstance(max_tokens, int) else max_tokens
+        kind, count = ruler.KINDS[self.kind], int(limit or 20)
+        haystack = text or demo.TEXT.read_text(encoding="utf-8").replace("<|endoftext|>", " ")
+        digest = hashlib.sha256(haystack.encode()).hexdigest()[:16]
+        rows: list[Row] = []
+        for tokens in given or (4096,):
+            row = session.row(self.name, self.version, "string_match", length=tokens, examples=count, text_sha256=digest)
+            if not session.force and row.key in session.results:
+                rows.append(session.results[row.key])
+                continue
+            new_tokens = min(kind.new_tokens, max(8, tokens // 8))
+            made = ruler.examples(self.kind, session.tokenizer, tokens - new_tokens, count, session.seed, haystack)
+            asked = [questions.Question(example.prompt, example.answers) for example in made]
+            rows += questions.measure(
+                session,
+                row,
+                asked,
+                lambda prediction, question: ruler.score(prediction, question.answers),
+                max_tokens=None,
+                new_tokens=new_tokens,
+            )
+        return rows
+
+
+tasks = tuple(RulerTask(kind) for kind in ruler.KINDS)
