@@ -194,8 +194,8 @@ def infinitebench(get: Any, setup: Any, *, names: list[str], **options: Any) -> 
     """InfiniteBench: retrieval, books, dialogue, code over 100K tokens.
 
     \b
-    Example:  pqcache eval infinitebench --model tiny --data-dir data --tasks passkey \\
-              --limit 1 --results rows.jsonl
+    Example:  pqcache eval infinitebench --model tiny --data-dir data \\
+              --tasks passkey --limit 1 --results rows.jsonl
     """
     from hf_pqcache.eval.tasks.infinitebench import KINDS
 
