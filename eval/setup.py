@@ -11,63 +11,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_pqcache import demo
 from hf_pqcache.calibrate import calibrate
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
-from hf_pqcache.eval import distributed, tasks
+from hf_pqcache.eval import distributed
 from hf_pqcache.eval.caches import CacheSpec, check_name, head_dim, head_dim_of
-from hf_pqcache.eval.demo import split_text
 from hf_pqcache.eval.given import RECOMMENDED, check_given
 from hf_pqcache.eval.model_config import DEMO, ModelConfig, load_model_config, stated_settings
 from hf_pqcache.eval.models import check_device, load_config, load_model, load_tokenizer, public_name
 from hf_pqcache.eval.perplexity import token_ids
 from hf_pqcache.eval.results import Results, Row
 from hf_pqcache.eval.session import Session
-from hf_pqcache.eval.texts import read_text
+from hf_pqcache.eval.texts import text_of
 from hf_pqcache.identity import folder_fingerprint, is_of_model, model_fingerprint
 from hf_pqcache.positions import max_positions
 
 #: Of the arguments of `load_model`, those that change figures; the dtype is in every row by itself.
 LOADING_SETTINGS = ("quantization", "attn_implementation", "model_kwargs")
-
-
-def text_of(source: str, data_dir: str | Path | None = None, *, is_calibration: bool = False) -> tuple[str, str]:
-    """(text, what rows call it) of a file (plain or .xz), "demo", "task/split" or a text task's name.
-
-    "demo" is the embedded articles: two thirds of them for calibration, the rest for evaluation. A task's bare name is its
-    test split; for calibration its training split, or, where that is not there, its validation split: never its test
-    split, which must be asked for as "task/test".
-
-    Raises FileNotFoundError or ValueError saying what to give instead.
-    """
-    if Path(source).is_file():
-        if source == DEMO or source in tasks.registry():
-            warnings.warn(f"{source!r} is a file here and a built-in text; the file is taken", stacklevel=2)
-        return read_text(source), Path(source).name
-    if source == DEMO:
-        calibration, held_out = split_text(demo.TEXT.read_text(encoding="utf-8"))
-        return (calibration, DEMO) if is_calibration else (held_out, f"{DEMO}/test")
-    name, _, split = source.partition("/")
-    try:
-        task = tasks.get(name)
-    except ValueError:
-        raise FileNotFoundError(
-            f"{source!r} is no file, not {DEMO!r}, and no task with a text like wikitext-2-raw-v1"
-        ) from None
-    if not hasattr(task, "text"):
-        raise ValueError(f"task {name!r} has no text; give a file, {DEMO!r}, or a task like wikitext-2-raw-v1")
-    if split or not is_calibration:
-        return task.text(split or "test", data_dir), f"{name}/{split or 'test'}"
-    for split in ("train", "validation"):
-        try:
-            return task.text(split, data_dir), f"{name}/{split}"
-        except FileNotFoundError:
-            continue
-    raise FileNotFoundError(
-        f"{data_dir} holds neither the training nor the validation split of {name} to calibrate on; give another text, or "
-        f"'{name}/test' to calibrate on what is evaluated, as MILLION does: the result rows will say so"
-    )
 
 
 @dataclass(frozen=True)
@@ -104,6 +64,21 @@ class Calibration:
         """(the text, what rows call it). Raises FileNotFoundError or ValueError saying what to give instead."""
         return text_of(self.source, self.data_dir, is_calibration=True)
 
+    def ids(self, tokenizer: Any) -> Any:
+        """Token ids int64 (N) of the text."""
+        if "_ids" not in self.__dict__:  # tokenized once: it may be megabytes
+            self.__dict__["_ids"] = token_ids(tokenizer, self.text[0])
+        return self.__dict__["_ids"]
+
+    def check(self, tokenizer: Any, config: PQConfig) -> None:
+        """Raises ValueError if the text has fewer tokens than a codebook has centroids."""
+        found = self.ids(tokenizer).numel()
+        if found < config.num_centroids:
+            raise ValueError(
+                f"the text {self.text[1]} has {found} tokens, {config.num_centroids} centroids are to be learnt: "
+                f"give a text of {4 * config.num_centroids} or more with --calibration, or fewer --nbits"
+            )
+
     def asked(self, session: Session, config: PQConfig) -> dict[str, Any]:
         """All that decides which keys and values are sampled; noted in samples and codebooks. JSON values."""
         text, source = self.text
@@ -139,8 +114,8 @@ class Calibration:
 
     def tokens_of(self, session: Session) -> Any:
         """Token ids int64 (N) of the text; says which text that is, and whether it is long enough."""
-        text, source = self.text
-        ids = token_ids(session.tokenizer, text)
+        _, source = self.text
+        ids = self.ids(session.tokenizer)
         name = "the embedded articles" if source == DEMO else source
         session.say(f"calibrating on {name}, {min(ids.numel(), self.tokens):,} of its {ids.numel():,} tokens")
         if ids.numel() < self.tokens:
@@ -158,7 +133,8 @@ class Setup:
     Attributes:
         config: the model config. hf_config: the model's own. loading: arguments of `load_model`.
         specs: the caches, as far as they are known without a codebook. learning: how codebooks are made.
-        book: the codebook that was asked for, if any.
+        book: the codebook that was asked for, if any; is_recommended: the settings in which it is followed.
+        needs_text: whether there is something to calibrate. show: called with every row as soon as it is there.
     """
 
     config: ModelConfig
@@ -173,6 +149,7 @@ class Setup:
     notes: dict[str, Any] = field(default_factory=dict)
     book: Codebook | None = None
     is_recommended: Collection[str] = ()
+    needs_text: bool = False
     show: Callable[[Row], None] | None = None
 
     @property
@@ -192,8 +169,13 @@ class Setup:
         return load_tokenizer(self.config.source, revision=self.config.revision, **remote)
 
     def open(self) -> Session:
-        """Load the model. Its cache is the exact one."""
+        """Load the model. Its cache is the exact one.
+
+        Raises ValueError before, if the text to calibrate on is too short.
+        """
         source = self.config.source
+        if self.needs_text:
+            self.learning.check(self.tokenizer, self.config.pq_config)
         fingerprint = folder_fingerprint(source) if Path(source).is_dir() else None  # before: what is loaded next
         model, tokenizer = load_model(source, revision=self.config.revision, **self.loading)
         return Session(
@@ -273,8 +255,12 @@ def prepare(
     learning = Calibration.of(config, merge=merge, force=force, **changes)
     limit = max_positions(hf_config)
     learning = replace(learning, window=min(learning.window, limit or learning.window))
-    if needs_text and book is None and any(spec.name == "pq" for spec in specs):
+    needs_text = needs_text and book is None and any(spec.name == "pq" for spec in specs)
+    if needs_text:
         _ = learning.text  # found, or refused now
+    if width := head_dim_of(hf_config):
+        for spec in (spec for spec in specs if spec.name == "pq" and spec.config.num_subspaces is not None):
+            spec.config.subspaces(width)
     is_fixed = {*given, *(() if codebook else stated_settings(model))}
     return Setup(
         config=config,
@@ -289,6 +275,7 @@ def prepare(
         notes=dict(notes or {}),
         loading=loading,
         book=book,
+        needs_text=needs_text,
         is_recommended=[name for name in RECOMMENDED if name not in is_fixed],
     )
 
@@ -308,6 +295,7 @@ def with_codebook(
     if codebook is not None:
         return fitted(session, spec, Codebook.from_pretrained(codebook, revision=revision))
     with distributed.main_first():  # the others find what it has made
+        learning = learning if distributed.is_main() else replace(learning, force=False)
         return fitted(session, spec, learning.codebook(session, spec.config))
 
 

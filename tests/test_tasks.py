@@ -22,7 +22,8 @@ from hf_pqcache.eval.models import load_model
 from hf_pqcache.eval.pipeline import Pipeline
 from hf_pqcache.eval.results import Results
 from hf_pqcache.eval.session import Session
-from hf_pqcache.eval.setup import Calibration, open_session, text_of
+from hf_pqcache.eval.setup import Calibration, open_session
+from hf_pqcache.eval.texts import text_of
 
 WIKI = [" = Title = \n", " \n", " A line , of words . \n", " \n", " Another one . \n"]
 

@@ -30,7 +30,7 @@ class Unfinished:
 
     def __init__(self, asked: Path | None) -> None:
         self.is_spare = asked is None
-        self.path = asked or _spare()
+        self.path = asked if asked is not None or _is_one_of_several() else _spare()
         self.results: Results | None = None
 
     def begin(self, results: Results) -> None:
@@ -74,7 +74,13 @@ def told(context: click.Context) -> str:
     return "" if found is None else found.told()
 
 
+def _is_one_of_several() -> bool:
+    """Under `accelerate launch`: its processes have no spare file in common."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def _spare() -> Path | None:
+    """A file in the current folder that this process alone has; None where none can be made."""
     try:
         with TemporaryFile(dir="."):
             return Path(f"pqcache-unfinished-{os.getpid()}.jsonl")

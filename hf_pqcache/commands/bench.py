@@ -66,6 +66,10 @@ def _collect(
             collected.append(row)
             if json_file not in (None, _output.STDOUT):
                 _output.save_json(json_file, collected)
+    except KeyboardInterrupt:
+        if collected and json_file not in (None, _output.STDOUT):
+            _output.note(f"{len(collected)} rows are in {json_file}; give the cases that are missing as --case to go on")
+        raise
     except RuntimeError as error:  # no GPU, wrong results: the machine's fault or the kernels', not the command line's
         raise click.ClickException(str(error)) from error
     return collected

@@ -40,7 +40,7 @@ def command(
               --limit 1 --results rows.jsonl
     """
     from hf_pqcache.eval.compare import DEFAULT_CACHES, check, compare, markdown, table
-    from hf_pqcache.eval.setup import text_of
+    from hf_pqcache.eval.texts import text_of
 
     evaluated, name = text_of(text, options["data_dir"])
     setup = _options.setup_of(options, caches or DEFAULT_CACHES, [json_file, markdown_file])

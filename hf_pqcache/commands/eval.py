@@ -288,7 +288,7 @@ def recall(
     from hf_pqcache.eval.lengths import lengths_within
     from hf_pqcache.eval.perplexity import token_ids
     from hf_pqcache.eval.recall import ANSWER_TOKENS, check_recall
-    from hf_pqcache.eval.setup import text_of
+    from hf_pqcache.eval.texts import text_of
 
     filler, _ = text_of(text, data_dir)
     chosen = lengths_within(setup.limit, lengths, ANSWER_TOKENS, "recall", offered=(1024, 2048))

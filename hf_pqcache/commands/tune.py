@@ -102,7 +102,7 @@ def command(
     from hf_pqcache.eval.caches import CacheSpec
     from hf_pqcache.eval.perplexity import token_ids
     from hf_pqcache.eval.recall import ANSWER_TOKENS, check_recall
-    from hf_pqcache.eval.setup import text_of
+    from hf_pqcache.eval.texts import text_of
     from hf_pqcache.eval.trials import DEPTHS, Runner, window_of
     from hf_pqcache.eval.trials import material as cut
     from hf_pqcache.eval.tune import Budget, Grid, layer_shapes, tune
