@@ -89,6 +89,7 @@ class Storage(Room):
             has_room = self._has_room_for(layer, max(self._unread_steps, self._unread_appends))
         if not has_room:
             self._reserve_rows(layer, [length + 1 for length in self.row_lengths(layer)], may_widen=False)
+            self._unread_appends = 1  # the one that is about to be
 
     # -- storing -------------------------------------------------------------------------------------------------
     def wants_padding(self, first: int) -> bool:

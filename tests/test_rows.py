@@ -111,10 +111,16 @@ def test_crop_anywhere(crops: list[int], is_padded: bool) -> None:
     inputs, starts = padded(2, 90) if is_padded else ({"input_ids": tokens(2, 90)}, [0, 0])
     caches = [PagedPQCache(model.config, book, SMALL), ReferenceCache(model.config, book, SMALL, starts)]
     logits: list[list[Tensor]] = [[], []]
+
+    def forward(cache: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # as generate counts them: padding comes before 0
+        logits: Tensor = model(ids, attention_mask=mask, position_ids=positions, **cache_kwargs(cache)).logits
+        return logits
+
     for cache, out in zip(caches, logits, strict=True):
         mask = inputs.get("attention_mask", torch.ones(2, 90, dtype=torch.long))
         with torch.no_grad():
-            model(inputs["input_ids"], attention_mask=mask, **cache_kwargs(cache))
+            forward(cache, inputs["input_ids"], mask)
             for step, count in enumerate(crops):
                 cache.crop(-count)
                 mask = mask[:, :-count]
@@ -122,7 +128,7 @@ def test_crop_anywhere(crops: list[int], is_padded: bool) -> None:
                 for new in (1, 3, 1):
                     # Past a row's padding only: a row of padding alone would attend to nothing.
                     mask = torch.nn.functional.pad(mask, (0, new), value=1)
-                    out.append(model(tokens(2, new, seed=step), attention_mask=mask, **cache_kwargs(cache)).logits)
+                    out.append(forward(cache, tokens(2, new, seed=step), mask))
     for a, b in zip(*logits, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
