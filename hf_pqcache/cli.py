@@ -68,6 +68,7 @@ class _Folder(Group):
             except Exception:
                 _unfinished.note(ctx)
                 raise
+            _unfinished.finished()
         return value
 
 
