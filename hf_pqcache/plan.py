@@ -5,6 +5,7 @@ Knows transformers' configs and layers only.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,13 +21,21 @@ COPY = "a copy that the model made of another layer"
 
 def layers_without_positions(config: Any) -> frozenset[int]:
     """The layers whose tokens are no positions: the cross-attention of Llama 3.2 Vision holds an image's."""
-    return frozenset(getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ())
+    text_config = config.get_text_config(decoder=True)
+    there = _num_layers(text_config)
+    return frozenset(i for i in getattr(text_config, "cross_attention_layers", None) or () if i < there)
+
+
+def _num_layers(text_config: Any) -> int:
+    """Layers of a decoder. Where a config counts encoder and decoder apart, transformers' caches go by the encoder's."""
+    counts = (getattr(text_config, name, None) for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers"))
+    return next((count for count in counts if isinstance(count, int)), sys.maxsize)
 
 
 def full_attention(config: Any, layers: Sequence[Any]) -> list[int]:
     """Which of transformers' `layers` for a model keep every position; the others have a window, a state, or an image."""
-    others = layers_without_positions(config)
-    return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in others]
+    others, there = layers_without_positions(config), _num_layers(config.get_text_config(decoder=True))
+    return [i for i, layer in enumerate(layers[:there]) if type(layer) is DynamicLayer and i not in others]
 
 
 def why_exact(layer: Any) -> str:
@@ -39,7 +48,7 @@ def why_exact(layer: Any) -> str:
     if getattr(layer, "is_sliding", False):
         return f"keeps no more than {layer.sliding_window} tokens (sliding window or chunks)"
     if type(layer) is DynamicLayer:
-        return "the codebook has no centroids for it"
+        return "the codebook has no centroids for it, or the decoder no such layer"
     return f"transformers' {type(layer).__name__} keeps more than keys and values"
 
 

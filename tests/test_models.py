@@ -151,6 +151,22 @@ def test_a_bare_cache_for_an_encoder_decoder_model_is_refused(name: str) -> None
         model(**inputs, decoder_input_ids=tokens(2, 3), **cache_kwargs(PagedPQCache(model.config)))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("make", [PagedKVCache, PagedPQCache])
+def test_a_decoder_may_have_fewer_layers_than_the_cache_that_its_config_makes(make: Any) -> None:
+    """DynamicCache has as many as the encoder: Distil-Whisper's has 32, its decoder 2."""
+    sides = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in SIDES.items()}
+    config = tf.BartConfig(d_model=32, **{**sides, "encoder_layers": 4}, vocab_size=VOCABULARY, is_encoder_decoder=False)
+    model = tf.BartForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.forced_eos_token_id = None
+    cache, inputs = make(model.config, page_size=16), padded(2, 40)[0]
+    assert len(cache) == 4
+    assert_same(generate(model, cache, inputs), generate(model, DynamicCache(config=model.config), inputs))
+    assert cache.get_seq_length() == 51
+    assert cache.stats()["compressed_layers"] == [0, 1]
+
+
 def captioner() -> tuple[Any, dict[str, Tensor]]:
     """(BLIP, inputs): its decoder looks at an image in every layer, and its config tells of no encoder."""
     torch.manual_seed(0)

@@ -30,7 +30,8 @@ SIZES: dict[int, str] = {
     16: """head_dim attention_head_dim d_head dim_head kv_channels v_head_dim qk_nope_head_dim kv_lora_rank q_lora_rank
         linear_key_head_dim linear_value_head_dim linear_head_dim swa_head_dim index_head_dim""",
     8: "qk_rope_head_dim hidden_size_per_layer_input rotary_dim mamba_d_state sliding_window attention_chunk_size",
-    4: """num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads swa_num_attention_heads
+    4: """num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads num_decoder_attention_heads
+        swa_num_attention_heads
         linear_num_heads linear_num_value_heads num_experts num_local_experts n_routed_experts index_n_heads""",
     2: """num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads
         num_experts_per_tok num_experts_per_token moe_topk moe_k""",
@@ -68,6 +69,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"qk_head_dim": 24},
     "mamba2": {"num_heads": 8},
+    "mllama_text_model": {"cross_attention_layers": [1]},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
