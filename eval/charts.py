@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_pqcache.eval.naming import (
@@ -43,6 +43,7 @@ class Chart:
         name: of its files, unique in a report. title, condition: for people.
         series: points by cache, in the order of x. baseline: value of the exact cache, where it is one number.
         unit: of y. is_over_tokens: x counts tokens.
+        names: row.key -> its cache. numbers: cache -> number of its colour, the same in all charts of the same rows.
     """
 
     name: str
@@ -54,6 +55,36 @@ class Chart:
     series: dict[str, list[Point]]
     baseline: float | None = None
     is_over_tokens: bool = False
+    names: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def legend(self) -> list[tuple[str, int | None]]:
+        """(what is drawn, number of its colour) in the order of drawing; None is an exact cache."""
+        found: dict[str, int | None] = {}
+        for name, points in self.series.items():
+            for point in points:
+                found.setdefault(self.name_of(name, point), None if is_exact(point.row) else self.number(point))
+        return list(found.items())
+
+    def name_of(self, series: str, point: Point) -> str:
+        """The cache of a point, with what its series adds to it (", distort")."""
+        name = self.names.get(point.row.key, series)
+        return name if series == name else name + series.removeprefix(point.row.cache)
+
+    def number(self, point: Point) -> int:
+        """Which colour the point's cache has, in every chart of the same rows."""
+        return self.numbers.get(self.names.get(point.row.key, ""), 0)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Where the time of a decode step goes: for every cache the milliseconds of each stage, laid end to end."""
+
+    name: str
+    title: str
+    condition: str
+    stages: list[str]
+    bars: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -95,6 +126,8 @@ def perplexity_charts(rows: Sequence[Row]) -> list[Chart]:
                     unit="",
                     series={name: sorted(points, key=lambda point: point.x) for name, points in series.items()},
                     baseline=exact[0] if exact else None,
+                    names=names,
+                    numbers=_numbers(rows, names),
                 )
             )
     return charts
@@ -122,6 +155,8 @@ def length_charts(rows: Sequence[Row], metrics: Iterable[str] = LENGTH_METRICS) 
                         unit=members[0].unit or default_unit,
                         series={name: sorted(points, key=lambda point: point.x) for name, points in series.items()},
                         is_over_tokens=True,
+                        names=names,
+                        numbers=_numbers(rows, names),
                     )
                 )
     return charts
@@ -158,6 +193,27 @@ def recall_maps(rows: Sequence[Row]) -> list[HeatMap]:
         for cache, own in split(placed, lambda row: names[row.key]).items():
             add(cache, "tokens in the prompt", split(own, lambda row: tokens_text(length(row) or 0)))
     return maps
+
+
+def breakdown_bars(rows: Sequence[Row]) -> list[Bars]:
+    """The stages of a decode step, one drawing for each model and condition."""
+    names = labels(rows)
+    stages = {row.metric for row in rows if row.task == "breakdown"}
+    found: list[Bars] = []
+    for (model, _task, condition), members in grouped([r for r in rows if r.task == "breakdown"], stages, set(UNREAD)).items():
+        order = list(dict.fromkeys(row.metric for row in members))
+        by_cache = split(members, lambda row: names[row.key])
+        bars = {}
+        for cache, own in by_cache.items():
+            values = {row.metric: row.value for row in own if math.isfinite(row.value)}
+            bars[cache] = [max(0.0, values.get(stage, 0.0)) for stage in order]
+        found.append(Bars(_slug("breakdown", model, "", len(found)), f"A decode step, {model}", condition, order, bars))
+    return found
+
+
+def _numbers(rows: Sequence[Row], names: dict[str, str]) -> dict[str, int]:
+    """cache -> number of its colour, in the order of the rows; exact caches have a colour of their own."""
+    return {name: i for i, name in enumerate(dict.fromkeys(names[row.key] for row in rows if not is_exact(row)))}
 
 
 def _slug(*parts: Any) -> str:

@@ -21,8 +21,11 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from hf_pqcache.eval.charts import Chart, HeatMap
+from hf_pqcache.eval.charts import Bars, Chart, HeatMap
 from hf_pqcache.eval.naming import format_value, is_exact, tokens_text
+
+#: What can be drawn.
+Item = Chart | HeatMap | Bars
 
 #: name of a CSS variable -> its colours, light and dark. Series colours keep a contrast of 3 with both backgrounds.
 THEME: dict[str, tuple[str, str]] = {
@@ -64,12 +67,15 @@ _PLACEHOLDERS = {name: f"#0a0b{i:02x}" for i, name in enumerate(THEME)}
 _MARKERS = "osD^vPX*"
 _MAX_CELLS_WITH_TEXT = 200
 _TITLE_INCHES = 0.5
+#: Inches; on a page 5.2 x 72 units, so that text is about as large as it says from a telephone to half a desktop.
+_WIDTH = 5.2
 
 
-def save_png(item: Chart | HeatMap, path: str | Path) -> None:
+def save_png(item: Item, path: str | Path) -> None:
     """Write `item` as a PNG in the light theme, its title on it."""
     with mpl.rc_context(style(LIGHT)):
         figure, _ = _draw(item, LIGHT)
+        _add_legend(figure, item, LIGHT)
         Path(path).write_bytes(png(figure, item.title, item.condition))
 
 
@@ -88,7 +94,7 @@ def png(figure: Figure, title: str, condition: str) -> bytes:
     return stream.getvalue()
 
 
-def svg(item: Chart | HeatMap) -> str:
+def svg(item: Item) -> str:
     """`item` as an <svg> element for a page: CSS variables for colours, a tool tip on every point, ids of its own."""
     stream = io.StringIO()
     with mpl.rc_context({**style(_PLACEHOLDERS), "svg.fonttype": "none", "svg.hashsalt": item.name}):
@@ -115,7 +121,7 @@ def style(colours: Mapping[str, str]) -> Any:
     ink, muted, grid = colours["ink"], colours["muted"], colours["grid"]
     return {
         "font.family": "sans-serif",
-        "font.size": 9,
+        "font.size": 10,
         "text.color": ink,
         "axes.labelcolor": muted,
         "axes.edgecolor": grid,
@@ -137,33 +143,50 @@ def style(colours: Mapping[str, str]) -> Any:
     }
 
 
-def _draw(item: Chart | HeatMap, colours: Mapping[str, str]) -> tuple[Figure, list[str]]:
+def _draw(item: Item, colours: Mapping[str, str]) -> tuple[Figure, list[str]]:
     """The figure, and a text for every part of it whose id is tip-<i>."""
-    return _draw_chart(item, colours) if isinstance(item, Chart) else _draw_heat_map(item, colours)
+    if isinstance(item, Chart):
+        return _draw_chart(item, colours)
+    return _draw_bars(item, colours) if isinstance(item, Bars) else _draw_heat_map(item, colours)
+
+
+def legend(item: Item) -> list[tuple[str, str]]:
+    """(name, CSS variable of its colour) of what is drawn; a page shows it beside the drawing, where it can wrap."""
+    if isinstance(item, Chart):
+        return [(name, "exact" if number is None else _series(number)) for name, number in item.legend()]
+    return [(stage, _stage(i)) for i, stage in enumerate(item.stages)] if isinstance(item, Bars) else []
+
+
+def _series(number: int) -> str:
+    return f"series-{number % NUM_SERIES + 1}"
+
+
+def _stage(index: int) -> str:
+    """Stages of a step are steps of one hue, apart from the colours of caches."""
+    return f"heat-{(10, 3, 8, 1, 6, 4, 9, 2)[index % 8]}"
 
 
 def _draw_chart(chart: Chart, colours: Mapping[str, str]) -> tuple[Figure, list[str]]:
-    figure = Figure(figsize=(6.4, 3.9), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
     axes = figure.add_subplot()
     tips: list[str] = []
     values = [point.y for points in chart.series.values() for point in points]
     scale, unit = _binary_unit(max(values)) if chart.unit == "bytes" else (1.0, chart.unit)
-    compressed = 0
+    drawn: set[str] = set()
     for name, points in chart.series.items():
-        if is_exact(points[0].row):
-            colour, marker = colours["exact"], "o"
-        else:
-            colour, marker = (
-                colours[f"series-{compressed % NUM_SERIES + 1}"],
-                _MARKERS[compressed // NUM_SERIES % len(_MARKERS)],
-            )
-            compressed += 1
         xs, ys = [point.x for point in points], [point.y / scale for point in points]
-        axes.plot(xs, ys, color=colour, marker=marker, markeredgewidth=0, label=name)
-        for x, y, point in zip(xs, ys, points, strict=True):  # an unseen, larger mark: what the pointer meets
-            axes.plot([x], [y], marker="o", markersize=14, color=colour, alpha=0, gid=f"tip-{len(tips)}")
+        is_one = len({chart.name_of(name, point) for point in points}) == 1  # or a line joins several caches of a kind
+        line = _look(chart, points[0], colours)[0] if is_one else colours["grid"]
+        axes.plot(xs, ys, color=line, linewidth=1.8 if is_one else 1.2, zorder=1)
+        for x, y, point in zip(xs, ys, points, strict=True):
+            colour, marker = _look(chart, point, colours)
+            told = chart.name_of(name, point)
+            axes.plot([x], [y], color=colour, marker=marker, markeredgewidth=0, label="_" if told in drawn else told)
+            drawn.add(told)
+            # an unseen, larger mark: what the pointer meets
+            axes.plot([x], [y], marker="o", markersize=14, color=colour, alpha=0, gid=f"tip-{len(tips)}", label="_")
             where = f"{tokens_text(int(x))} tokens" if chart.is_over_tokens else f"{x:.2f} bits"
-            tips.append(f"{name}: {format_value(point.y, chart.unit)} at {where}")
+            tips.append(f"{told}: {format_value(point.y, chart.unit)} at {where}")
     if chart.baseline is not None:
         axes.axhline(chart.baseline, color=colours["muted"], linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
@@ -190,14 +213,55 @@ def _draw_chart(chart: Chart, colours: Mapping[str, str]) -> tuple[Figure, list[
     axes.set_title(f"{chart.y_label}, {unit}" if unit else chart.y_label, loc="left", size=9, color=colours["muted"])
     axes.grid(axis="x", visible=False)
     axes.margins(x=0.06, y=0.12)
-    longest = max(map(len, chart.series))
-    columns = 4 if longest < 12 else 3 if longest < 18 else 2
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=columns, labelcolor=colours["ink"])
+    return figure, tips
+
+
+def _look(chart: Chart, point: Any, colours: Mapping[str, str]) -> tuple[str, str]:
+    """Colour and marker of a point: those of its cache."""
+    if is_exact(point.row):
+        return colours["exact"], "o"
+    number = chart.number(point)
+    return colours[_series(number)], _MARKERS[number // NUM_SERIES % len(_MARKERS)]
+
+
+def _add_legend(figure: Figure, item: Item, colours: Mapping[str, str]) -> None:
+    """A legend below the drawing, for pictures without a page around them."""
+    names = legend(item)
+    if not names:
+        return
+    longest = max(len(name) for name, _ in names)
+    columns = 4 if longest < 12 else 3 if longest < 18 else 2 if longest < 34 else 1
+    shapes = [mpl.patches.Patch(color=colours[colour], label=name) for name, colour in names]
+    figure.legend(handles=shapes, loc="outside lower left", ncols=columns, labelcolor=colours["ink"], handlelength=1.0)
+
+
+def _draw_bars(chart: Bars, colours: Mapping[str, str]) -> tuple[Figure, list[str]]:
+    figure = Figure(figsize=(_WIDTH, 1.1 + 0.42 * max(2, len(chart.bars))), layout="constrained")
+    axes = figure.add_subplot()
+    tips: list[str] = []
+    for row, (cache, values) in enumerate(chart.bars.items()):
+        left = 0.0
+        for i, (stage, value) in enumerate(zip(chart.stages, values, strict=True)):
+            bar = mpl.patches.Rectangle((left, row - 0.32), value, 0.64, facecolor=colours[_stage(i)], linewidth=0)
+            bar.set_gid(f"tip-{len(tips)}")
+            axes.add_patch(bar)
+            tips.append(f"{cache}, {stage}: {format_value(value, 'ms')}")
+            left += value
+        told = format_value(left, "ms")
+        where: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(told, (left, row), size=9, color=colours["muted"], **where)
+    longest = max((sum(values) for values in chart.bars.values()), default=0.0)
+    axes.set_xlim(0, 1.25 * longest or 1)
+    axes.set_ylim(len(chart.bars) - 0.5, -0.5)
+    axes.set_yticks(range(len(chart.bars)), [textwrap.fill(name, 16, break_long_words=False) for name in chart.bars])
+    axes.tick_params(length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("ms of one decode step")
     return figure, tips
 
 
 def _draw_heat_map(chart: HeatMap, colours: Mapping[str, str]) -> tuple[Figure, list[str]]:
-    figure = Figure(figsize=(6.4, 1.3 + 0.32 * max(4, len(chart.depths))), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.3 + 0.32 * max(4, len(chart.depths))), layout="constrained")
     axes = figure.add_subplot()
     tips: list[str] = []
     is_small = len(chart.depths) * len(chart.columns) <= _MAX_CELLS_WITH_TEXT

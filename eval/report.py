@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import string
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,10 +32,15 @@ def read_rows(paths: Iterable[str | Path]) -> list[Row]:
     return list(rows.values())
 
 
-def items(rows: Sequence[Row]) -> list[charts.Chart | charts.HeatMap]:
+def items(rows: Sequence[Row]) -> list[plots.Item]:
     """Everything that can be drawn of these rows."""
     rows = naming.told_apart(rows)
-    return [*charts.perplexity_charts(rows), *charts.length_charts(rows), *charts.recall_maps(rows)]
+    return [
+        *charts.perplexity_charts(rows),
+        *charts.length_charts(rows),
+        *charts.recall_maps(rows),
+        *charts.breakdown_bars(rows),
+    ]
 
 
 def write_plots(rows: Sequence[Row], folder: str | Path) -> list[Path]:
@@ -72,6 +79,8 @@ def render(rows: Sequence[Row], title: str) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["drawing"] = lambda item: Markup(plots.svg(item))
+    environment.filters["legend"] = plots.legend
+    environment.filters["heading"] = _Headings()
     models = naming.models(rows)
     return environment.get_template(_TEMPLATE).render(
         title=title,
@@ -87,6 +96,21 @@ def render(rows: Sequence[Row], title: str) -> str:
     )
 
 
+class _Headings:
+    """Texts for headings: fingerprints in them ("#3f2a1c") become letters, the same one everywhere on a page."""
+
+    def __init__(self) -> None:
+        self._letters: dict[str, str] = {}
+
+    def __call__(self, text: str) -> str:
+        def letter(match: re.Match[str]) -> str:
+            count = len(self._letters)
+            found: str = self._letters.setdefault(match[1], string.ascii_uppercase[count % 26] * (1 + count // 26))
+            return f"({found})"
+
+        return re.sub(r"#([0-9a-f]{6,})", letter, text)
+
+
 def conditions(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """What the figures were measured with: (name, all its values), from the rows' provenance."""
     found: dict[str, dict[str, None]] = {}
@@ -100,7 +124,7 @@ def conditions(rows: Sequence[Row]) -> list[tuple[str, str]]:
             if isinstance(value, dict):
                 for key, inner in value.items():
                     note(key, inner)
-            elif name not in ("time", "seconds"):
+            elif name not in ("time", "seconds", "stderr"):
                 note(name, value)
         note("seed", row.seed)
         note("task version", f"{row.task}: {row.task_version}")
@@ -111,16 +135,17 @@ def conditions(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [(name, ", ".join(values)) for name, values in found.items()]
 
 
-def _sections(rows: Sequence[Row]) -> list[tuple[str, str, list[charts.Chart | charts.HeatMap]]]:
+def _sections(rows: Sequence[Row]) -> list[tuple[str, str, list[plots.Item]]]:
     """(heading, how to read it, drawings) of every kind of drawing that the rows allow."""
     bits = charts.perplexity_charts(rows)
     time = charts.length_charts(rows, ["tpot", "ttft", "throughput"])
     memory = charts.length_charts(rows, ["peak_bytes", "kv_bytes"])
     recall = charts.recall_maps(rows)
-    sections: list[tuple[str, str, list[charts.Chart | charts.HeatMap]]] = [
+    sections: list[tuple[str, str, list[plots.Item]]] = [
         ("Quality against memory", "Lower and further left is better. Bits count codes, exact window and tables.", [*bits]),
         ("Time against length", "Lower is better for times, higher for throughput.", [*time]),
         ("Memory against length", "Lower is better.", [*memory]),
+        ("Where a decode step's time goes", "Stages of one step, laid end to end.", [*charts.breakdown_bars(rows)]),
         ("Recall", "How many pass keys hidden in a long text are found again, by where they stand.", [*recall]),
     ]
     return [section for section in sections if section[2]]

@@ -296,6 +296,60 @@ def test_page_works_in_a_browser(page: Path, browser: Any, scheme: str) -> None:
     tab.close()
 
 
+@pytest.mark.parametrize("width", [1280, 400])
+def test_nothing_is_cut_on_a_desk_and_in_a_hand(page: Path, browser: Any, width: int) -> None:
+    tab = browser.new_page(viewport={"width": width, "height": 900})
+    tab.goto(page.as_uri())
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    inside = """[...document.querySelectorAll('.legend li, figcaption, figure svg text')].every(e => {
+        const a = e.getBoundingClientRect(), b = e.closest('figure').getBoundingClientRect();
+        return a.left >= b.left - 1 && a.right <= b.right + 1; })"""
+    assert tab.evaluate(inside)
+    sizes = "[...document.querySelectorAll('figure svg text')].map(e => e.getBoundingClientRect().height)"
+    assert min(tab.evaluate(sizes)) >= 9
+    tab.close()
+
+
+def test_a_cache_has_one_colour_in_all_charts() -> None:
+    seen: dict[str, set[str]] = {}
+    for item in [*charts.perplexity_charts(rows()), *charts.length_charts(rows())]:
+        for name, colour in plots.legend(item):
+            seen.setdefault(name, set()).add(colour)
+    assert set(seen) == {"dynamic", "quanto n=4", "pq M=32 n=8", "pq M=32 n=6", "pq M=16 n=8"}
+    assert all(len(colours) == 1 for colours in seen.values())
+    assert len(set.union(*seen.values())) == len(seen)
+
+
+def test_a_breakdown_is_drawn(tmp_path: Path) -> None:
+    stages = {"attention": 1.0, "mlp": 2.0, "other": float("nan")}
+    found = [
+        Row("breakdown", stage, value, "ms", model="m", cache=cache, settings={"tokens": 64})
+        for cache in ("dynamic", "pq")
+        for stage, value in stages.items()
+    ]
+    (bars,) = charts.breakdown_bars(found)
+    assert bars.bars == {"dynamic": [1, 2, 0], "pq": [1, 2, 0]}
+    text = plots.svg(bars)
+    assert "pq, mlp: 2.000 ms" in text
+    plots.save_png(bars, tmp_path / "bars.png")
+    assert [name for name, _ in plots.legend(bars)] == list(stages)
+
+
+def test_headings_hold_no_hash_and_no_standard_error() -> None:
+    found = [
+        Row("t/x", "f1", value, model="m", cache="pq", codebook=book * 32, provenance={"stderr": 0.5})
+        for value, book in ((1.0, "ab"), (2.0, "cd"))
+    ]
+    text = render(found, "title")
+    headings = re.findall(r"<(?:th|h[1-3]|figcaption|dt)\b[^>]*>(.*?)</(?:th|h[1-3]|figcaption|dt)>", text, re.DOTALL)
+    told = [heading for heading in headings if "scope" not in heading]
+    assert any("(A)" in heading for heading in told)
+    assert not any("stderr" in heading for heading in told)
+    columns = re.findall(r"<button[^>]*>(.*?)</button>", text)
+    assert columns
+    assert not any(re.search(r"[0-9a-f]{6}", column) for column in columns)
+
+
 def test_theme_is_legible() -> None:
     for name, colours in plots.THEME.items():
         if name.startswith("series") or name in ("exact", "muted", "ink"):
