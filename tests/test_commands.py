@@ -216,8 +216,6 @@ SHEET: dict[str, tuple[str, dict[str, str]]] = {
 }
 #: Examples that need what a test machine has not: a GPU. They refuse in one line where there is none.
 NEEDS_GPU = ("bench", "bench kernel", "bench generate")
-#: Examples in the order in which they build on each other; all others come between.
-FIRST, LAST = ("calibrate", "eval recall"), ("report", "publish")
 #: Too long for every day: the idea is tested by tests/test_demo.py, test_tune.py and test_selftest.py.
 SLOW = ("demo", "tune", "selftest", "run")
 
@@ -250,10 +248,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = path.read_bytes()
         (folder / "cut" / path.name).write_bytes(data[:-999] if path.suffix == ".safetensors" else data)
     layers = {i: _layer() for i in range(4)}
-    Codebook(num_bits=4, num_subspaces=8, layers=layers, metadata={"model": "tiny"}).save_pretrained(folder / "cb")
-    rows = Results(folder / "old.jsonl")
-    for cache, value in (("dynamic", 20.0), ("pq", 20.5)):
-        rows.add(Row("wikitext", "perplexity", value, model="tiny", cache=cache, true_bits=4.0, settings={"window": 64}))
+    book = Codebook(num_bits=4, num_subspaces=8, layers=layers, metadata={"model": "tiny"})
+    for name in ("cb", "codebook"):  # the second is where examples look for one
+        book.save_pretrained(folder / name)
+    for name, cache, value in [(n, *x) for n in ("old", "rows") for x in (("dynamic", 20.0), ("pq", 20.5))]:
+        Results(folder / f"{name}.jsonl").add(
+            Row("wikitext", "perplexity", value, model="tiny", cache=cache, true_bits=4.0, settings={"window": 64})
+        )
     return folder
 
 
@@ -331,7 +332,7 @@ def example(command: click.Command) -> str:
     return " ".join(text.split("Example:")[1].split("\n\n")[0].replace("\\\n", " ").split())
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS, key=lambda name: (name not in FIRST, name in LAST, name)))
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_example_of_the_help_runs_as_printed(name: str, here: Path) -> None:
     if name in SLOW:
         pytest.skip("slow: test_slow_examples")
@@ -408,6 +409,14 @@ def test_what_nobody_foresaw_is_a_line_too_and_a_traceback_on_request(here: Path
     assert "ZeroDivisionError" in done.output
     assert "--debug" in done.output
     assert isinstance(run(f"--debug {line}").exception, ZeroDivisionError)
+
+
+def test_run_tells_change_and_savings(here: Path) -> None:
+    done = run(f"run {SHEET['run'][0]}")
+    assert "saved" in done.output
+    (changes,) = [line for line in done.output.splitlines() if "change" in line and "metric" in line]
+    assert changes
+    assert sum("%" in line and "perplexity" in line for line in done.output.splitlines()) == 2  # stream and distort
 
 
 def test_replacing_a_file_is_told(here: Path) -> None:

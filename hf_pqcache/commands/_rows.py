@@ -27,6 +27,7 @@ def finish(rows: Sequence[Row], json_file: Path | None, title: str) -> None:
         "metric": [row.metric for row in rows],
         "value": [value_text(row) for row in rows],
         "error": [f"± {e:.2g}" if isinstance(e := row.provenance.get("stderr"), float) else "" for row in rows],
+        "change": _changes(rows),
         "bits": ["" if row.true_bits is None else f"{row.true_bits:.2f}" for row in rows],
         "cache": [caches[row.key] if len(set(caches.values())) > 1 else "" for row in rows],
         "settings": [settings_text({k: v for k, v in row.settings.items() if k not in {*shared, *UNREAD}}) for row in rows],
@@ -35,6 +36,19 @@ def finish(rows: Sequence[Row], json_file: Path | None, title: str) -> None:
         _output.show_table(title, columns, left=("metric", "cache", "settings"), notes=[told] if told else [])
     _unfinished.finished()
     _output.write_json(json_file, {"rows": [row.to_dict() for row in rows]})
+
+
+def _changes(rows: Sequence[Row]) -> list[str]:
+    """Of each perplexity against the exact cache's under the same condition, where the rows have that."""
+    from hf_pqcache.eval.naming import HOW, condition_text, is_exact
+
+    exact = {(row.model, row.task, condition_text(row, HOW)): row.value for row in rows if is_exact(row)}
+    texts = []
+    for row in rows:
+        before = exact.get((row.model, row.task, condition_text(row, HOW)))
+        told = row.metric == "perplexity" and before and not is_exact(row)
+        texts.append(f"{row.value / before - 1:+.2%}" if told and before else "")
+    return texts
 
 
 def show(row: Row) -> None:

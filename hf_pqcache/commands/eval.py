@@ -211,8 +211,8 @@ def ruler(get: Any, setup: Any, *, names: list[str], lengths: list[int] | None, 
     """RULER's synthetic tasks, made for your lengths, offline.
 
     \b
-    Example:  pqcache eval ruler --model tiny --tasks niah_single_1,vt --lengths 512 \\
-              --count 1 --results rows.jsonl
+    Example:  pqcache eval ruler --model tiny --tasks niah_single_1,vt \\
+              --lengths 512 --count 1 --results rows.jsonl
     """
     from hf_pqcache.eval.ruler import KINDS
 

@@ -64,6 +64,7 @@ def command(
     from hf_pqcache.eval.pipeline import STAGES, Pipeline
     from hf_pqcache.eval.tasks import get
     from hf_pqcache.eval.tasks._text import check_perplexity
+    from hf_pqcache.footprint import plan_memory
 
     if half and options["dtype"] not in ("auto", "float16"):
         raise click.UsageError(f"--half is float16 and --dtype says {options['dtype']}; give one of the two")
@@ -98,4 +99,8 @@ def command(
     )
     rows = pipeline.run(chosen_stages)
     _rows.finish(rows, json_file, f"{session.model_name} on {dataset}")
+    planned = plan_memory(session.model.config, tokens=chosen, pq_config=shape, dtype_bytes=session.model.dtype.itemsize)
+    saved = planned.saved("pq") / planned["dynamic"].total
+    kept = _output.bytes_text(planned["pq"].total), _output.bytes_text(planned["dynamic"].total)
+    _output.say(f"bytes of {chosen:,} tokens, codebook included: {kept[0]} of {kept[1]}, {saved:.1%} saved")
     _output.say(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
