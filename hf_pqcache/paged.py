@@ -150,10 +150,11 @@ class PagedCache(SequenceCache, Cache):
         for layer in self._stock_layers().values():
             layer.batch_repeat_interleave(repeats)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences at `indices`."""
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep the sequences at `indices`: numbers, a mask or a slice, as a tensor is indexed by."""
         if self.storage.views:
-            self._select(torch.arange(self.storage.batch)[indices.cpu()].tolist())
+            index = indices.cpu() if isinstance(indices, Tensor) else list(indices) if isinstance(indices, tuple) else indices
+            self._select(torch.arange(self.storage.batch)[index].tolist())
         for layer in self._stock_layers().values():
             layer.batch_select_indices(indices)
 

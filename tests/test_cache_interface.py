@@ -9,13 +9,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import SMALL, build, codebook_of, tokens
 from transformers import Cache, DynamicCache, cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_pqcache import PagedPQCache
+from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.hf_names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,6 +108,14 @@ def batch_select_indices() -> None:
     cache, plain = make(), make()
     cache.batch_select_indices(torch.tensor([1]))
     torch.testing.assert_close(cache.layers[1].values, plain.layers[1].values[1:], rtol=0, atol=0)
+    for indices in ([1], (1,), [-1], [1, 0, 1], [False, True], torch.tensor([False, True]), slice(1), np.array([1])):
+        cache, theirs = PagedKVCache(build("llama").config, page_size=16), exact()
+        with torch.no_grad():
+            build("llama")(tokens(2, COUNT), **cache_kwargs(cache))
+        for one in (cache, theirs):
+            one.batch_select_indices(indices)
+        torch.testing.assert_close(cache.layers[1].values, theirs.layers[1].values)
+        assert cache.batch_size == len(theirs.layers[1].values)
 
 
 def crop() -> None:
