@@ -7,20 +7,16 @@ to the original function. So does ours wherever the fused attention cannot be su
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from hf_pqcache.functions import Known, eager_function, known, name_of, wants_weights
 from hf_pqcache.handles import DECODED, KVHandle, LazyKV
-from hf_pqcache.shapes import has_latent_attention
 
 #: Keywords that do not change what attention computes, or that the fused path honours. Anything else that is set
 #: sends the call to the original function with decoded keys; `softcap` and `s_aux` depend on the function.
@@ -102,6 +98,13 @@ class Dispatcher:
         if isinstance(key, LazyKV) or isinstance(value, LazyKV):
             return self._eager(module, query, key, value, attention_mask, *args, **kwargs)
         return self._call(module, query, key, value, attention_mask, *args, **kwargs)
+
+    @property
+    def why_decoded(self) -> str | None:
+        """Why no call of it can be fused, if so."""
+        if self._original is None or known(self._original) is not None:
+            return None
+        return f"the attention function {name_of(self._original)} is not transformers' own"
 
     def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return (self._original or eager_function(module))(module, *args, **kwargs)
@@ -197,23 +200,7 @@ def install(implementation: str | None) -> None:
             AttentionInterface.register(name, Dispatcher(current))
 
 
-def goes_through_interface(config: PreTrainedConfig) -> bool:
-    """Whether every module of the model's file that updates a cache also looks its attention function up.
-
-    Others (GPT-J, Falcon) read keys themselves, and latent attention (DeepSeek) expands them after `update`: such
-    models run eagerly, on decoded keys.
-    """
-    if has_latent_attention(config):
-        return False
-    try:
-        model_class: Any = MODEL_MAPPING[type(config)]
-    except KeyError:
-        return False
-    model_class = model_class[0] if isinstance(model_class, (tuple, list)) else model_class
-    modules = [
-        inspect.unwrap(c.forward).__code__.co_names
-        for c in vars(sys.modules[model_class.__module__]).values()
-        if isinstance(c, type) and issubclass(c, nn.Module) and c.__module__ == model_class.__module__
-    ]
-    updaters = [names for names in modules if "update" in names]
-    return bool(updaters) and all("get_interface" in names for names in updaters)
+def why_decoded(implementation: str | None) -> str | None:
+    """Why keys and values are decoded for the attention function of that name, as far as it tells without a model."""
+    entry = ALL_ATTENTION_FUNCTIONS.get(implementation) if implementation else None
+    return entry.why_decoded if isinstance(entry, Dispatcher) else None

@@ -28,6 +28,11 @@ def _select(view: LayerView, group: int) -> selection.Choice:
     return selection.select(head_dim, value_dim, view.num_subspaces, view.config.num_bits, group, window.dtype, view.device)
 
 
+def serves(view: LayerView, group: int) -> bool:
+    """Whether attention of `group` query heads per KV head over a layer runs on kernels, which CUDA graphs can hold."""
+    return _select(view, group).name != "torch"
+
+
 def publish(state: DeviceState, layer: int, view: LayerView) -> None:
     """Register the storage of a layer with its device, after preparing what kernels need of it.
 

@@ -65,6 +65,16 @@ class KVHandle:
         """The plain tensor (B, H, n, d), decoded in the graph."""
         return self.layer.dense_traced(self.which, self.fresh)
 
+    # Whoever computes with it gets the plain tensor's answer. Layers where an eager pass has shown that somebody does hand
+    # out tensors in the first place.
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dense(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(KVHandle, KVHandle.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
 
 class LazyKV(Tensor):
     """Keys or values of a layer in eager code: shape, dtype and device of the whole, decoded only if somebody looks.
@@ -121,6 +131,23 @@ class LazyKV(Tensor):
         args, kwargs = tree_map_only(LazyKV, LazyKV._touched, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+
+def _forward_operators() -> None:
+    """Python looks operators up on the class, past `__getattr__`."""
+
+    def forwarding(name: str) -> Any:
+        def operator(self: KVHandle, *args: Any) -> Any:
+            return getattr(self.dense(), name)(*args)
+
+        return operator
+
+    binary = ("add", "sub", "mul", "truediv", "matmul", "pow")
+    names = [*binary, *(f"r{name}" for name in binary), "getitem", "neg", "abs", "len"]
+    for name in names:
+        setattr(KVHandle, f"__{name}__", forwarding(f"__{name}__"))
+
+
+_forward_operators()
 
 #: What can be answered without decoding.
 _METADATA = {

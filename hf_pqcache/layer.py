@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 import hf_pqcache.ops  # noqa: F401 - registers the ops
-from hf_pqcache import attention, padding, torch_engine
+from hf_pqcache import attention, engine, padding, torch_engine
 from hf_pqcache.handles import KEY, VALUE, KVHandle, LazyKV
+from hf_pqcache.shapes import layer_configs
 from hf_pqcache.slabs import Which
 from hf_pqcache.steps import Steps
 from hf_pqcache.storage import Storage
@@ -47,7 +48,7 @@ class PagedLayer(CacheLayerMixin):
         if self.is_initialized and self.get_seq_length():
             self.commit()
             layer.update(self._decoded(KEY), self._decoded(VALUE))
-        self._steps.eager_because = self._steps.eager_because or "the model has copied a layer for itself"
+        self._steps.rule_out("the model has copied a layer for itself")
         return layer
 
     # Encoder-decoder models and a few others look at the tensors of a layer.
@@ -98,7 +99,9 @@ class PagedLayer(CacheLayerMixin):
         self.batch_size = self.storage.batch
         # Plain torch reads lengths on the host, and pages in host memory are moved by the host, which a CUDA graph cannot:
         # there a compiled model breaks its graph here.
-        has_kernels = self.storage.views[self.index].kernels is not None
+        view = self.storage.views[self.index]
+        heads = getattr(layer_configs(self._config)[0], "num_attention_heads", None) or keys.shape[-3]
+        has_kernels = view.kernels is not None and engine.serves(view, max(1, heads // keys.shape[-3]))
         self._is_traceable = (keys.device.type == "cpu" or has_kernels) and self.storage.offload is None
         self.is_initialized = True
 
@@ -109,6 +112,8 @@ class PagedLayer(CacheLayerMixin):
         """
         if self.is_traced(key_states):
             return self._update_traced(key_states, value_states)
+        if torch.compiler.is_compiling() and self.index in self._steps.decoded:
+            return self._update_dense(key_states, value_states)
         return self._update_eager(key_states, value_states)
 
     def is_traced(self, keys: Tensor) -> bool:
@@ -116,11 +121,28 @@ class PagedLayer(CacheLayerMixin):
         is_step = torch.compiler.is_compiling() and keys.shape[2] == 1
         return is_step and self.is_compileable and self._is_traceable and keys.dtype == self.dtype
 
-    def _update_traced(self, keys: Tensor, values: Tensor) -> tuple[KVHandle, KVHandle]:
+    def _update_traced(self, keys: Tensor, values: Tensor) -> tuple[Any, Any]:
         state = self.storage.state(self.index)
         torch.ops.hf_pqcache.append(keys, values, state.counts, state.desc, self.index)
         self.storage.is_stale = True
-        return KVHandle(self, 0, keys), KVHandle(self, 1, values)
+        if self.index in self._steps.decoded:  # the model does with keys what no handle can answer
+            return self.dense_traced(KEY, keys), self.dense_traced(VALUE, values)
+        return KVHandle(self, KEY, keys), KVHandle(self, VALUE, values)
+
+    @torch.compiler.disable
+    def _update_dense(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_update_eager`, for code that is being compiled around it: tensors, and nothing waits for attention.
+
+        Attention's mask is not seen here, so left padding is stored like any token; the mask hides it.
+        """
+        reason = self._steps.decoded[self.index]
+        sides = tuple(side.dense() for side in self._update_eager(keys, values))
+        self.commit()
+        self.note_decoded(reason)
+        if self.is_compileable and keys.shape[2] == 1:  # the mask of such steps is that wide
+            missing = self.get_max_length() - sides[0].shape[2]
+            sides = tuple(torch.nn.functional.pad(side, (0, 0, 0, missing)) for side in sides)
+        return sides[0], sides[1]
 
     @torch.compiler.disable
     def _update_eager(self, keys: Tensor, values: Tensor) -> tuple[LazyKV, LazyKV]:
@@ -262,6 +284,7 @@ class PagedLayer(CacheLayerMixin):
             if not self.is_compileable:
                 return self._mask_sizes_on_host(query_length)
             return (self.get_max_length() if is_fixed else self.get_seq_length() + query_length), 0
+        attention.install(self._config._attn_implementation)  # a compiled step does not come past `update` any more
         if is_fixed:  # nothing here may read the device: a step is about to start
             if self.is_initialized:
                 self.storage.before_step(self.index)

@@ -19,7 +19,11 @@ _LIBRARY.define(
     "attend(Tensor query, Tensor counts, Tensor desc, Tensor? mask, Tensor? sinks, int layer, float scale, "
     "float softcap, int value_dim) -> Tensor"
 )
-_LIBRARY.define("dense(Tensor like, Tensor counts, Tensor desc, int layer, int which, int total) -> Tensor")
+# It reads lengths on the host, so no CUDA graph can hold it: compilers cut theirs there, or make none.
+_LIBRARY.define(
+    "dense(Tensor like, Tensor counts, Tensor desc, int layer, int which, int total) -> Tensor",
+    tags=[tag] if (tag := getattr(torch.Tag, "cudagraph_unsafe", None)) is not None else [],
+)
 
 
 def _layer_counts(state: DeviceState, counts: Tensor, layer: int) -> Tensor:

@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from hf_pqcache import attention
 from hf_pqcache.handles import DECODED
 from hf_pqcache.layer import PagedLayer
+from hf_pqcache.model_code import gives_attention_what_it_caches
 from hf_pqcache.plan import COPY, NO_POSITIONS, SingleAttention, layers_without_positions, why_exact
 from hf_pqcache.sequences import SequenceCache
 from hf_pqcache.steps import Steps
@@ -37,36 +38,42 @@ class PagedCache(SequenceCache, Cache):
         self._exact = {i: why_exact(layer) for i, layer in enumerate(layers) if i not in chosen}
         others = layers_without_positions(config)
         self._exact |= dict.fromkeys(others, NO_POSITIONS)
-        self._reads_codes = attention.goes_through_interface(text_config)
         self.storage = storage
         cache = weakref.ref(self)  # a cycle would keep the pool alive until the garbage collector comes
         self._steps = Steps(storage, lambda: {} if (alive := cache()) is None else alive._stock_layers(), chosen)
         self._steps.without_positions |= others
-        self._steps.eager_because = self._why_eager(should_compile, [layers[i] for i in self._exact], storage)
-        self._steps.decoded = {} if self._reads_codes else dict.fromkeys(chosen, DECODED)  # until a pass has shown it
+        self._steps.why_never = self._why_never(should_compile, [layers[i] for i in self._exact], storage)
+        if not gives_attention_what_it_caches(text_config):  # until a pass has shown it
+            self._steps.decoded = dict.fromkeys(chosen, DECODED)
         self._compressed = chosen
         for i in chosen:
             layers[i] = PagedLayer(storage, i, self._steps, text_config)
         super().__init__(layers=layers)
         self._attention = SingleAttention(config, len(layers))
         self._model_config = config
-        attention.install(text_config._attn_implementation)
+        self._text_config = text_config
+        self._decide()
+
+    def _decide(self) -> None:
+        """Find out what is known of attention before the next pass."""
+        implementation = self._text_config._attn_implementation
+        attention.install(implementation)
+        self._steps.decide(attention.why_decoded(implementation))
 
     @property
     def _is_user_defined(self) -> bool:
-        """Set by `generate` on a cache that it was given."""
+        """Set by `generate`, before anything else, on a cache that it was given."""
         return self._steps.is_generating
 
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
         self._steps.is_generating = value
+        self._decide()
 
-    def _why_eager(self, should_compile: bool, exact_layers: list[Any], storage: Storage) -> str | None:
-        """Why `generate` does not compile decode steps with this cache, if so."""
+    def _why_never(self, should_compile: bool, exact_layers: list[Any], storage: Storage) -> str | None:
+        """Why `generate` never compiles decode steps with this cache, whatever the model does, if so."""
         if storage.offload is not None:
             return "offload=True: pages come from host memory step by step, which a captured graph cannot do"
-        if not self._reads_codes:
-            return DECODED
         if stock := sorted({type(layer).__name__ for layer in exact_layers if not layer.is_compileable}):
             return f"transformers' {', '.join(stock)} cannot be compiled"
         return None if should_compile else "compile=False, the default where no kernels serve or several processes share work"
@@ -108,7 +115,7 @@ class PagedCache(SequenceCache, Cache):
         self._compressed.remove(index)
         self._exact[index] = reason
         self._steps.decoded.pop(index, None)
-        self._steps.eager_because = self._steps.eager_because or f"layer {index} is transformers' DynamicLayer"
+        self._steps.rule_out(f"layer {index} is transformers' DynamicLayer")
 
     def _why_unfit(self, keys: Tensor, values: Tensor) -> str | None:
         """Why pages cannot hold tokens like these, if so."""

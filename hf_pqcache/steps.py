@@ -37,7 +37,8 @@ class Steps:
         without_positions: those of them whose tokens are no positions; no pass but the one that brings some changes them.
         entries: for these layers, the positions at which the last tokens came, and how many the layer held before.
         decoded: why a layer's codes were decoded for attention in its last pass, where they were.
-        eager_because: why decode steps are not compiled, None where they may be.
+        why_never: why no decode step of this cache is ever compiled, if so.
+        eager_because: why those of the `generate` under way, or of the next one, are not; None where they may be.
         is_generating: whether passes come from `generate`.
         compressed: the layers that a pass goes through, as the model's config says; those that a pass has not reached yet
             hold nothing.
@@ -51,6 +52,7 @@ class Steps:
         self.without_positions: set[int] = set()
         self.entries: dict[int, tuple[int, int]] = {}
         self.decoded: dict[int, str] = {}
+        self.why_never: str | None = None
         self.eager_because: str | None = None
         self.is_generating = False
         self._damage: str | None = None
@@ -90,9 +92,23 @@ class Steps:
         if positions >= complete and (excess := layer.get_seq_length() - length) > 0:
             layer.crop(-excess)
 
+    def decide(self, why_decoded: str | None) -> None:
+        """Settle whether `generate` may compile, by what the passes so far have shown.
+
+        Called before it asks, for the answer must hold until it ends: masks and graphs are made for it. What a pass shows
+        meanwhile is for the next time; layers whose codes must be decoded are, in the graph. `why_decoded`: why the next
+        pass will, if that is known without it.
+        """
+        self.eager_because = self.why_never or why_decoded or next(iter(self.decoded.values()), None)
+
+    def rule_out(self, reason: str) -> None:
+        """No step can be compiled any more."""
+        self.why_never = self.why_never or reason
+        self.eager_because = self.eager_because or reason
+
     def follow(self, other: Steps) -> None:
         """Be in the state of another cache's, between passes."""
-        self.decoded, self.eager_because = dict(other.decoded), other.eager_because
+        self.decoded, self.why_never, self.eager_because = dict(other.decoded), other.why_never, other.eager_because
         self.is_generating, self.entries = other.is_generating, dict(other.entries)
         self.without_positions = set(other.without_positions)
 

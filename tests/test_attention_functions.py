@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_functions import cold, registrations
 from tiny_models import SMALL, build, codebook_of, padded, tokens
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -29,16 +30,8 @@ IN_WINDOW = SMALL.replace(extended_residual=128)
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    """What a test registers is gone after it."""
-    before = dict(AttentionInterface._global_mapping), dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
-    masks = dict(AttentionMaskInterface._global_mapping)
-    yield
-    AttentionInterface._global_mapping.clear()
-    AttentionInterface._global_mapping.update(before[0])
-    ALL_ATTENTION_FUNCTIONS._local_mapping.clear()
-    ALL_ATTENTION_FUNCTIONS._local_mapping.update(before[1])
-    AttentionMaskInterface._global_mapping.clear()
-    AttentionMaskInterface._global_mapping.update(masks)
+    with registrations():
+        yield
 
 
 def model_with(name: str = "llama", implementation: str = "sdpa") -> Any:
@@ -68,13 +61,6 @@ def same(model: Any, ours: Any = None, **options: Any) -> Any:
 
 def engines(cache: Any) -> set[str]:
     return {engine["name"] for engine in cache.stats()["engines"].values()}
-
-
-def cold(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    """sdpa at another scale, which needs tensors and no subclass of them."""
-    assert type(key) is type(value) is Tensor
-    kwargs["scaling"] = 3 * kwargs["scaling"]
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
 def wrapped(inner: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:

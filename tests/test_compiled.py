@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import NEW, Graphs, assert_same, generate
 from tiny_models import COMPILED, EAGER_ONLY, SMALL, build, codebook_of, padded, tokens
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache
+from transformers import DynamicCache
 
 from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.eval.speed import deferred_stop_check
@@ -18,27 +19,6 @@ from hf_pqcache.reference import ReferenceCache
 from hf_pqcache.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NEW = 24  # more than a page: steps cross a border
-
-
-class Graphs:
-    """A torch.compile back end that runs the captured graph as it is, and counts how often one was captured."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: Any, inputs: Any, **options: Any) -> Any:
-        self.count += 1
-        return graph.forward
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
-        return self  # generate copies its settings
-
-    @property
-    def config(self) -> CompileConfig:
-        config = CompileConfig(fullgraph=True, backend=self, mode=None)
-        config._compile_all_devices = True  # generate compiles on accelerators only
-        return config
 
 
 @pytest.fixture
@@ -46,17 +26,6 @@ def graphs() -> Iterator[Graphs]:
     torch._dynamo.reset()
     yield Graphs()
     torch._dynamo.reset()
-
-
-def generate(model: Any, cache: Any, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
-    settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    out = model.generate(**inputs, **cache_kwargs(cache), **(settings | options))
-    return out.sequences, torch.stack(out.logits)
-
-
-def assert_same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    assert torch.equal(got[0], expected[0])
-    torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -11,7 +11,7 @@ FLOORS = {
         *{"arguments", "config", "errors", "identity", "positions", "shapes", "hf_names", "layout", "pq", "kmeans", "hub"},
         *{"handles", "slabs", "tested"},
     },
-    1: {"codebook", "pages", "plan", "pool", "state", "jit", "offload", "functions", "padding", "samples"},
+    1: {"codebook", "pages", "plan", "pool", "state", "jit", "offload", "functions", "padding", "model_code", "samples"},
     2: {"torch_engine", "kernel_plan", "selection", "cuda_engine", "nvrtc", "parallel"},
     3: {"engine", "attention", "calibrate", "reference", "diagnose"},
     4: {"footprint", "ops", "room", "storage"},
