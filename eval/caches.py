@@ -154,28 +154,31 @@ class CacheBytes:
         tokens: bytes that belong to its tokens: keys, values, codes, scales, windows, page tables.
         shared: bytes of codebooks, which all sequences share.
         bits: `tokens`, in bits for each key or value number that was put in; None for a model whose shape is unknown.
+        reserved: bytes that the cache holds for both, on the device and the host: memory comes in slabs.
     """
 
     tokens: int
     shared: int
     bits: float | None
+    reserved: int
 
 
 def weigh(cache: Any, model: Any, num_tokens: int) -> CacheBytes:
     """Weigh a cache that holds `num_tokens` tokens, over all rows, in the layers that keep every token.
 
-    A PagedPQCache reports the pages in use, not its free pool; of any other cache every storage is counted that its
-    layers reach, whole, a storage shared by several tensors once.
+    A paged cache reports the pages in use, and as reserved also memory for pages to come; of any other cache every
+    storage is counted that its layers reach, whole, a storage shared by several tensors once.
     """
     layers = compressible_layers(model.config)
     if hasattr(cache, "stats"):
-        found = cache.stats()["bytes"]
-        shared = found.get("codebooks", 0)
-        total = sum(found.values()) - shared
+        stats = cache.stats()
+        shared = stats["bytes"].get("codebooks", 0)
+        total, reserved = sum(stats["bytes"].values()) - shared, stats["bytes_reserved"]
     else:
         total, shared = storage_bytes([cache.layers[i] for i in layers]), 0
+        reserved = total
     numbers = kv_numbers_per_token(model) * num_tokens
-    return CacheBytes(total, shared, 8 * total / numbers if numbers else None)
+    return CacheBytes(total, shared, 8 * total / numbers if numbers else None, reserved)
 
 
 def kv_numbers_per_token(model: Any) -> int:

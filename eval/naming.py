@@ -22,6 +22,7 @@ LENGTH_METRICS = {
     "ttft": ("time to first token", "ms", True),
     "throughput": ("throughput", "tokens/s", False),
     "peak_bytes": ("peak memory", "bytes", True),
+    "reserved_bytes": ("memory held by the cache", "bytes", True),
     "kv_bytes": ("KV cache", "bytes", True),
 }
 #: Settings that say how long the sequence is, in the order in which they are looked for.

@@ -139,7 +139,7 @@ def _sections(rows: Sequence[Row]) -> list[tuple[str, str, list[plots.Item]]]:
     """(heading, how to read it, drawings) of every kind of drawing that the rows allow."""
     bits = charts.perplexity_charts(rows)
     time = charts.length_charts(rows, ["tpot", "ttft", "throughput"])
-    memory = charts.length_charts(rows, ["peak_bytes", "kv_bytes"])
+    memory = charts.length_charts(rows, ["peak_bytes", "reserved_bytes", "kv_bytes"])
     recall = charts.recall_maps(rows)
     sections: list[tuple[str, str, list[plots.Item]]] = [
         ("Quality against memory", "Lower and further left is better. Bits count codes, exact window and tables.", [*bits]),

@@ -21,10 +21,11 @@ NEW_TOKENS = 4
 @dataclass(frozen=True)
 class MemoryTask:
     name: str = "memory"
-    version: str = "1"
+    version: str = "2"
 
     def run(self, session: Session, *, lengths: Sequence[int] | None = None, batch: int = 1) -> list[Row]:
-        """Rows of every length: kv_bytes (codebooks left out), codebook_bytes, and on CUDA peak_bytes.
+        """Rows of every length: kv_bytes (used, codebooks left out), codebook_bytes, reserved_bytes (held for both), and on
+        CUDA peak_bytes.
 
         lengths: of the prompt; None means those of 1K to 128K that the model can hold.
         """
@@ -33,11 +34,10 @@ class MemoryTask:
         done: list[Row] = []
         on_cuda = session.device.type == "cuda"
         for tokens in tqdm(lengths, desc="memory", unit="length", disable=not session.progress, leave=False):
-            metrics = ("kv_bytes", "codebook_bytes", *(("peak_bytes",) if on_cuda else ()))
+            metrics = ("kv_bytes", "codebook_bytes", "reserved_bytes", *(("peak_bytes",) if on_cuda else ()))
             rows = [session.row(self.name, self.version, metric, "bytes", tokens=tokens, batch=batch) for metric in metrics]
             if on_cuda:
-                settings = {**rows[2].settings, "device": session.device_name}
-                rows[2] = replace(rows[2], settings=settings)
+                rows[-1] = replace(rows[-1], settings={**rows[-1].settings, "device": session.device_name})
             found: list[Memory] = []
 
             def run(tokens: int = tokens, found: list[Memory] = found) -> list[float]:
@@ -51,6 +51,7 @@ class MemoryTask:
                 return [
                     memory.cache.tokens,
                     memory.cache.shared,
+                    memory.cache.reserved,
                     *([memory.peak_bytes] if memory.peak_bytes is not None else []),
                 ]
 
