@@ -31,7 +31,7 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 CHECK_WINDOWS = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Material:
     """What shapes are measured on.
 

@@ -32,9 +32,9 @@ _MAX_CONFIG_BYTES = 1 << 20
 _MAX_LAYERS = 10_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerCodebook:
-    """Centroids of one layer, one set for each KV head.
+    """Centroids of one layer, one set for each KV head. Equal are those of the same numbers, on whatever device.
 
     Attributes:
         keys: float16 (H, M, C, dk/M), of keys after their rotary embedding.
@@ -44,6 +44,15 @@ class LayerCodebook:
     keys: Tensor
     values: Tensor
     _shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LayerCodebook):
+            return NotImplemented
+        pairs = ((self.keys, other.keys), (self.values, other.values))
+        return all(torch.equal(own.detach().cpu(), others.detach().cpu()) for own, others in pairs)
+
+    def __hash__(self) -> int:
+        return hash((self.keys.shape, self.values.shape))  # reads no numbers
 
     def shared(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What caches derive from these centroids, a kernel's tables say: made once and held in common by all of them."""
@@ -60,9 +69,9 @@ class LayerCodebook:
         return LayerCodebook(self.keys.to(device), self.values.to(device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Codebook:
-    """Centroids of every compressed layer of one model.
+    """Centroids of every compressed layer of one model. Equal are those of the same centroids and settings.
 
     Attributes:
         layers: by layer index; layers that are not compressed (sliding window, linear attention) are absent. Numbers of
@@ -90,6 +99,15 @@ class Codebook:
         for index, layer in sorted(self.layers.items()):
             for name, x in (("keys", layer.keys), ("values", layer.values)):
                 _check_tensor(f"layers.{index}.{name}", x, config, layer)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Codebook):
+            return NotImplemented
+        sizes = self.num_bits, self.num_subspaces, self.settings
+        return sizes == (other.num_bits, other.num_subspaces, other.settings) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
 
     @property
     def config(self) -> PQConfig:

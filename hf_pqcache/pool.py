@@ -282,7 +282,7 @@ class PageTable:
         return table
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerView:
     """Everything that append and attention touch of one layer; tensors keep their addresses while the cache lives.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,20 @@ def test_fingerprint_sees_every_number() -> None:
     assert book.fingerprint == other.fingerprint == book.to("cpu").fingerprint
     other.layers[2].values[1, 7, 15, 1] += 1
     assert make().fingerprint != Codebook(other.layers, num_bits=4, num_subspaces=8).fingerprint
+
+
+def test_codebooks_and_layers_can_be_compared_and_hashed(tmp_path: Path) -> None:
+    """Equal are those that code alike, whatever is told of how they were made and wherever they lie."""
+    book = make()
+    book.save_pretrained(tmp_path)
+    again = replace(Codebook.from_pretrained(tmp_path), metadata={"source": "elsewhere"})
+    assert book == again == again.to("cpu")
+    assert len({book, again, make(bits=5), make((0, 1)), make(settings={"page_size": 32})}) == 4
+    assert book not in (make(bits=5), make((0, 1)), make(settings={"page_size": 32}), None, "a codebook")
+    layer, other = book.layers[0], book.layers[2]
+    assert layer == again.layers[0]
+    assert layer not in (other, LayerCodebook(layer.keys, other.values), LayerCodebook(layer.keys[:1], layer.values[:1]), None)
+    assert len({layer, other, again.layers[0]}) == 2
 
 
 def test_overflow_of_float16_is_refused() -> None:

@@ -152,7 +152,9 @@ def test_eval_harness_command(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_lm_eval_command(folder: Path, tmp_path: Path) -> None:
     """The harness's own command line, in a process of its own, under a compressed cache."""
-    model = "pretrained=tiny,cache=pq:2,calibration_tokens=600"
+    text = tmp_path / "calibration.txt"
+    text.write_text(TEXT.read_text()[:4000])
+    model = f"pretrained=tiny,cache=pq:2,calibration_tokens=600,calibration={text}"
     arguments = ["lm-eval", "--model", "hf-pqcache", "--model_args", model, "--tasks", "toy_answer", "--limit", "1"]
     arguments += ["--device", "cpu", "--include_path", str(folder), "--output_path", str(tmp_path)]
     environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}

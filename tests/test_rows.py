@@ -11,8 +11,9 @@ import torch
 from tiny_models import SMALL, build, codebook_of, padded, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
-from hf_pqcache import PagedPQCache
+from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.hf_names import cache_kwargs
 from hf_pqcache.reference import ReferenceCache
 
@@ -96,6 +97,24 @@ def test_repeated_rows_share_pages_until_they_part() -> None:
     assert cache.stats()["pages_used"] == pages + 4
     cache.batch_select_indices(torch.tensor([2]))
     assert cache.stats()["pages_used"] == pages + 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "indices", [[2, 0], (2, 0), [2, 2, 2, -3], (1,), [True, False, True], torch.tensor([False, True, True])]
+)
+def test_rows_are_selected_by_whatever_dynamic_cache_takes(name: str, indices: Any) -> None:
+    model = build(name)
+    cache, plain = PagedKVCache(model.config, page_size=16), DynamicCache(config=model.config)
+    for each in (cache, plain):
+        model(tokens(3, 40), **cache_kwargs(each))
+        each.batch_select_indices(indices)
+    rows = plain.layers[-1].keys.shape[0]
+    assert cache.batch_size == rows
+    step = tokens(rows, 1, seed=5)
+    got, expected = (model(step, **cache_kwargs(each)).logits for each in (cache, plain))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 #: Tokens removed one after the other from 90: within the window, over a page's border, over several, to the sinks and into

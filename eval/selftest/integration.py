@@ -33,7 +33,7 @@ PROMPT_TOKENS = 156
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setup:
     """The embedded model on a device, its codebook, and token ids (N) of the embedded text to make prompts of."""
 
