@@ -169,3 +169,21 @@ def test_lm_eval_command(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (written,) = tmp_path.rglob("results_*.json")
     assert "exact_match,none" in json.loads(written.read_text())["results"]["toy_answer"]
+
+
+def test_long_answers_samples_and_a_share_of_the_examples(folder: Path, loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    session = Session(*loaded, model_name="tiny", cache=CacheSpec("dynamic"), progress=False)
+    options: dict[str, Any] = {"include_path": folder, "limit": 0.34, "gen_kwargs": {"max_gen_toks": 2, "until": []}}
+    (row,) = tasks.get("harness").run(session, ["toy_answer"], samples=tmp_path / "samples", **options)
+    assert row.settings["gen_kwargs"]["max_gen_toks"] == 2
+    logged = [json.loads(line) for line in (tmp_path / "samples" / "toy_answer.jsonl").read_text().splitlines()]
+    assert len(logged) == 3  # of six, rounded up
+    answers = [sample["filtered_resps"][0] for sample in logged]
+    assert all(len(loaded[1](text, add_special_tokens=False)["input_ids"]) <= 3 for text in answers)
+
+
+def test_the_task_that_comes_along_needs_no_network(loaded: tuple[Any, Any]) -> None:
+    session = Session(*loaded, model_name="tiny", cache=CacheSpec("dynamic"), progress=False)
+    rows = tasks.get("harness").run(session, ["pqcache_articles"], limit=4)
+    assert {row.metric for row in rows} == {"acc", "acc_norm"}
+    assert all("stderr" in row.provenance for row in rows)

@@ -13,6 +13,20 @@ def _needs_model(words: list[str]) -> bool:
     return bool(words) and words[0] not in ("ls", "validate") and not {"-h", "--help"} & set(words)
 
 
+def _check_model_args(words: list[str]) -> None:
+    """Refuse a wrong --model_args before the harness reads thousands of task files. Raises ValueError or OSError."""
+    joined = "\n".join(words).replace("--model-args", "--model_args").replace("--model_args=", "--model_args\n").split("\n")
+    if "hf-pqcache" not in joined or "--model_args" not in joined[:-1]:
+        return
+    given = dict(pair.partition("=")[::2] for pair in joined[joined.index("--model_args") + 1].split(","))
+    from hf_pqcache.eval.caches import check_name
+    from hf_pqcache.eval.model_config import load_model_config
+
+    check_name(given.get("cache", "pq"))
+    if "pretrained" in given:
+        load_model_config(given["pretrained"])
+
+
 @click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
 @click.pass_context
 def command(context: click.Context) -> None:
@@ -27,6 +41,7 @@ def command(context: click.Context) -> None:
     from lm_eval.__main__ import cli_evaluate
 
     if _needs_model(context.args):
+        _check_model_args(context.args)
         import hf_pqcache.eval.harness  # noqa: F401  registers the model
 
     from hf_pqcache.eval.harness_tasks import FOLDER
