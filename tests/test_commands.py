@@ -383,12 +383,13 @@ def test_json_alone_is_on_the_output(here: Path) -> None:
     assert "kv_bytes" in done.stderr
 
 
-def test_quiet_is_quiet(here: Path) -> None:
+def test_quiet_is_quiet(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for line in (
         "eval harness --model tiny --cache dynamic --tasks pqcache_articles --limit 1 --quiet",
         "eval memory --model tiny --cache dynamic --lengths 64 --quiet",
     ):
         assert run(line).stderr == ""
+    assert capfd.readouterr().err == ""  # of other programs, too
 
 
 def test_ctrl_c_ends_with_130(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from hf_pqcache.eval.deployed import CHUNK
 from hf_pqcache.eval.harness_tasks import FOLDER as OWN_TASKS
@@ -73,31 +74,32 @@ class HarnessTask:
     def _measure(
         self, session: Session, asked: Row, name: str, manager: Any, batch_size: int, samples: str | Path | None = None
     ) -> list[Row]:
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator, simple_evaluate
 
         from hf_pqcache.eval.harness import CacheLM
 
         settings, seed = asked.settings, session.seed
-        found: Any = simple_evaluate(
-            model=CacheLM(
-                session.model,
-                session.cache,
-                tokenizer=session.tokenizer,
-                batch_size=batch_size,
-                chunk=settings["chunk"],
-            ),
-            tasks=[name],
-            num_fewshot=settings["num_fewshot"],
-            limit=settings["limit"],
-            apply_chat_template=settings["chat"],
-            task_manager=manager,
-            log_samples=samples is not None,
-            gen_kwargs=settings.get("gen_kwargs"),
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        with patch.object(evaluator, "get_git_commit_hash", lambda: None, create=True):  # git complains outside of a checkout
+            found: Any = simple_evaluate(
+                model=CacheLM(
+                    session.model,
+                    session.cache,
+                    tokenizer=session.tokenizer,
+                    batch_size=batch_size,
+                    chunk=settings["chunk"],
+                ),
+                tasks=[name],
+                num_fewshot=settings["num_fewshot"],
+                limit=settings["limit"],
+                apply_chat_template=settings["chat"],
+                task_manager=manager,
+                log_samples=samples is not None,
+                gen_kwargs=settings.get("gen_kwargs"),
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
         for part, logged in (found.get("samples") or {}).items():
             _write_samples(Path(str(samples)), part, logged)
         rows = []
