@@ -379,7 +379,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_json_alone_is_on_the_output(here: Path) -> None:
     done = run("eval memory --model tiny --cache dynamic --lengths 64 --json - --quiet")
-    assert {row["metric"] for row in json.loads(done.stdout)["rows"]} == {"kv_bytes", "codebook_bytes"}
+    assert {row["metric"] for row in json.loads(done.stdout)["rows"]} >= {"kv_bytes", "codebook_bytes"}
     assert "kv_bytes" in done.stderr
 
 

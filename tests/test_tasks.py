@@ -204,6 +204,7 @@ def test_eval_commands_yield_rows(tmp_path: Path, data_dir: Path) -> None:
         ("speed", "throughput", "dynamic"),
         ("memory", "kv_bytes", "static"),
         ("memory", "codebook_bytes", "static"),
+        ("memory", "reserved_bytes", "static"),
         ("recall", "recall", "dynamic"),
         ("ptb_text_only", "perplexity", "pq"),
     }
