@@ -56,9 +56,9 @@ def command(
     """Baseline, sampling, training and evaluation of a codebook for one model.
 
     \b
-    Example:  pqcache run -f llama-2-7b --dataset wikitext-2-raw-v1 -M 64 \\
-              --nbits 8 -m --half --paged --page_size 64 --extended_residual 128 \\
-              --breakdown -p baseline sampling training evaluation
+    Example:  pqcache run -f tiny --data-dir data --calibration demo -M 32 \\
+              --nbits 4 -m --half --paged --page_size 64 --extended_residual 128 \\
+              --limit 1 --breakdown -p baseline sampling training evaluation
     """
     from hf_pqcache.eval.caches import head_dim_of
     from hf_pqcache.eval.pipeline import STAGES, Pipeline
