@@ -44,12 +44,16 @@ class PagedLayer(CacheLayerMixin):
 
         The cache copies its layers itself. A model that runs a layer several times copies it for its other turns.
         """
-        layer = memo[id(self)] = DynamicLayer()
+        layer = memo[id(self)] = self.stock()
         if self.is_initialized and self.get_seq_length():
             self.commit()
             layer.update(self._decoded(KEY), self._decoded(VALUE))
         self._steps.rule_out("the model has copied a layer for itself")
         return layer
+
+    def stock(self) -> DynamicLayer:
+        """transformers' own layer in place of this one, without tokens."""
+        return DynamicLayer()
 
     # Encoder-decoder models and a few others look at the tensors of a layer.
     @property

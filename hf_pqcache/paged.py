@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hf_pqcache import attention
 from hf_pqcache.handles import DECODED
+from hf_pqcache.hybrid import HybridLayer, paged_layer
 from hf_pqcache.layer import PagedLayer
 from hf_pqcache.model_code import gives_attention_what_it_caches
 from hf_pqcache.plan import COPY, NO_POSITIONS, SingleAttention, layers_without_positions, why_exact
@@ -40,14 +41,14 @@ class PagedCache(SequenceCache, Cache):
         self._exact |= dict.fromkeys(others, NO_POSITIONS)
         self.storage = storage
         cache = weakref.ref(self)  # a cycle would keep the pool alive until the garbage collector comes
-        self._steps = Steps(storage, lambda: {} if (alive := cache()) is None else alive._stock_layers(), chosen)
+        self._steps = Steps(storage, lambda: {} if (alive := cache()) is None else alive._stock_parts(), chosen)
         self._steps.without_positions |= others
-        self._steps.why_never = self._why_never(should_compile, [layers[i] for i in self._exact], storage)
+        self._steps.why_never = self._why_never(should_compile, layers, storage)
         if not gives_attention_what_it_caches(text_config):  # until a pass has shown it
             self._steps.decoded = dict.fromkeys(chosen, DECODED)
         self._compressed = chosen
         for i in chosen:
-            layers[i] = PagedLayer(storage, i, self._steps, text_config)
+            layers[i] = paged_layer(layers[i], storage, i, self._steps, text_config)
         super().__init__(layers=layers)
         self._attention = SingleAttention(config, len(layers))
         self._model_config = config
@@ -70,11 +71,12 @@ class PagedCache(SequenceCache, Cache):
         self._steps.is_generating = value
         self._decide()
 
-    def _why_never(self, should_compile: bool, exact_layers: list[Any], storage: Storage) -> str | None:
+    def _why_never(self, should_compile: bool, layers: list[Any], storage: Storage) -> str | None:
         """Why `generate` never compiles decode steps with this cache, whatever the model does, if so."""
         if storage.offload is not None:
             return "offload=True: pages come from host memory step by step, which a captured graph cannot do"
-        if stock := sorted({type(layer).__name__ for layer in exact_layers if not layer.is_compileable}):
+        kept = [layer for i, layer in enumerate(layers) if i in self._exact or type(layer) is not DynamicLayer]
+        if stock := sorted({type(layer).__name__ for layer in kept if not layer.is_compileable}):
             return f"transformers' {', '.join(stock)} cannot be compiled"
         return None if should_compile else "compile=False, the default where no kernels serve or several processes share work"
 
@@ -111,11 +113,11 @@ class PagedCache(SequenceCache, Cache):
 
     def _keep_exact(self, index: int, reason: str) -> None:
         """Let transformers keep a layer that has no tokens yet."""
-        self.layers[index] = DynamicLayer()
+        self.layers[index] = self.layers[index].stock()
         self._compressed.remove(index)
         self._exact[index] = reason
         self._steps.decoded.pop(index, None)
-        self._steps.rule_out(f"layer {index} is transformers' DynamicLayer")
+        self._steps.rule_out(f"layer {index} is transformers' {type(self.layers[index]).__name__}")
 
     def _why_unfit(self, keys: Tensor, values: Tensor) -> str | None:
         """Why pages cannot hold tokens like these, if so."""
@@ -148,21 +150,23 @@ class PagedCache(SequenceCache, Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the sequences: page tables move, pages are shared by count, only exact windows are copied."""
         self._select(beam_idx.tolist())
-        for layer in self._stock_layers().values():
+        for layer in self._stock_parts().values():
             layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence; the copies share their pages."""
+        parts = self._stock_parts(able_to="batch_repeat_interleave")
         self._select([row for row in range(self.storage.batch) for _ in range(repeats)])
-        for layer in self._stock_layers().values():
+        for layer in parts.values():
             layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Any) -> None:
         """Keep the sequences at `indices`: numbers, a mask or a slice, as a tensor is indexed by."""
+        parts = self._stock_parts(able_to="batch_select_indices")
         if self.storage.views:
             index = indices.cpu() if isinstance(indices, Tensor) else list(indices) if isinstance(indices, tuple) else indices
             self._select(torch.arange(self.storage.batch)[index].tolist())
-        for layer in self._stock_layers().values():
+        for layer in parts.values():
             layer.batch_select_indices(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -184,7 +188,7 @@ class PagedCache(SequenceCache, Cache):
                     self._steps.entries.clear()
                 if tokens_to_remove and self.storage.views:
                     self.storage.crop(max(0, self._steps.complete() + tokens_to_remove))
-        for layer in self._stock_layers().values():
+        for layer in self._stock_parts().values():
             layer.crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -194,7 +198,7 @@ class PagedCache(SequenceCache, Cache):
         self.forget_sequences()
         for i in self._compressed:
             self.layers[i].is_initialized = False
-        for layer in self._stock_layers().values():
+        for layer in self._stock_parts().values():
             if isinstance(layer, DynamicLayer):  # transformers 5.17 would zero its tokens and keep their number
                 layer.keys = layer.values = None
                 layer.is_initialized = False
@@ -214,6 +218,17 @@ class PagedCache(SequenceCache, Cache):
         """The layers that transformers itself keeps, by index; there may be more than the config tells of."""
         return {i: layer for i, layer in enumerate(self.layers) if not isinstance(layer, PagedLayer)}
 
+    def _stock_parts(self, *, able_to: str | None = None) -> dict[int, Any]:
+        """These, and the states of layers of which we keep the tokens only.
+
+        Raises NotImplementedError where one has no method of the name `able_to`.
+        """
+        parts = {i: getattr(layer, "states", layer) for i, layer in enumerate(self.layers) if type(layer) is not PagedLayer}
+        for i, part in parts.items():
+            if able_to is not None and not hasattr(part, able_to):
+                raise NotImplementedError(f"layer {i} is transformers' {type(part).__name__}, which has no {able_to}")
+        return parts
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         self._steps.settle()
         new = self._empty_twin()
@@ -227,8 +242,11 @@ class PagedCache(SequenceCache, Cache):
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, PagedLayer):
                 new.layers[i : i + 1] = [copy.deepcopy(layer, memo)]
-            elif layer.is_initialized:
+                continue
+            if layer.is_initialized:
                 new.layers[i].adopt(layer)
+            if isinstance(layer, HybridLayer):
+                new.layers[i].states = copy.deepcopy(layer.states, memo)
         return new
 
     def _take_over(self, storage: Storage, other: PagedCache) -> None:

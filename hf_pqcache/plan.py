@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from hf_pqcache.hf_names import CACHE
 
+#: transformers' layers that keep every token; the second has a recurrent state besides.
+KEEPING = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 #: Why a layer is kept as it is whose tokens are not those of the text.
 NO_POSITIONS = "its tokens are no positions of the text, but what the model attends to beside it, such as an image"
 #: Why there is a layer that the model's config does not tell of.
@@ -33,22 +35,22 @@ def _num_layers(text_config: Any) -> int:
 
 
 def full_attention(config: Any, layers: Sequence[Any]) -> list[int]:
-    """Which of transformers' `layers` for a model keep every position; the others have a window, a state, or an image."""
+    """Which of transformers' `layers` for a model keep every position; the others have a window, only a state, or an image."""
     others, there = layers_without_positions(config), _num_layers(config.get_text_config(decoder=True))
-    return [i for i, layer in enumerate(layers[:there]) if type(layer) is DynamicLayer and i not in others]
+    return [i for i, layer in enumerate(layers[:there]) if type(layer) in KEEPING and i not in others]
 
 
 def why_exact(layer: Any) -> str:
     """Why transformers' own cache layer of a model is kept as it is."""
     if type(layer).__name__ == "DummyLayer":
         return "attends to the keys and values of another layer"
+    if type(layer) in KEEPING:
+        return "the codebook has no centroids for it, or the decoder no such layer"
+    if getattr(layer, "is_sliding", False):
+        return f"keeps no more than {layer.sliding_window} tokens (sliding window or chunks)"
     if hasattr(layer, "conv_states"):
         besides = " besides its tokens" if isinstance(layer, CacheLayerMixin) else ""
         return f"keeps a recurrent state of constant size{besides}"
-    if getattr(layer, "is_sliding", False):
-        return f"keeps no more than {layer.sliding_window} tokens (sliding window or chunks)"
-    if type(layer) is DynamicLayer:
-        return "the codebook has no centroids for it, or the decoder no such layer"
     return f"transformers' {type(layer).__name__} keeps more than keys and values"
 
 

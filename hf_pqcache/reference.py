@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from hf_pqcache import pq
 from hf_pqcache.codebook import Codebook, LayerCodebook
@@ -107,6 +107,26 @@ class ReferenceLayer(DynamicLayer):
         return sides[0], sides[1]
 
 
+class HybridReferenceLayer(LinearAttentionAndFullAttentionLayer, ReferenceLayer):  # type: ignore[misc, override]
+    """One layer of a model whose layers keep a recurrent state besides their tokens: the state is transformers' own."""
+
+    def __init__(self, *args: Any, number_of_states: int) -> None:
+        ReferenceLayer.__init__(self, *args)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        ReferenceLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
+        ReferenceLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        ReferenceLayer.crop(self, tokens_to_remove)
+
+
 class ReferenceCache(Cache):
     """A Cache that computes what PagedPQCache(config, codebook, pq_config) must.
 
@@ -124,5 +144,7 @@ class ReferenceCache(Cache):
         layers: list[Any] = DynamicCache(config=config).layers
         for i in full_attention(config, layers):
             if i in codebook.layers:
-                layers[i] = ReferenceLayer(settings, codebook.layers[i], starts)
+                arguments = settings, codebook.layers[i], starts
+                states = getattr(layers[i], "number_of_states", 0)
+                layers[i] = HybridReferenceLayer(*arguments, number_of_states=states) if states else ReferenceLayer(*arguments)
         super().__init__(layers=layers)

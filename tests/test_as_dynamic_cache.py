@@ -110,7 +110,7 @@ def assert_same_answers(ours: Any, theirs: Any, but: tuple[str, ...] = ()) -> No
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", OURS.values(), ids=OURS)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma3n", "qwen3_next", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma3n", "qwen3_next", "falcon_h1", "deepseek_v3"])
 def test_answers_are_those_of_dynamic_cache(name: str, make: Callable[[Any], Any]) -> None:
     model = build(name)
     caches = [make(model.config), DynamicCache(config=model.config)]

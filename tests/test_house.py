@@ -16,7 +16,7 @@ FLOORS = {
     3: {"engine", "attention", "calibrate", "reference", "diagnose"},
     4: {"footprint", "ops", "room", "storage"},
     5: {"steps"},
-    6: {"layer", "sequences"},
+    6: {"layer", "hybrid", "sequences"},
     7: {"paged", "cache"},
     8: {"eval"},
     9: {"commands"},
@@ -24,6 +24,7 @@ FLOORS = {
 }
 #: Files of one floor that may know a sibling.
 SIBLINGS = {
+    ("hybrid", "layer"),
     ("cuda_engine", "kernel_plan"),
     ("selection", "kernel_plan"),
     ("pool", "pages"),

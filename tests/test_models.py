@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ KINDS = {
     "gpt_oss": ([1], {0: "keeps no more than 8 tokens"}),
     "llama4": ([1], {0: "keeps no more than 16 tokens"}),
     "qwen3_next": ([1], {0: "keeps a recurrent state"}),
+    "falcon_h1": ([0, 1], {}),
 }
 
 
@@ -56,6 +58,37 @@ def test_layers_that_are_not_compressed_say_why(name: str) -> None:
         assert stats["engines"][layer]["reason"].startswith(reason)
     if not compressed:
         assert_same(got, generate(model, DynamicCache(config=model.config), inputs))
+
+
+@torch.no_grad()
+def test_a_recurrent_state_beside_compressed_tokens_goes_where_they_go() -> None:
+    """Falcon-H1 has both in each layer; a cache whose tokens turn out unfit for pages keeps the state it has by then."""
+    model, ids = build("falcon_h1"), tokens(2, 40)
+    caches = [PagedKVCache(model.config, page_size=16), DynamicCache(config=model.config)]
+    for cache in caches:
+        model(ids, **cache_kwargs(cache))
+    ours, theirs = (cache.layers[1] for cache in caches)
+    torch.testing.assert_close(ours.recurrent_states[0], theirs.recurrent_states[0])
+    assert (caches[0].has_previous_state(1), ours.is_croppable) == (True, False)
+    twin = copy.deepcopy(caches[0])
+    for cache in (caches[0], caches[1], twin):
+        cache.reorder_cache(torch.tensor([1, 0]))
+    steps = [model(tokens(2, 1), **cache_kwargs(cache)).logits for cache in (*caches, twin)]
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(steps[2], steps[1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotImplementedError, match="has no batch_repeat_interleave"):
+        twin.batch_repeat_interleave(2)
+    assert twin.batch_size == 2
+    caches[0].reset()
+    assert not caches[0].has_previous_state(1)
+
+
+def test_a_recurrent_state_stays_where_the_tokens_beside_it_do_not_fit_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (inputs, _) = build("falcon_h1"), padded(2, 50)
+    monkeypatch.setattr(PagedPQCache, "_why_unfit", lambda self, keys, values: "a test says so")
+    cache = PagedPQCache(model.config, page_size=16)
+    assert_same(generate(model, cache, inputs), generate(model, DynamicCache(config=model.config), inputs))
+    assert cache.stats()["exact_layers"] == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["gemma3n", "gemma4"])

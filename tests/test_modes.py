@@ -30,7 +30,7 @@ def test_equals_a_cache_that_decodes(name: str, implementation: str, scenario: s
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "qwen3_next"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "qwen3_next", "falcon_h1"])
 def test_equals_dynamic_cache_while_nothing_is_coded(name: str, scenario: str) -> None:
     implementation = "eager" if name in EAGER_ONLY else "sdpa"
     if not is_supported(name, scenario):
@@ -44,7 +44,7 @@ def test_equals_dynamic_cache_while_nothing_is_coded(name: str, scenario: str) -
 #: Grouped heads; windows beside full attention; learnt positions; attention sinks; a recurrent state.
 EXACT_CASES = [
     (name, "eager" if name in EAGER_ONLY else "sdpa", s)
-    for name in ("llama", "gemma3", "opt", "gpt_oss", "qwen3_next")
+    for name in ("llama", "gemma3", "opt", "gpt_oss", "qwen3_next", "falcon_h1")
     for s in SCENARIOS
 ]
 EXACT_CASES += [(name, "eager", s) for name in ("llama", "gemma2") for s in FEW]

@@ -172,7 +172,7 @@ def is_supported(name: str, scenario: str) -> bool:
     """Whether transformers runs it at all; what it refuses for DynamicCache, too, is no case."""
     if scenario == "hand-made mask":  # hybrid models want one for each kind of layer; OPT counts positions in a 2-D mask
         return name != "opt" and all(type(layer) is DynamicLayer for layer in DynamicCache(config=build(name).config).layers)
-    return not (scenario in ("assisted", "prompt lookup", "rows moved") and name == "qwen3_next")
+    return not (scenario in ("assisted", "prompt lookup", "rows moved") and name in ("qwen3_next", "falcon_h1"))
 
 
 def assert_same(scenario: Scenario, ours: Run, theirs: Run, tolerance: float = 1e-4) -> None:
@@ -182,10 +182,10 @@ def assert_same(scenario: Scenario, ours: Run, theirs: Run, tolerance: float = 1
     """
     try:
         expected_tokens, expected = scenario(theirs)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         try:
             scenario(replace(theirs, new_cache=lambda starts: DynamicCache(config=theirs.model.config)))
-        except RuntimeError as own:
+        except (RuntimeError, ValueError) as own:
             pytest.skip(f"DynamicCache cannot do it: {own}")
         raise
     got_tokens, got = scenario(ours)

@@ -14,12 +14,12 @@ import transformers as tf
 from own_attention import ReaderConfig, ReaderForCausalLM
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from hf_pqcache.calibrate import learn_layer
 from hf_pqcache.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.plan import KEEPING
 
 #: A cache in which 50 tokens already fill a page of codes, and whose borders are passed every 16 tokens.
 SMALL = PQConfig(num_bits=4, page_size=16, extended_residual=16, max_pages=64)
@@ -94,6 +94,9 @@ def _config(name: str) -> tuple[type, Any]:
             experts |= {"shared_expert_intermediate_size": 16}
             types = {"layer_types": ["linear_attention", "full_attention"]}
             return tf.Qwen3NextForCausalLM, tf.Qwen3NextConfig(**COMMON, **heads, **linear, **experts, **types)
+        case "falcon_h1":  # each layer has both
+            state = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+            return tf.FalconH1ForCausalLM, tf.FalconH1Config(**COMMON, **state)
         case "gptj":
             sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512, "rotary_dim": 8}
             return tf.GPTJForCausalLM, tf.GPTJConfig(vocab_size=VOCABULARY, **sizes, eos_token_id=None, bos_token_id=1)
@@ -117,7 +120,7 @@ def _config(name: str) -> tuple[type, Any]:
 
 
 #: Decoder-only models whose full-attention layers are compressed and read by the fused path.
-FUSED = ("llama", "qwen3", "mistral", "phi3", "opt", "gemma3", "gpt_oss", "llama4", "qwen3_next")
+FUSED = ("llama", "qwen3", "mistral", "phi3", "opt", "gemma3", "gpt_oss", "llama4", "qwen3_next", "falcon_h1")
 #: More of them, for the tests that need not see every mode.
 MORE_FUSED = ("granite", "olmo2", "gpt2", "gemma2")
 #: Those that transformers' own mask code can compile: every layer is full attention.
@@ -169,7 +172,7 @@ def codebook_of(name: str, settings: PQConfig = SMALL) -> Codebook | None:
     books = {
         i: learn_layer(layer.keys[0], layer.values[0], settings, iterations=5)
         for i, layer in enumerate(past.layers)
-        if type(layer) is DynamicLayer and layer.is_initialized
+        if type(layer) in KEEPING and layer.is_initialized
     }
     return Codebook(books, num_bits=settings.num_bits, num_subspaces=settings.num_subspaces) if books else None
 
