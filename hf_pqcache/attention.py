@@ -38,6 +38,10 @@ _HARMLESS = frozenset(
 )
 
 
+def _foreign(function: Any) -> str:
+    return f"the attention function {name_of(function)} is not transformers' own"
+
+
 def _odd_keyword(facts: Known, kwargs: dict[str, Any]) -> str | None:
     """A keyword of the call that the fused attention does not honour as a function with these facts does, if any."""
     for name, value in kwargs.items():
@@ -81,7 +85,7 @@ class Dispatcher:
     def __init__(self, original: Callable[..., Any] | None) -> None:
         """original: None for the eager function of each module's own file, which is no entry of the interface."""
         self._original = original
-        self._facts: dict[type, Known | None] = {}  # of the original, as eager calls from modules of a class have found it
+        self._known = None if original is None else known(original)
 
     def __call__(
         self,
@@ -102,19 +106,16 @@ class Dispatcher:
     @property
     def why_decoded(self) -> str | None:
         """Why no call of it can be fused, if so."""
-        if self._original is None or known(self._original) is not None:
-            return None
-        return f"the attention function {name_of(self._original)} is not transformers' own"
+        return None if self._original is None or self._known is not None else _foreign(self._original)
 
     def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return (self._original or eager_function(module))(module, *args, **kwargs)
 
-    def _why_decoded(self, module: nn.Module, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    def _why_decoded(self, key: Any, module: nn.Module, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why the fused attention cannot stand in for the original in this call, however many queries it has."""
-        facts = self._facts.get(type(module))
+        facts = key.layer.eager_facts if self._original is None else self._known
         if facts is None:
-            function = self._original or eager_function(module)
-            return f"the attention function {name_of(function)} is not transformers' own"
+            return _foreign(self._original or eager_function(module))
         if args:
             return "attention is given positional arguments that are not known"
         if (name := _odd_keyword(facts, kwargs)) is not None:
@@ -136,7 +137,7 @@ class Dispatcher:
 
     def _traced(self, module: nn.Module, query: Tensor, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
         both = isinstance(key, KVHandle) and isinstance(value, KVHandle)
-        if both and query.shape[2] == 1 and self._why_decoded(module, mask, args, kwargs) is None:
+        if both and query.shape[2] == 1 and self._why_decoded(key, module, mask, args, kwargs) is None:
             return self._fused(query, key, value, mask, kwargs)
         key, value = (x.dense() if isinstance(x, KVHandle) else x for x in (key, value))
         return self._call(module, query, key, value, mask, *args, **kwargs)
@@ -173,15 +174,18 @@ class Dispatcher:
         self, module: nn.Module, key: Any, value: Any, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> str | None:
         """Look at the original again, it may have changed, and say why this call's keys must be decoded, if so."""
-        function = self._original or eager_function(module)
-        facts = self._facts[type(module)] = known(function)
+        facts = known(self._original or eager_function(module))
+        if self._original is not None:
+            self._known = facts
+        elif isinstance(key, LazyKV):
+            key.layer.eager_facts = facts
         if any(not isinstance(x, LazyKV) or x.is_touched for x in (key, value)):
             return DECODED
         if facts is not None and facts.has_weights and wants_weights(module):
             return "somebody asks for attention weights"
         if facts is not None and facts.sinks == "module" and kwargs.get("s_aux") is not getattr(module, "sinks", None):
             return "attention takes its sinks from the module, which the call does not pass on"
-        return self._why_decoded(module, mask, args, kwargs)
+        return self._why_decoded(key, module, mask, args, kwargs)
 
 
 def install(implementation: str | None) -> None:

@@ -7,8 +7,10 @@ a wrapper around transformers' own, the code of a model from the Hub, is called 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
-from types import FunctionType
+from functools import cache
+from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -80,20 +82,14 @@ def name_of(function: Any) -> str:
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
-_EAGER_NAMES: dict[type, tuple[dict[str, Any], str]] = {}
-
-
 def eager_function(module: nn.Module) -> Callable[..., Any]:
     """The eager attention function of the file that `module` comes from, as it is now.
 
     Every user of the attention interface names its default inside a method; it is a global of that file. Raises
     NotImplementedError if there is none.
     """
-    cls = type(module)
-    if cls not in _EAGER_NAMES:
-        _EAGER_NAMES[cls] = _find_eager(cls)
-    scope, name = _EAGER_NAMES[cls]
-    function: Callable[..., Any] = scope[name]
+    file, name = _place_of_eager(type(module))
+    function: Callable[..., Any] = getattr(file, name)
     return function
 
 
@@ -102,17 +98,32 @@ def call_eager_function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return eager_function(module)(module, *args, **kwargs)
 
 
-def _find_eager(cls: type) -> tuple[dict[str, Any], str]:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _place_of_eager(cls: type) -> tuple[Any, str]:
+    """(module object of a file, name of its eager attention function); a compiler need not look how it is found."""
+    return _find_eager(cls)
+
+
+@cache
+def _find_eager(cls: type) -> tuple[Any, str]:
     methods = [inspect.unwrap(cls.forward)]  # type: ignore[attr-defined]
     methods += [f for base in cls.__mro__ for f in map(inspect.unwrap, vars(base).values()) if isinstance(f, FunctionType)]
     for is_it in (lambda name, _: name.endswith("eager_attention_forward"), _may_be_default):
         for method in methods:
             for name in method.__code__.co_names:
                 if name in method.__globals__ and is_it(name, method):
-                    return method.__globals__, name
+                    return _file_of(method), name
     raise NotImplementedError(
         f"{cls.__name__} names no eager attention function; load the model with attn_implementation='sdpa'"
     )
+
+
+def _file_of(function: FunctionType) -> Any:
+    """The module object whose globals a function uses."""
+    file = sys.modules.get(function.__globals__.get("__name__", ""))
+    if file is not None and vars(file) is function.__globals__:
+        return file
+    return SimpleNamespace(**function.__globals__)
 
 
 def _may_be_default(name: str, method: FunctionType) -> bool:

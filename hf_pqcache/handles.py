@@ -19,7 +19,13 @@ DECODED = "the model reads keys and values itself; they are decoded for it at ev
 
 
 class HandledLayer(Protocol):
-    """The part of a cache layer that handles and the attention dispatcher use."""
+    """The part of a cache layer that handles and the attention dispatcher use.
+
+    eager_facts: what the dispatcher has found out in the last eager pass about the eager attention function of the layer's
+    model; a graph may know no more of it.
+    """
+
+    eager_facts: Any
 
     def dense(self, which: int, new: Tensor) -> Tensor: ...
 

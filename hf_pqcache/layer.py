@@ -33,6 +33,7 @@ class PagedLayer(CacheLayerMixin):
         self._before = 0  # tokens before the pass under way
         self._pending: tuple[Tensor, Tensor] | None = None
         self._is_traceable = False
+        self.eager_facts: Any = None
         super().__init__()
 
     @property

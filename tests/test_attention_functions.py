@@ -223,6 +223,17 @@ def test_another_cache_goes_through_untouched() -> None:
         assert torch.equal(run(model, DynamicCache(config=model.config)), expected)
 
 
+def test_a_model_that_is_compiled_whole_without_a_cache() -> None:
+    """No graph breaks at what was wrapped for another model."""
+    same(model_with(implementation="eager"))
+    torch._dynamo.reset()
+    model, ids = build("olmo2", "eager"), tokens(1, 9)
+    with torch.no_grad():
+        got = torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False).logits
+        torch.testing.assert_close(got, model(ids, use_cache=False).logits, rtol=0, atol=0)
+    torch._dynamo.reset()
+
+
 def my_default(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     return cold(module, query, key, value, None, scaling=kwargs["scaling"])
 

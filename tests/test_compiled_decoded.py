@@ -193,3 +193,15 @@ def test_attention_weights_of_compiled_steps() -> None:
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x[..., : y.shape[-1]], y, rtol=1e-4, atol=1e-5)
             assert not x[..., y.shape[-1] :].any()
+
+
+def test_other_models_do_not_make_a_graph_again() -> None:
+    """What is known of their attention functions is no part of it."""
+    torch._dynamo.reset()
+    model, graphs, (inputs, _) = build("llama", "eager"), Graphs(), padded(2, 20)
+    others = [build(name, "eager") for name in ("qwen3", "gpt2")]
+    for _ in range(2):
+        compared(model, PagedKVCache(model.config, compile=True), inputs, compile_config=graphs.config)
+        for other in others:
+            compared(other, PagedKVCache(other.config), inputs)
+    assert graphs.count == 1

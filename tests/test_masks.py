@@ -27,6 +27,10 @@ def cache_for(model: Any, kind: str = "codes") -> Any:
     return PagedPQCache(model.config, None, IN_WINDOW)
 
 
+def exact_cache(model: Any) -> DynamicCache:
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
 def as_mask(allowed: Tensor, implementation: str) -> Tensor:
     """bool (B, heads or 1, T, n), True where a query attends -> what the implementation takes."""
     if implementation == "sdpa":
@@ -39,7 +43,7 @@ Pass = dict[str, Any]
 
 def assert_same(model: Any, cache: Any, passes: list[Pass]) -> None:
     """Logits of all visible positions are DynamicCache's; `visible` of a pass (B, T) tells which, None means all."""
-    exact = DynamicCache(config=model.config)
+    exact = exact_cache(model)
     for i, inputs in enumerate(passes):
         visible = inputs.pop("visible", None)
         with torch.no_grad():
@@ -53,7 +57,7 @@ def assert_same(model: Any, cache: Any, passes: list[Pass]) -> None:
 def assert_same_generation(model: Any, cache: Any, inputs: dict[str, Tensor], **options: Any) -> None:
     """Logits of a few new tokens are DynamicCache's."""
     options |= {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    outputs = [model.generate(**inputs, **options, **cache_kwargs(c)) for c in (cache, DynamicCache(config=model.config))]
+    outputs = [model.generate(**inputs, **options, **cache_kwargs(c)) for c in (cache, exact_cache(model))]
     torch.testing.assert_close(*(torch.stack(out.logits) for out in outputs), rtol=1e-4, atol=1e-4)
 
 
@@ -231,6 +235,22 @@ def test_masks_of_every_head() -> None:
     """Doge hides all but the 16 columns that its values choose: those are no padding; padding is."""
     model = doge()
     inputs, pads = padded(2, 30)
+    cache = cache_for(model)
+    assert_same_generation(model, cache, inputs)
+    assert starts(cache) == pads
+
+
+def test_positions_of_three_kinds() -> None:
+    """Models that look at images count time, height and width."""
+    torch.manual_seed(0)
+    text = {**COMMON, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 14}
+    ids = {f"{name}_token_id": 120 + i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))}
+    config = tf.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
+    model = tf.Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    model.generation_config.eos_token_id = None
+    inputs, pads = padded(2, 30)
+    inputs["input_ids"] = inputs["input_ids"].clamp(max=100)
     cache = cache_for(model)
     assert_same_generation(model, cache, inputs)
     assert starts(cache) == pads

@@ -74,7 +74,7 @@ def cross_mask(rows: int, count: int) -> Tensor:
 def look(model: Any, cache: Any, ids: Tensor, with_image: int | None = None) -> Tensor:
     inputs = {} if with_image is None else image(len(ids), with_image)
     with torch.no_grad():
-        mask = cross_mask(*ids.shape) if with_image is not None else None
+        mask = cross_mask(len(ids), cache.get_seq_length() + ids.shape[1]) if with_image is not None else None
         logits: Tensor = model(ids, **inputs, cross_attention_mask=mask, **cache_kwargs(cache, model)).logits
     return logits
 
