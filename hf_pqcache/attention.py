@@ -149,13 +149,13 @@ class Dispatcher:
             for layer in layers.values():
                 layer.check_mask(mask)
             reason = self._look(module, key, value, mask, args, kwargs)
-            if reason is None and torch.is_grad_enabled() and (query.requires_grad or key.fresh.requires_grad):
+            if reason is None and _needs_gradient(query, key, value):
                 reason = "gradients are asked for, which the fused attention has none of"
             for layer in layers.values():
                 layer.note_decoded(reason)
             # One query over several new keys: Gemma 4 asks its last layers for the last token of a prompt only. New keys
             # that come together are seen exactly, so this is not a decode step.
-            if reason is None and query.shape[2] == key.fresh.shape[2] == 1 and not _needs_gradient(query, key, value):
+            if reason is None and query.shape[2] == key.fresh.shape[2] == 1:
                 key.layer.commit(mask, kwargs.get("position_ids"))  # a first prompt of a single token waits, too
                 return self._fused(query, key, value, mask, kwargs)
             key, value = (x.dense() if isinstance(x, LazyKV) else x for x in (key, value))

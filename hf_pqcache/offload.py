@@ -71,6 +71,10 @@ class _Group:
         self.staging = [_Staging() for _ in range(NUM_STAGING)]
         self.layers: list[HostedStore] = []
 
+    def staging_of(self, place: int) -> _Staging:
+        """The staging pool that the layer at `place` uses."""
+        return self.staging[place % len(self.staging)]
+
     def record(self, slab: Slab) -> None:
         """A new staging slab is not to be given away while a transfer is under way."""
         if self.device.type == "cuda":
@@ -79,18 +83,19 @@ class _Group:
 
     def drop_staging(self, place: int, number: int) -> None:
         """Without a slab on the device that no layer needs any more."""
-        sharing = self.layers[place % NUM_STAGING :: NUM_STAGING]
+        count = len(self.staging)
+        sharing = self.layers[place % count :: count]
         if not any(number in layer.host for layer in sharing):
-            self.staging[place % NUM_STAGING].slabs.pop(number, None)
+            self.staging_of(place).slabs.pop(number, None)
 
     def prefetch(self, place: int) -> None:
-        staging = self.staging[place % NUM_STAGING]
+        staging = self.staging_of(place)
         if staging.arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(staging.arrival)
         if staging.owner != place:
             self._copy(place)
         following = (place + 1) % len(self.layers)
-        other = self.staging[following % NUM_STAGING]
+        other = self.staging_of(following)
         if other is staging or other.owner == following:
             return
         if self.stream is None:
@@ -106,10 +111,10 @@ class _Group:
         layer = self.layers[place]
         layer.kept = {page for page in layer.kept if self.references(page)}
         self._move(layer, layer.kept, to_device=True)
-        self.staging[place % NUM_STAGING].owner = place
+        self.staging_of(place).owner = place
 
     def write_back(self, place: int, pages: Sequence[int]) -> None:
-        if self.staging[place % NUM_STAGING].owner != place:
+        if self.staging_of(place).owner != place:
             raise RuntimeError(f"pages {pages} were written while another layer's pages were on the device")
         self._move(self.layers[place], pages, to_device=False)
         self.layers[place].kept.update(pages)
@@ -133,7 +138,7 @@ class HostedStore(PageStore):
     def __init__(self, group: _Group, keys: PageSpec, values: PageSpec, max_id: int) -> None:
         super().__init__(keys, values, group.device, max_id)
         self.group, self.place = group, len(group.layers)
-        self.slabs = group.staging[self.place % NUM_STAGING].slabs
+        self.slabs = group.staging_of(self.place).slabs
         self.host: dict[int, Slab] = {}
         self.kept: set[int] = set()
         group.layers.append(self)
@@ -162,11 +167,11 @@ class HostedStore(PageStore):
     @property
     def reserved_bytes(self) -> int:
         """Bytes on the device: staging slabs, told by the first layer that shares them."""
-        return super().reserved_bytes if self.place < NUM_STAGING else 0
+        return super().reserved_bytes if self.place < len(self.group.staging) else 0
 
     @property
     def staged_page_bytes(self) -> int:  # type: ignore[override]
-        return self.page_bytes if self.place < NUM_STAGING else 0
+        return self.page_bytes if self.place < len(self.group.staging) else 0
 
     @property
     def host_bytes(self) -> int:  # type: ignore[override]

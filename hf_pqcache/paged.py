@@ -105,6 +105,7 @@ class PagedCache(SequenceCache, Cache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, PagedLayer) or layer_idx in self.storage.views:
             return
+        self.storage.check_rows_advance_together()  # layers of sequences need not be in step
         if not self._steps.is_in_step(keys.shape[2]):
             self._steps.without_positions.add(layer_idx)
             self._keep_exact(layer_idx, NO_POSITIONS)

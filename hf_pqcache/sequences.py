@@ -85,7 +85,7 @@ class SequenceCache:
         Raises ValueError if no sequence has had a token in this layer yet.
         """
         row = self._row(seq_id)
-        if not self._layer(layer_idx).is_initialized:
+        if self._layer(layer_idx).index not in self.storage.views:
             raise ValueError(f"layer {layer_idx} has no tokens yet; append_tokens comes first")
         view, length = self.storage.views[layer_idx], self.storage.row_lengths(layer_idx)[row]
         return torch_engine.row_tokens(view, "key", row, length), torch_engine.row_tokens(view, "value", row, length)

@@ -431,6 +431,8 @@ class Storage(Room):
             new._share_pages(self)
         else:
             new.table.rows = [[] for _ in self.table.rows]
+        with out_of_memory_as_pqc004("a copy's own pages"):  # those that are promised but not yet written
+            new.table.reserve([len(row) for row in self.table.rows])
         new.starts, new._padding_known = list(self.starts), self._padding_known
         new.are_rows_independent = self.are_rows_independent
         new.learned = dict(self.learned)
@@ -455,7 +457,7 @@ class Storage(Room):
     def _share_pages(self, other: Storage) -> None:
         """Have the pages of another cache of the same shape, whose memory both use from now on."""
         self.allocator, self.offload, self._stores = other.allocator, other.offload, dict(other._stores)
-        self._own(other.table.twin(other._written_pages()))  # others may yet be written
+        self._own(other.table.twin(other._written_pages()))
 
 
 def _pick(numbers: Sequence[int], indices: Sequence[int | None]) -> list[int]:

@@ -361,7 +361,7 @@ class Batch(CacheMachine):
             self.cache = copy.deepcopy(self.cache)
 
     def compare(self) -> None:
-        for layer in self.cache.storage.views:
+        for layer in self.cache.storage.views if self.total else ():
             got = torch.stack([self.cache.layers[layer].keys, self.cache.layers[layer].values])[:, :, 0]
             assert got.shape[2] == self.total
             for i, row in enumerate(self.model):
@@ -444,7 +444,7 @@ def _restore_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def _share_what_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that lags behind writes a page that a copy of its row shares."""
 
-    def reserve(self: Storage, layer: int, lengths: list[int]) -> None:
+    def reserve(self: Storage, layer: int, lengths: list[int], may_widen: bool = True) -> None:
         self.table.reserve([self.views[layer].coded_tokens(length) // PAGE for length in lengths])
         for state in self.states.values():
             state.sync_table(self.table)
@@ -454,7 +454,7 @@ def _share_what_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _forget_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Written pages are not copied to the host."""
-    monkeypatch.setattr(Storage, "_keep", lambda self, layer, before, after=None: None)
+    monkeypatch.setattr(Storage, "_write_back", lambda self, layer, before, after=None: None)
 
 
 def _bring_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
