@@ -6,7 +6,8 @@ Its name is none that pytest collects by itself. Some minutes on one core, and a
     OMP_NUM_THREADS=1 pytest tests/sweep.py -k "llama or gemma"
 
 A model that transformers itself cannot build, or not run with a DynamicCache, is skipped, and the table says why. All
-others must give DynamicCache's tokens and logits, whether their attention is fused, decoded or exact.
+others must give DynamicCache's tokens and logits, whether their attention is fused, decoded or exact, and whether steps are
+compiled (here into graphs that run as they are) or not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from graphs import Graphs
 from tiny_models import padded, tokens
 from torch import Tensor
 from transformers import DynamicCache
@@ -54,10 +56,10 @@ def table(request: pytest.FixtureRequest) -> Table:
     return table
 
 
-def generate(model: Any, cache: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def generate(model: Any, cache: Any, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
     """Tokens, and the logits of every step."""
-    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    out = model.generate(**inputs, **cache_kwargs(cache), **options)
+    settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(**inputs, **cache_kwargs(cache), **settings, **options)
     return out.sequences, torch.stack(out.logits)
 
 
@@ -126,3 +128,25 @@ def test_as_dynamic_cache(name: str, implementation: str, table: Table) -> None:
                 torch.testing.assert_close(go_on(model, cache, inputs["attention_mask"]), more, rtol=1e-4, atol=1e-4)
                 assert cache.get_seq_length() == stock.get_seq_length()
     table.rows[name, implementation] = " and ".join(sorted(kinds)) + "".join(sorted(notes))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_compiled_steps_as_dynamic_cache(name: str, table: Table) -> None:
+    model, error = attempt(zoo.build, name, "sdpa")
+    model, error = attempt(zoo.build, name, "eager") if error else (model, "")
+    inputs = padded(2, PROMPT)[0]
+    expected, error = (None, error) if error else attempt(lambda: generate(model, DynamicCache(config=model.config), inputs))
+    if error:
+        pytest.skip(error)
+    cache, graphs = PagedKVCache(model.config, page_size=16, compile=True), Graphs()
+    if not cache.is_compileable:
+        pytest.skip(cache.stats()["eager_because"])
+    table.rows[name, "graphs"] = "FAILED"
+    torch._dynamo.reset()
+    config = graphs.config
+    config.fullgraph = False  # a model's own code may break the graph
+    got = generate(model, cache, inputs, compile_config=config)
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-4)
+    assert torch.equal(got[0], expected[0])
+    table.rows[name, "graphs"] = f"{how(cache)}: in {graphs.count} graphs"
