@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hf_pqcache import attention
@@ -23,8 +23,11 @@ from hf_pqcache.steps import Steps
 from hf_pqcache.storage import Storage
 
 
-class PagedCache(SequenceCache, Cache):
+class PagedCache(SequenceCache, DynamicCache):
     """What the two caches share: everything but what their pages hold.
+
+    DynamicCaches to transformers, some of whose code takes no other: captioning models give one a second cache for the image,
+    EncoderDecoderCache crops no other in assisted decoding.
 
     After an error the cache is as it was before the step, see `update`.
     """
@@ -49,7 +52,8 @@ class PagedCache(SequenceCache, Cache):
         self._compressed = chosen
         for i in chosen:
             layers[i] = paged_layer(layers[i], storage, i, self._steps, text_config)
-        super().__init__(layers=layers)
+        self._rows = {}
+        Cache.__init__(self, layers=layers)  # DynamicCache's would make layers of its own
         self._attention = SingleAttention(config, len(layers))
         self._model_config = config
         self._text_config = text_config
@@ -123,11 +127,6 @@ class PagedCache(SequenceCache, Cache):
     def _why_unfit(self, keys: Tensor, values: Tensor) -> str | None:
         """Why pages cannot hold tokens like these, if so."""
         return None
-
-    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """(keys, values, sliding window or None) of each layer, as DynamicCache gives them; ours are decoded."""
-        for layer in self.layers:
-            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Positions that the cache holds, left padding included: those that all its layers hold."""

@@ -28,10 +28,7 @@ class SequenceCache:
     layers: list[Any]
     _steps: Steps
     _compressed: list[int]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._rows: dict[Hashable, int] = {}
-        super().__init__(*args, **kwargs)
+    _rows: dict[Hashable, int]
 
     @property
     def sequence_ids(self) -> list[Hashable]:

@@ -214,14 +214,38 @@ def captioner() -> tuple[Any, dict[str, Tensor]]:
     return model, {"pixel_values": torch.randn(2, 3, 16, 16), "input_ids": tokens(2, 6)}
 
 
-def test_two_attentions_that_the_config_does_not_tell_of_are_seen_in_the_first_pass() -> None:
+def test_a_model_that_makes_a_second_cache_for_an_image_does_so_beside_ours() -> None:
     model, inputs = captioner()
     text = model.config.text_config
+    expected = model.generate(**inputs, max_new_tokens=20)
+    ours = PagedKVCache(text, page_size=16)
+    for cache in (ours, EncoderDecoderCache(PagedKVCache(text, page_size=16), DynamicCache(config=text))):
+        assert torch.equal(model.generate(**inputs, **cache_kwargs(cache), max_new_tokens=20), expected)
+    assert ours.get_seq_length() > 20
+
+
+def test_two_attentions_that_the_config_does_not_tell_of_are_seen_in_the_first_pass() -> None:
+    cache, keys = PagedKVCache(build("llama").config, page_size=16), torch.randn(2, 2, 9, 16)
+    for layer in (0, 0, 1):
+        cache.update(keys, keys, layer)
     with pytest.raises(ValueError, match=r"EncoderDecoderCache\(PagedPQCache"):
-        model.generate(**inputs, **cache_kwargs(PagedKVCache(text, page_size=16)), max_new_tokens=4)
-    both = EncoderDecoderCache(PagedKVCache(text, page_size=16), DynamicCache(config=text))
-    got = model.generate(**inputs, **cache_kwargs(both), max_new_tokens=20)
-    assert torch.equal(got, model.generate(**inputs, max_new_tokens=20))
+        cache.update(keys, keys, 1)
+
+
+@pytest.mark.parametrize("make", [PagedKVCache, PagedPQCache])
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_assisted_decoding_of_encoder_decoder_models(name: str, make: Any) -> None:
+    model, inputs = encoder_decoder(name), {"input_ids": tokens(1, 20)}
+    assistant = copy.deepcopy(model)
+    for parameter in assistant.parameters():
+        parameter.data.add_(0.1 * parameter.std() if parameter.numel() > 1 else 0)
+    config = model.config.get_text_config(decoder=True)
+    options = {"assistant_model": assistant, "max_new_tokens": 30, "min_new_tokens": 30}
+    caches = [
+        EncoderDecoderCache(first, DynamicCache(config=config))
+        for first in (make(model.config, page_size=16), DynamicCache(config=config))
+    ]
+    assert_same(*(generate(model, cache, inputs, **options) for cache in caches))
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
