@@ -57,14 +57,17 @@ def _odd_keyword(facts: Known, kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def _fits(mask: Any, facts: Known) -> bool:
-    """Whether the fused attention reads a mask as a function with these facts does."""
-    if mask is None:
-        return True
+def _hides(mask: Any, facts: Known) -> bool:
+    """Whether a mask hides from a function with these facts what it seems to: eager attention adds a bool one to scores."""
     if not isinstance(mask, Tensor) or (mask.dim() == 2) != facts.has_flat_mask:
         return False
-    is_additive = mask.is_floating_point() or (facts.has_bool_mask and mask.dtype == torch.bool)
-    return mask.dim() == 2 or (mask.dim() == 4 and mask.shape[1] == 1 and is_additive)
+    is_usual = mask.is_floating_point() or (facts.has_bool_mask and mask.dtype == torch.bool)
+    return mask.dim() == 2 or (mask.dim() == 4 and is_usual)
+
+
+def _fits(mask: Any, facts: Known) -> bool:
+    """Whether the fused attention reads a mask as a function with these facts does."""
+    return mask is None or (_hides(mask, facts) and (mask.dim() == 2 or mask.shape[1] == 1))
 
 
 def _needs_gradient(query: Tensor, key: LazyKV, value: LazyKV) -> bool:
@@ -100,7 +103,8 @@ class Dispatcher:
         if isinstance(key, KVHandle) or isinstance(value, KVHandle):
             return self._traced(module, query, key, value, attention_mask, *args, **kwargs)
         if isinstance(key, LazyKV) or isinstance(value, LazyKV):
-            return self._eager(module, query, key, value, attention_mask, *args, **kwargs)
+            run = self._eager_in_graph if torch.compiler.is_compiling() else self._eager
+            return run(module, query, key, value, attention_mask, *args, **kwargs)
         return self._call(module, query, key, value, attention_mask, *args, **kwargs)
 
     @property
@@ -142,13 +146,13 @@ class Dispatcher:
         key, value = (x.dense() if isinstance(x, KVHandle) else x for x in (key, value))
         return self._call(module, query, key, value, mask, *args, **kwargs)
 
-    @torch.compiler.disable
     def _eager(self, module: nn.Module, query: Tensor, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
         layers = {id(x.layer): x.layer for x in (key, value) if isinstance(x, LazyKV)}
         try:
-            for layer in layers.values():
-                layer.check_mask(mask)
             reason = self._look(module, key, value, mask, args, kwargs)
+            told = self._told(key, mask)
+            for layer in layers.values():
+                layer.check_mask(told)
             if reason is None and _needs_gradient(query, key, value):
                 reason = "gradients are asked for, which the fused attention has none of"
             for layer in layers.values():
@@ -156,7 +160,7 @@ class Dispatcher:
             # One query over several new keys: Gemma 4 asks its last layers for the last token of a prompt only. New keys
             # that come together are seen exactly, so this is not a decode step.
             if reason is None and query.shape[2] == key.fresh.shape[2] == 1:
-                key.layer.commit(mask, kwargs.get("position_ids"))  # a first prompt of a single token waits, too
+                key.layer.commit(told, kwargs.get("position_ids"))  # a first prompt of a single token waits, too
                 return self._fused(query, key, value, mask, kwargs)
             key, value = (x.dense() if isinstance(x, LazyKV) else x for x in (key, value))
             wide = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] > key.shape[-2]
@@ -167,8 +171,15 @@ class Dispatcher:
                 layer.abort_pass()
             raise
         for layer in layers.values():
-            layer.commit(mask, kwargs.get("position_ids"))
+            layer.commit(told, kwargs.get("position_ids"))
         return out
+
+    def _told(self, key: Any, mask: Any) -> Any:
+        """The mask as far as it tells what is hidden; None where it hides nothing."""
+        facts = getattr(getattr(key, "layer", None), "eager_facts", None) if self._original is None else self._known
+        return None if facts is not None and isinstance(mask, Tensor) and not _hides(mask, facts) else mask
+
+    _eager_in_graph = torch.compiler.disable(_eager)  # the wrapper costs some microseconds, so only where it is needed
 
     def _look(
         self, module: nn.Module, key: Any, value: Any, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -179,7 +190,7 @@ class Dispatcher:
             self._known = facts
         elif isinstance(key, LazyKV):
             key.layer.eager_facts = facts
-        if any(not isinstance(x, LazyKV) or x.is_touched for x in (key, value)):
+        if not (isinstance(key, LazyKV) and isinstance(value, LazyKV)) or key.is_touched or value.is_touched:
             return DECODED
         if facts is not None and facts.has_weights and wants_weights(module):
             return "somebody asks for attention weights"

@@ -89,6 +89,18 @@ def test_documents_side_by_side(implementation: str, positions: str, kind: str) 
     assert starts(cache) == [0, 0]
 
 
+def test_a_mask_that_hides_nothing() -> None:
+    """Eager attention adds a bool mask to the scores: what looks like padding is attended to."""
+    model = build("llama", "eager")
+    mask = torch.ones(1, 1, 20, 20).tril().bool()
+    mask[..., :5] = False
+    positions = (torch.arange(20) - 5).clamp(min=0)[None]
+    passes = [{"input_ids": tokens(1, 20), "attention_mask": mask, "position_ids": positions}]
+    cache = cache_for(model)
+    assert_same(model, cache, [*passes, {"input_ids": tokens(1, 1)}])
+    assert starts(cache) == [0]
+
+
 def test_a_document_that_only_one_head_sees() -> None:
     model = build("llama", "sdpa")
     block = torch.ones(1, 4, 30, 30).tril().bool()
