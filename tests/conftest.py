@@ -22,6 +22,8 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+#: Long tests of what rests on torch and our own bookkeeping, hardly on the release of transformers.
+NOT_REPEATED = {"test_own_compile", "test_memory", "test_endurance"}
 TOKEN = "hf_ThisTokenMustNeverBeSeenAnywhere"
 #: The status of a download that is cut off in the middle.
 CUT_OFF = -1
@@ -238,9 +240,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark as `cache` whatever runs the tiny models of transformers."""
+    """Mark as `cache` whatever runs the tiny models of transformers, but for what would take long."""
     names = vars(getattr(item, "module", None) or object)
-    if any(getattr(thing, "__module__", None) in ("tiny_models", "scenarios", "refusals") for thing in names.values()):
+    if item.path.stem not in NOT_REPEATED and any(
+        getattr(thing, "__module__", None) in ("tiny_models", "scenarios", "refusals") for thing in names.values()
+    ):
         item.add_marker("cache")
 
 
