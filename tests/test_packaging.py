@@ -49,10 +49,13 @@ def files_of_the_package(root: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout, since building writes into it."""
+    """A copy of the checkout as far as building goes, which writes into it."""
     copy = tmp_path_factory.mktemp("checkout") / "repository"
-    hidden = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "results")
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=hidden)
+    copy.mkdir()
+    for name in ("hf_pqcache", *FOLDERS, "tests"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
     return copy
 
 
@@ -110,6 +113,14 @@ def test_gpu_tests_are_collected_without_what_only_other_tests_need() -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     collected = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
     assert collected == {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+
+
+def test_linters_see_each_file_once() -> None:
+    """The links inside the package lead to files that they see anyway."""
+    pytest.importorskip("ruff")
+    seen = [Path(line).resolve() for line in run("-m", "ruff", "check", "--show-files", ".", cwd=ROOT).splitlines()]
+    assert ROOT / "eval" / "demo.py" in seen
+    assert len(seen) == len(set(seen))
 
 
 def test_every_package_is_named_for_the_build() -> None:
