@@ -116,10 +116,13 @@ class PageStore:
 
     # -- contents, for those who read and write by page number -------------------------------------------------------
     def read(self, which: Which, pages: Sequence[int]) -> Tensor:
-        """(n, num_kv_heads, ...): a copy of one side of `pages`."""
+        """(n, num_kv_heads, ...): one side of `pages`, to be read only."""
+        parts = list(self._by_slab(pages))
+        if len(parts) == 1:  # as nearly always in a short sequence
+            return self.slabs[parts[0][0]].side(which)[parts[0][2]]
         spec = self.keys if which == "key" else self.values
         out = torch.empty((len(pages), *spec.shape), dtype=spec.dtype, device=self.device)
-        for number, at, places in self._by_slab(pages):
+        for number, at, places in parts:
             out[at] = self.slabs[number].side(which)[places]
         return out
 
@@ -137,6 +140,9 @@ class PageStore:
         """(slab, positions in `pages`, places in the slab) for each slab that has any; a slice where one will do."""
         numbers = np.asarray(pages, dtype=np.int64)
         slabs = numbers >> PLACE_BITS
+        if len(pages) and (slabs == slabs[0]).all():
+            yield int(slabs[0]), slice(0, len(pages)), self._index(numbers & (MAX_SLAB - 1))
+            return
         for number in np.unique(slabs):
             at = np.flatnonzero(slabs == number)
             yield int(number), self._index(at), self._index(numbers[at] & (MAX_SLAB - 1))
