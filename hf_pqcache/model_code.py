@@ -9,7 +9,9 @@ import ast
 import inspect
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -20,6 +22,8 @@ from hf_pqcache.shapes import has_latent_attention
 
 #: What a handle in compiled code answers without decoding.
 _ANSWERED = {"dtype", "device", "shape", "to"}
+#: Python 3.11 loses count of its recursion where two threads parse at once (SystemError).
+_READING = threading.Lock()
 
 
 def gives_attention_what_it_caches(config: PreTrainedConfig) -> bool:
@@ -40,7 +44,13 @@ def gives_attention_what_it_caches(config: PreTrainedConfig) -> bool:
         if isinstance(c, type) and issubclass(c, nn.Module) and c.__module__ == model_class.__module__
     ]
     updaters = [forward for forward in forwards if "update" in forward.__code__.co_names]
-    return bool(updaters) and all("get_interface" in f.__code__.co_names and not any(_uses(f)) for f in updaters)
+    with _READING:
+        return bool(updaters) and all("get_interface" in f.__code__.co_names and _only_hands_on(f) for f in updaters)
+
+
+@cache
+def _only_hands_on(forward: Any) -> bool:
+    return not any(_uses(forward))
 
 
 def _uses(forward: Any) -> Iterator[str]:

@@ -78,7 +78,7 @@ def test_with_results_the_same_command_goes_on(
     stop_at(2, KeyboardInterrupt())
     stopped = pqcache(*line)
     assert stopped.exit_code == 130
-    assert "2 rows are in rows.jsonl: the same command" in stopped.output.splitlines()[-1]
+    assert "3 rows are in rows.jsonl: the same command" in stopped.output.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
