@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from hf_pqcache import attention
 from hf_pqcache.handles import DECODED
@@ -127,6 +127,11 @@ class PagedCache(SequenceCache, DynamicCache):
     def _why_unfit(self, keys: Tensor, values: Tensor) -> str | None:
         """Why pages cannot hold tokens like these, if so."""
         return None
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Whether each layer keeps nothing but a state. Until 5.23 transformers knows only its own layer that keeps both."""
+        return [isinstance(x, LinearAttentionCacheLayerMixin) and not isinstance(x, CacheLayerMixin) for x in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Positions that the cache holds, left padding included: those that all its layers hold."""

@@ -74,7 +74,7 @@ QUESTIONS: dict[str, Callable[[Any], Any]] = {
     "mask of several tokens": lambda cache: [cache.get_mask_sizes(7, i) for i in attention_layers(cache)],
     "room": lambda cache: [cache.get_max_length(), *(cache.get_max_length(i) for i in range(len(cache)))],
     "layers": lambda cache: len(cache),
-    "kinds": lambda cache: (cache.is_sliding, cache.is_linear, cache.is_dummy),
+    "kinds": lambda cache: (cache.is_sliding, cache.is_linear, getattr(cache, "is_dummy", None)),
     "is initialized": lambda cache: cache.is_initialized,
     "is croppable": lambda cache: cache.is_croppable,
     "records past": lambda cache: [cache.is_recording_past(i) for i in range(len(cache))],
