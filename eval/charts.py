@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_pqcache.eval.naming import (
+    EXACT,
     HOW,
     LENGTH_KEYS,
     LENGTH_METRICS,
@@ -43,7 +44,8 @@ class Chart:
         name: of its files, unique in a report. title, condition: for people.
         series: points by cache, in the order of x. baseline: value of the exact cache, where it is one number.
         unit: of y. is_over_tokens: x counts tokens.
-        names: row.key -> its cache. numbers: cache -> number of its colour, the same in all charts of the same rows.
+        names: row.key -> its cache. numbers: cache -> number of its colour, the same in all charts of the same rows; exact
+            caches and others are numbered apart.
     """
 
     name: str
@@ -58,12 +60,12 @@ class Chart:
     names: dict[str, str] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
 
-    def legend(self) -> list[tuple[str, int | None]]:
-        """(what is drawn, number of its colour) in the order of drawing; None is an exact cache."""
-        found: dict[str, int | None] = {}
+    def legend(self) -> list[tuple[str, Point]]:
+        """(what is drawn, its first point) in the order of drawing."""
+        found: dict[str, Point] = {}
         for name, points in self.series.items():
             for point in points:
-                found.setdefault(self.name_of(name, point), None if is_exact(point.row) else self.number(point))
+                found.setdefault(self.name_of(name, point), point)
         return list(found.items())
 
     def name_of(self, series: str, point: Point) -> str:
@@ -212,8 +214,10 @@ def breakdown_bars(rows: Sequence[Row]) -> list[Bars]:
 
 
 def _numbers(rows: Sequence[Row], names: dict[str, str]) -> dict[str, int]:
-    """cache -> number of its colour, in the order of the rows; exact caches have a colour of their own."""
-    return {name: i for i, name in enumerate(dict.fromkeys(names[row.key] for row in rows if not is_exact(row)))}
+    """cache -> number of its colour: exact caches in the order of EXACT, then all others from 0 in that of the rows."""
+    exact = sorted((row for row in rows if is_exact(row)), key=lambda row: EXACT.index(row.cache))
+    others = [row for row in rows if not is_exact(row)]
+    return {name: i for part in (exact, others) for i, name in enumerate(dict.fromkeys(names[row.key] for row in part))}
 
 
 def _slug(*parts: Any) -> str:

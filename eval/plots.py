@@ -21,7 +21,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from hf_pqcache.eval.charts import Bars, Chart, HeatMap
+from hf_pqcache.eval.charts import Bars, Chart, HeatMap, Point
 from hf_pqcache.eval.naming import format_value, is_exact, tokens_text
 
 #: What can be drawn.
@@ -40,9 +40,13 @@ THEME: dict[str, tuple[str, str]] = {
     "series-5": ("#97700a", "#e6bf45"),
     "series-6": ("#bd2c5a", "#ff7fa3"),
     "series-7": ("#4a8420", "#96d556"),
-    "exact": ("#6b7788", "#94a3b8"),
+    "exact-1": ("#6b7788", "#94a3b8"),
+    "exact-2": ("#2b3440", "#e3e8ef"),
+    "exact-3": ("#71876f", "#aebfac"),
+    "exact-4": ("#8d6a5b", "#c4a294"),
 }
-NUM_SERIES = 7
+#: Colours of caches that lose something, and of exact ones, which are plainer.
+NUM_SERIES, NUM_EXACT = 7, 4
 #: Steps of the heat map, from nothing to all found: one hue, light to strong (dark theme: dark to bright).
 HEAT = [
     ("#f3f6fb", "#1d2633"),
@@ -153,12 +157,14 @@ def _draw(item: Item, colours: Mapping[str, str]) -> tuple[Figure, list[str]]:
 def legend(item: Item) -> list[tuple[str, str]]:
     """(name, CSS variable of its colour) of what is drawn; a page shows it beside the drawing, where it can wrap."""
     if isinstance(item, Chart):
-        return [(name, "exact" if number is None else _series(number)) for name, number in item.legend()]
+        return [(name, _variable(item, point)) for name, point in item.legend()]
     return [(stage, _stage(i)) for i, stage in enumerate(item.stages)] if isinstance(item, Bars) else []
 
 
-def _series(number: int) -> str:
-    return f"series-{number % NUM_SERIES + 1}"
+def _variable(chart: Chart, point: Point) -> str:
+    """CSS variable of the colour of a point's cache."""
+    kind, count = ("exact", NUM_EXACT) if is_exact(point.row) else ("series", NUM_SERIES)
+    return f"{kind}-{chart.number(point) % count + 1}"
 
 
 def _stage(index: int) -> str:
@@ -216,12 +222,10 @@ def _draw_chart(chart: Chart, colours: Mapping[str, str]) -> tuple[Figure, list[
     return figure, tips
 
 
-def _look(chart: Chart, point: Any, colours: Mapping[str, str]) -> tuple[str, str]:
+def _look(chart: Chart, point: Point, colours: Mapping[str, str]) -> tuple[str, str]:
     """Colour and marker of a point: those of its cache."""
-    if is_exact(point.row):
-        return colours["exact"], "o"
-    number = chart.number(point)
-    return colours[_series(number)], _MARKERS[number // NUM_SERIES % len(_MARKERS)]
+    turn = chart.number(point) // (NUM_EXACT if is_exact(point.row) else NUM_SERIES)
+    return colours[_variable(chart, point)], _MARKERS[turn % len(_MARKERS)]
 
 
 def _add_legend(figure: Figure, item: Item, colours: Mapping[str, str]) -> None:

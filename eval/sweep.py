@@ -142,7 +142,7 @@ def picture(found: Sweep, title: str, condition: str) -> bytes:
                 ys = [line.changes[name] * (100 if is_perplexity else 1) for line in own]
                 colour = plots.LIGHT[f"series-{i % plots.NUM_SERIES + 1}"]
                 axes.plot([100 * line.saved for line in own], ys, marker="o", color=colour, label=f"M={m} n={n}")
-            axes.axhline(0, color=plots.LIGHT["exact"], linewidth=1)
+            axes.axhline(0, color=plots.LIGHT["exact-1"], linewidth=1)
             axes.set_xlabel("bytes saved, %")
             unit = "%" if is_perplexity else "points of the score"
             axes.set_title(f"{Path(name).name}: change of {found.metrics[name]}, {unit}", loc="left", size=9)

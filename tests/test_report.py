@@ -320,6 +320,21 @@ def test_a_cache_has_one_colour_in_all_charts() -> None:
     assert len(set.union(*seen.values())) == len(seen)
 
 
+def test_exact_caches_have_colours_of_their_own() -> None:
+    caches = [("dynamic", {}), ("paged-kv", {"page_size": 16}), ("paged-kv", {"page_size": 64}), ("static", {}), ("pq", PQ[0])]
+    found = [
+        Row("speed", "tpot", tokens / 9, "ms", model="m", cache=name, cache_config=config, settings={"tokens": tokens})
+        for name, config in caches
+        for tokens in (512, 1024)
+    ]
+    for order in (found, found[::-1]):
+        (chart,) = charts.length_charts(order)
+        colours = dict(plots.legend(chart))
+        assert len(set(colours.values())) == len(colours) == len(chart.series) == 5, "two caches look the same"
+        assert colours["dynamic"] == "exact-1"
+        assert all(colour.startswith("exact") == (not name.startswith("pq")) for name, colour in colours.items())
+
+
 def test_a_breakdown_is_drawn(tmp_path: Path) -> None:
     stages = {"attention": 1.0, "mlp": 2.0, "other": float("nan")}
     found = [
@@ -352,7 +367,7 @@ def test_headings_hold_no_hash_and_no_standard_error() -> None:
 
 def test_theme_is_legible() -> None:
     for name, colours in plots.THEME.items():
-        if name.startswith("series") or name in ("exact", "muted", "ink"):
+        if name.startswith(("series", "exact")) or name in ("muted", "ink"):
             for colour, paper in zip(colours, plots.THEME["paper"], strict=True):
                 assert _contrast(_luminance(colour), _luminance(paper)) >= 3, name
 
