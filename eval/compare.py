@@ -9,15 +9,15 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hf_pqcache.eval import tasks
-from hf_pqcache.eval.caches import CacheSpec, head_dim
-from hf_pqcache.eval.deployed import CHUNK
-from hf_pqcache.eval.lengths import lengths_within
-from hf_pqcache.eval.naming import format_value
-from hf_pqcache.eval.perplexity import token_ids
-from hf_pqcache.eval.recall import ANSWER_TOKENS, check_recall
-from hf_pqcache.eval.results import Row
-from hf_pqcache.eval.session import Session
-from hf_pqcache.eval.setup import Setup
+from hf_pqcache.eval.measure.deployed import CHUNK
+from hf_pqcache.eval.measure.lengths import lengths_within
+from hf_pqcache.eval.measure.recall import ANSWER_TOKENS, check_recall
+from hf_pqcache.eval.report.naming import format_value
+from hf_pqcache.eval.session.caches import CacheSpec, head_dim
+from hf_pqcache.eval.session.models import token_ids
+from hf_pqcache.eval.session.results import Row
+from hf_pqcache.eval.session.session import Session
+from hf_pqcache.eval.session.setup import Setup
 from hf_pqcache.eval.tasks._text import run_perplexity
 
 DEFAULT_CACHES = ("dynamic", "fp8", "quanto:4", "quanto:2", "hqq:4", "hqq:3", "hqq:2", "pq:4", "pq:3", "pq:2")

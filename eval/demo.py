@@ -10,21 +10,20 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from hf_pqcache.cache import PagedPQCache
-from hf_pqcache.calibrate import calibrate
+from hf_pqcache.cache.caches import PagedPQCache
+from hf_pqcache.codebook.calibrate import calibrate
 from hf_pqcache.config import PQConfig
-from hf_pqcache.demo import MODEL, TEXT
-from hf_pqcache.eval.caches import head_dim_of
-from hf_pqcache.eval.lengths import lengths_within
-from hf_pqcache.eval.models import load_config, load_model, load_tokenizer
-from hf_pqcache.eval.perplexity import perplexity, token_ids
-from hf_pqcache.eval.recall import check_recall, recall
-from hf_pqcache.hf_names import cache_kwargs
-from hf_pqcache.positions import max_positions
+from hf_pqcache.demo import MODEL, TEXT, split_text
+from hf_pqcache.eval.measure.lengths import lengths_within
+from hf_pqcache.eval.measure.perplexity import perplexity
+from hf_pqcache.eval.measure.recall import check_recall, recall
+from hf_pqcache.eval.session.caches import head_dim_of
+from hf_pqcache.eval.session.models import load_config, load_model, load_tokenizer, token_ids
+from hf_pqcache.models.names import cache_kwargs
+from hf_pqcache.models.positions import max_positions
 
 #: Of the continuation that is shown.
 NEW_TOKENS = 24
-SEPARATOR = "<|endoftext|>"
 #: (bits per value, subspaces as a share of head_dim, bits of a code)
 SETTINGS = ((4, 2, 8), (3, 2, 6), (2, 4, 8))
 
@@ -41,17 +40,6 @@ class DemoRow:
     kv_ratio: float
     codebook_bytes: int
     continuation: str
-
-
-def split_text(text: str, documents: int = 3) -> tuple[str, str]:
-    """(two thirds to calibrate on, one third to evaluate), whole documents, every third one held out."""
-    parts = [part.strip() for part in text.split(SEPARATOR) if part.strip()]
-    if len(parts) < documents:
-        cut = len(text) * 2 // 3
-        return text[:cut], text[cut:]
-    held_out = parts[documents - 1 :: documents]
-    rest = [part for i, part in enumerate(parts) if i % documents != documents - 1]
-    return f"\n{SEPARATOR}\n".join(rest), f"\n{SEPARATOR}\n".join(held_out)
 
 
 def _cache_bytes(model: Any, ids: torch.Tensor, cache: PagedPQCache) -> dict[str, Any]:

@@ -11,20 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_pqcache.calibrate import learn
-from hf_pqcache.codebook import Codebook
+from hf_pqcache.codebook.calibrate import learn
+from hf_pqcache.codebook.codebook import Codebook
+from hf_pqcache.codebook.samples import KeptSamples, LiveSamples, Samples, keep
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval import tasks
-from hf_pqcache.eval.breakdown import STEPS, WARM_UP
-from hf_pqcache.eval.caches import CacheSpec
-from hf_pqcache.eval.given import RECOMMENDED
-from hf_pqcache.eval.lengths import lengths_within
-from hf_pqcache.eval.results import Row
-from hf_pqcache.eval.session import Session
-from hf_pqcache.eval.setup import Calibration
-from hf_pqcache.identity import is_of_model
-from hf_pqcache.positions import max_positions
-from hf_pqcache.samples import KeptSamples, LiveSamples, Samples, keep
+from hf_pqcache.eval.measure.breakdown import STEPS, WARM_UP
+from hf_pqcache.eval.measure.lengths import lengths_within
+from hf_pqcache.eval.session.caches import CacheSpec
+from hf_pqcache.eval.session.given import RECOMMENDED
+from hf_pqcache.eval.session.results import Row
+from hf_pqcache.eval.session.session import Session
+from hf_pqcache.eval.session.setup import Calibration
+from hf_pqcache.models.identity import is_of_model
+from hf_pqcache.models.positions import max_positions
 
 STAGES = ("baseline", "sampling", "training", "evaluation")
 

@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_pqcache import __version__, hub
-from hf_pqcache.codebook import Codebook
-from hf_pqcache.eval import naming, summary, tasks
-from hf_pqcache.eval.model_config import ModelConfig
-from hf_pqcache.eval.report import conditions, items, read_rows
-from hf_pqcache.eval.results import Results, Row
+from hf_pqcache import __version__
+from hf_pqcache.codebook import hub
+from hf_pqcache.codebook.codebook import Codebook
+from hf_pqcache.eval import tasks
+from hf_pqcache.eval.report import naming, summary
+from hf_pqcache.eval.report.html import conditions, items, read_rows
+from hf_pqcache.eval.session.model_config import ModelConfig
+from hf_pqcache.eval.session.results import Results, Row
 
 RECIPE = '''"""generate() with the KV cache compressed by this repository's codebook. Needs: pip install hf-pqcache
 
@@ -198,7 +200,7 @@ def _write_results(rows: Sequence[Row], root: Path) -> list[tuple[str, str]]:
     """Write results.jsonl and plots/ -> (title, file) of each plot. Nothing without rows."""
     if not rows:
         return []
-    from hf_pqcache.eval.plots import save_png
+    from hf_pqcache.eval.report.plots import save_png
 
     (root / "plots").mkdir(exist_ok=True)
     (root / "results.jsonl").unlink(missing_ok=True)

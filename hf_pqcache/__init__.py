@@ -4,44 +4,32 @@ Nothing is imported before it is asked for: `pqcache --help` needs no torch.
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hf_pqcache import tested
+from hf_pqcache.models import tested
 
 if TYPE_CHECKING:
-    from hf_pqcache.cache import PagedKVCache, PagedPQCache
-    from hf_pqcache.calibrate import calibrate
-    from hf_pqcache.codebook import Codebook
+    from hf_pqcache.cache.caches import PagedKVCache, PagedPQCache
+    from hf_pqcache.cache.footprint import MemoryPlan, plan_memory
+    from hf_pqcache.codebook.calibrate import calibrate
+    from hf_pqcache.codebook.codebook import Codebook
     from hf_pqcache.config import PQConfig
     from hf_pqcache.errors import PQCacheError
-    from hf_pqcache.footprint import MemoryPlan, plan_memory
 
 __version__ = "0.1.0"
 __all__ = ["Codebook", "MemoryPlan", "PQCacheError", "PQConfig", "PagedKVCache", "PagedPQCache", "calibrate", "plan_memory"]
 
-#: name -> the file that has it.
+#: name -> the module that has it.
 _HOMES = {
-    "Codebook": "codebook",
-    "MemoryPlan": "footprint",
+    "Codebook": "codebook.codebook",
+    "MemoryPlan": "cache.footprint",
     "PQCacheError": "errors",
     "PQConfig": "config",
-    "PagedKVCache": "cache",
-    "PagedPQCache": "cache",
-    "calibrate": "calibrate",
-    "plan_memory": "footprint",
+    "PagedKVCache": "cache.caches",
+    "PagedPQCache": "cache.caches",
+    "calibrate": "codebook.calibrate",
+    "plan_memory": "cache.footprint",
 }
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Once a file is imported Python makes it an attribute here; the function of that name (calibrate) comes first."""
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
-// Where things are: arguments, the window's slots, and the place of a code in its page. hf_pqcache/layout.py says the
+// Where things are: arguments, the window's slots, and the place of a code in its page. hf_pqcache/pages/layout.py says the
 // same in Python; a test compares the two.
 #pragma once
 #include "device.cuh"
 
-// What a kernel needs to know of one layer's storage and of the call. Filled by hf_pqcache/cuda_engine.py.
+// What a kernel needs to know of one layer's storage and of the call. Filled by hf_pqcache/backends/cuda_backend.py.
 struct CacheArgs {
     const i64* desc;        // of one layer: addresses of key pages, value pages, key book, value book (none for exact
                             // pages), window keys, window values and tickets; last the tokens that never leave the

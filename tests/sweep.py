@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 PROMPT, NEW, MORE = 50, 14, 5

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 
 from hf_pqcache import demo
 from hf_pqcache.cli import main
-from hf_pqcache.eval.answers import answer, prompt_ids, same_tokens
-from hf_pqcache.eval.caches import CacheSpec
-from hf_pqcache.eval.models import load_model
+from hf_pqcache.eval.measure.answers import answer, prompt_ids, same_tokens
+from hf_pqcache.eval.session.caches import CacheSpec
+from hf_pqcache.eval.session.models import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

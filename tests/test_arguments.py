@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_pqcache import PagedKVCache, PagedPQCache, calibrate
-from hf_pqcache.eval.perplexity import perplexity
+from hf_pqcache.eval.measure.perplexity import perplexity
 
 CONFIG = LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32, vocab_size=64)
 MODEL = LlamaForCausalLM(CONFIG)

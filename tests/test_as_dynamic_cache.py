@@ -16,8 +16,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.hf_names import cache_kwargs
-from hf_pqcache.layer import PagedLayer
+from hf_pqcache.cache.layer import PagedLayer
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OURS: dict[str, Callable[[Any], Any]] = {

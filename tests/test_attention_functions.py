@@ -19,10 +19,10 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.attention import Dispatcher
-from hf_pqcache.functions import known
-from hf_pqcache.hf_names import cache_kwargs
-from hf_pqcache.reference import ReferenceCache
+from hf_pqcache.attention.functions import known
+from hf_pqcache.attention.interface import Dispatcher
+from hf_pqcache.cache.reference import ReferenceCache
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IN_WINDOW = SMALL.replace(extended_residual=128)
@@ -426,7 +426,7 @@ class Stop(BaseException):
 def test_a_failure_inside_attention_is_no_pass(
     count: int, failing: int, is_fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_pqcache.layer import PagedLayer
+    from hf_pqcache.cache.layer import PagedLayer
 
     model, ids = model_with(), tokens(2, 50)
     if not is_fused:

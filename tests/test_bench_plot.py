@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from matplotlib.patches import Rectangle
 
 from hf_pqcache.cli import main
-from hf_pqcache.eval import bench_generate, bench_kernel, bench_plot
-from hf_pqcache.eval.bench_plot import draw
+from hf_pqcache.eval.bench import generate, kernel, plot
+from hf_pqcache.eval.bench.plot import draw
 
 CONDITIONS = {"gpu": "a GPU", "torch": "2.13.0", "copy_tb_per_s": 4.0, "dtype": "float16"}
 PNG = b"\x89PNG\r\n"
@@ -23,7 +23,7 @@ PNG = b"\x89PNG\r\n"
 def kernel_row(tokens: int, fp16_us: dict[str, float], ours_us: float = 10.0) -> dict[str, Any]:
     best = min(fp16_us, key=fp16_us.get)  # type: ignore[arg-type]
     times = {"tuned_us": ours_us, "floor_us": ours_us / 2, "fp16_us": fp16_us, "best_fp16": best}
-    return asdict(bench_kernel.Case(1, 8, 4, tokens)) | times | {
+    return asdict(kernel.Case(1, 8, 4, tokens)) | times | {
         "best_fp16_us": fp16_us[best],
         "speedup": fp16_us[best] / ours_us,
     } | CONDITIONS  # fmt: skip
@@ -49,7 +49,7 @@ GENERATE = [
 
 
 def test_bars_are_speed_ups_over_the_faster_form_and_end_below_the_ceiling() -> None:
-    figure, _ = bench_plot._kernel(KERNEL)
+    figure, _ = plot._kernel(KERNEL)
     (axes,) = figure.axes
     bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
     assert [bar.get_x() + bar.get_width() for bar in bars] == pytest.approx([2.0, 0.5, 8.0])
@@ -59,7 +59,7 @@ def test_bars_are_speed_ups_over_the_faster_form_and_end_below_the_ceiling() -> 
 
 
 def test_lines_run_along_the_lengths_and_a_failure_is_told() -> None:
-    figure, _ = bench_plot._generate([row for row in GENERATE if row["kind"] == "decode"])
+    figure, _ = plot._generate([row for row in GENERATE if row["kind"] == "decode"])
     a, b = figure.axes
     measured = [line.get_xydata().tolist() for line in a.lines if line.get_linestyle() == "-"]
     assert measured == [[[8192, 8], [32768, 32]], [[8192, 32]]]
@@ -82,12 +82,12 @@ def test_what_cannot_be_drawn_is_said() -> None:
 
 
 def test_the_command_draws_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_kernel, "bench_kernel", lambda cases: KERNEL)
+    monkeypatch.setattr(kernel, "bench_kernel", lambda cases: KERNEL)
     files = {name: tmp_path / name for name in ("k.png", "k.json")}
     arguments = ["bench", "kernel", "--plot", str(files["k.png"]), "--json", str(files["k.json"])]
     assert CliRunner().invoke(main, arguments).exit_code == 0
     assert files["k.png"].read_bytes().startswith(PNG)
-    monkeypatch.setattr(bench_kernel, "bench_kernel", lambda cases: [{**KERNEL[0], "fp16_us": {}}])
+    monkeypatch.setattr(kernel, "bench_kernel", lambda cases: [{**KERNEL[0], "fp16_us": {}}])
     failed = CliRunner().invoke(main, arguments)
     assert failed.exit_code == 1
     assert json.loads(files["k.json"].read_text())[0]["fp16_us"] == {}
@@ -98,7 +98,7 @@ def test_a_run_that_ends_early_keeps_its_rows(tmp_path: Path, monkeypatch: pytes
         yield GENERATE[0]
         raise RuntimeError("wrong logits")
 
-    monkeypatch.setattr(bench_generate, "bench_generate", interrupted)
+    monkeypatch.setattr(generate, "bench_generate", interrupted)
     file = tmp_path / "results" / "g.json"  # a folder that is not there yet
     failed = CliRunner().invoke(main, ["bench", "generate", "--json", str(file)])
     assert failed.exit_code == 1

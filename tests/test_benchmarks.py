@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from hf_pqcache import demo
-from hf_pqcache.eval import questions, ruler, tasks
-from hf_pqcache.eval.models import load_model
-from hf_pqcache.eval.questions import Question
-from hf_pqcache.eval.results import Results
-from hf_pqcache.eval.session import Session
+from hf_pqcache.eval import tasks
+from hf_pqcache.eval.measure import questions, ruler
+from hf_pqcache.eval.measure.questions import Question
+from hf_pqcache.eval.session.models import load_model
+from hf_pqcache.eval.session.results import Results
+from hf_pqcache.eval.session.session import Session
 from hf_pqcache.eval.tasks import infinitebench, longbench_v2
 
 pytestmark = pytest.mark.usefixtures("one_thread")

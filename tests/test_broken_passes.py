@@ -11,7 +11,7 @@ import torch
 from tiny_models import SMALL, build, codebook_of, tokens
 
 from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAME, LAYERS = "llama_deep", 5

@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_pqcache import PagedPQCache
 from hf_pqcache.errors import PagesExhaustedError
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.cache
 COMMON = {
@@ -88,7 +88,7 @@ def test_equals_dynamic_cache_while_nothing_is_coded(name: str, padded: bool, im
 @pytest.mark.parametrize("name", list(MODELS))
 def test_fused_decode_equals_decoding_codes_and_calling_sdpa(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same cache with the fused path refused decodes every key and value and calls the model's own attention."""
-    from hf_pqcache.attention import Dispatcher
+    from hf_pqcache.attention.interface import Dispatcher
 
     model, inputs = build(name), prompt(3 if padded else 1, 90, padded)
     fused = PagedPQCache(model.config, **SMALL)

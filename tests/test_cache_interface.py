@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT = 50

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig
 
-from hf_pqcache import pq
-from hf_pqcache.calibrate import calibrate, compressible_layers, learn_layer
+from hf_pqcache.codebook import pq
+from hf_pqcache.codebook.calibrate import calibrate, compressible_layers, learn_layer
 from hf_pqcache.config import PQConfig
-from hf_pqcache.hf_names import output_cache
+from hf_pqcache.models.names import output_cache
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 TINY, ARTICLES = SHARED / "models" / "tiny", SHARED / "data" / "text" / "articles.txt"

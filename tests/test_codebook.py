@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from hf_pqcache import hub
-from hf_pqcache.codebook import CONFIG_FILE, TENSOR_FILE, Codebook, LayerCodebook, to_float16
+from hf_pqcache.codebook import hub
+from hf_pqcache.codebook.codebook import CONFIG_FILE, TENSOR_FILE, Codebook, LayerCodebook, to_float16
 
 
 def make(layers: tuple[int, ...] = (0, 2), heads: int = 2, bits: int = 4, **kw: Any) -> Codebook:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from hf_pqcache import PagedPQCache
-from hf_pqcache.codebook import CONFIG_FILE, TENSOR_FILE, Codebook, LayerCodebook
+from hf_pqcache.codebook.codebook import CONFIG_FILE, TENSOR_FILE, Codebook, LayerCodebook
 from hf_pqcache.errors import CacheOutOfMemoryError, PagesExhaustedError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from hf_pqcache import Codebook, demo
 from hf_pqcache.cli import main
-from hf_pqcache.eval.results import Results, Row
+from hf_pqcache.eval.session.results import Results, Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 #: Command -> (a right line, {a wrong line: what its one line says}). Lines run in a folder with what `folder` puts there.
@@ -259,7 +259,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _layer() -> Any:
-    from hf_pqcache.codebook import LayerCodebook
+    from hf_pqcache.codebook.codebook import LayerCodebook
 
     draw = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(2, 8, 16, 8, generator=draw).to(torch.float16) for _ in range(2))
@@ -453,7 +453,7 @@ def test_what_lies_here_comes_before_what_came_along(folder: Path, tmp_path: Pat
 
 
 def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_pqcache.hub.is_reachable", lambda: False)
+    monkeypatch.setattr("hf_pqcache.codebook.hub.is_reachable", lambda: False)
     done = run("plan nobody/nothing-of-the-kind --tokens 64")
     assert done.exit_code == 1
     assert "nobody/nothing-of-the-kind" in done.output

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.eval.speed import deferred_stop_check
-from hf_pqcache.hf_names import cache_kwargs
-from hf_pqcache.reference import ReferenceCache
-from hf_pqcache.storage import Storage
+from hf_pqcache.cache.reference import ReferenceCache
+from hf_pqcache.eval.measure.speed import deferred_stop_check
+from hf_pqcache.models.names import cache_kwargs
+from hf_pqcache.storage.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,9 +17,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, CompileConf
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama import modeling_llama
 
-from hf_pqcache import PagedKVCache, PagedPQCache, paged
-from hf_pqcache.hf_names import cache_kwargs
-from hf_pqcache.reference import ReferenceCache
+from hf_pqcache import PagedKVCache, PagedPQCache
+from hf_pqcache.cache import base
+from hf_pqcache.cache.reference import ReferenceCache
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,7 +84,7 @@ def test_models_that_compute_with_keys_are_known_before_they_run() -> None:
 )
 def test_a_model_that_computes_with_keys_unforeseen(kind: str, config: CompileConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first time its steps are compiled all the same, and decode in the graph; from then on they run eagerly."""
-    monkeypatch.setattr(paged, "gives_attention_what_it_caches", lambda config: True)
+    monkeypatch.setattr(base, "gives_attention_what_it_caches", lambda config: True)
     model, (inputs, _) = diffllama(), padded(2, 50)
     cache = PagedKVCache(model.config, page_size=16, compile=True)
     if kind == "codes":

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from hf_pqcache.calibrate import calibrate
+from hf_pqcache.codebook.calibrate import calibrate
 from hf_pqcache.config import PQConfig
 from hf_pqcache.demo import MODEL, TEXT
 from hf_pqcache.errors import PagesExhaustedError
-from hf_pqcache.eval.caches import CacheSpec, head_dim, storage_bytes, weigh
-from hf_pqcache.eval.deployed import cache_perplexity
-from hf_pqcache.eval.memory import measure_memory
-from hf_pqcache.eval.models import load_model, public_name
-from hf_pqcache.eval.perplexity import perplexity, token_ids
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.eval.measure.deployed import cache_perplexity
+from hf_pqcache.eval.measure.memory import measure_memory
+from hf_pqcache.eval.measure.perplexity import perplexity
+from hf_pqcache.eval.session.caches import CacheSpec, head_dim, storage_bytes, weigh
+from hf_pqcache.eval.session.models import load_model, public_name, token_ids
+from hf_pqcache.models.names import cache_kwargs
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.errors import PagesExhaustedError
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HERE, THERE = torch.device("cpu"), torch.device("cpu", 1)

@@ -15,8 +15,9 @@ import torch
 from click.testing import CliRunner
 from packaging.requirements import Requirement
 
-from hf_pqcache import diagnose, nvrtc, tested
+from hf_pqcache.backends import diagnose, nvrtc
 from hf_pqcache.cli import main
+from hf_pqcache.models import tested
 
 
 def by_name(findings: list[diagnose.Finding]) -> dict[str, diagnose.Finding]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig
 
 from hf_pqcache import Codebook, PagedKVCache, PagedPQCache
-from hf_pqcache.codebook import LayerCodebook
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.codebook.codebook import LayerCodebook
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HEAD_DIM, PAGE, MAX_PAGES = 8, 16, 200

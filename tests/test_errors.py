@@ -12,11 +12,12 @@ import torch
 from click.testing import CliRunner
 from tiny_models import SMALL, build, codebook_of, tokens
 
-from hf_pqcache import PagedPQCache, PQCacheError, errors, selection
+from hf_pqcache import PagedPQCache, PQCacheError, errors
+from hf_pqcache.backends import selection
 from hf_pqcache.cli import main
-from hf_pqcache.hf_names import cache_kwargs
-from hf_pqcache.pages import CodedPages
-from hf_pqcache.storage import Storage
+from hf_pqcache.models.names import cache_kwargs
+from hf_pqcache.pages.codec import CodedPages
+from hf_pqcache.storage.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,7 +122,7 @@ def test_a_forced_kernel_says_why_it_does_not_serve(kernel: str, monkeypatch: py
 
 
 def test_commands_show_a_code_as_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_pqcache import diagnose
+    from hf_pqcache.backends import diagnose
 
     def exhausted(*args: Any, **kwargs: Any) -> Any:
         raise errors.PagesExhaustedError("none left, says the test")

@@ -14,9 +14,9 @@ from transformers import AutoConfig, DynamicCache, LlamaConfig
 
 from hf_pqcache import PagedKVCache, PagedPQCache, PQConfig, demo, plan_memory
 from hf_pqcache.cli import main
-from hf_pqcache.eval.caches import CacheSpec, weigh
-from hf_pqcache.eval.cards import tokens_that_fit, weight_bytes
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.eval.session.caches import CacheSpec, weigh
+from hf_pqcache.eval.session.cards import tokens_that_fit, weight_bytes
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = PQConfig(page_size=16, sink_tokens=4, extended_residual=16, num_bits=4)

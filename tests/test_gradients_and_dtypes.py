@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = pytest.mark.parametrize("kind", ["codes", "exact", "learning"])

@@ -21,11 +21,11 @@ from hf_pqcache.cli import main
 from hf_pqcache.config import PQConfig
 from hf_pqcache.demo import MODEL, TEXT
 from hf_pqcache.eval import tasks
-from hf_pqcache.eval.caches import CacheSpec
-from hf_pqcache.eval.harness import CacheLM
-from hf_pqcache.eval.models import load_model
-from hf_pqcache.eval.results import Results
-from hf_pqcache.eval.session import Session
+from hf_pqcache.eval.measure.harness import CacheLM
+from hf_pqcache.eval.session.caches import CacheSpec
+from hf_pqcache.eval.session.models import load_model
+from hf_pqcache.eval.session.results import Results
+from hf_pqcache.eval.session.session import Session
 
 ROOT = Path(__file__).parents[1]
 TASKS = ["toy_choice", "toy_answer", "toy_text"]

@@ -11,7 +11,7 @@ from tiny_models import build, tokens
 from torch import nn
 from transformers import DynamicCache
 
-from hf_pqcache.hf_names import CACHE, NAMES, cache_kwargs, output_cache
+from hf_pqcache.models.names import CACHE, NAMES, cache_kwargs, output_cache
 
 
 class Old(nn.Module):

@@ -13,8 +13,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import LlamaConfig
 
-from hf_pqcache import Codebook, PagedPQCache, hub
-from hf_pqcache.codebook import CONFIG_FILE, TENSOR_FILE, LayerCodebook, most_bytes
+from hf_pqcache import Codebook, PagedPQCache
+from hf_pqcache.codebook import hub
+from hf_pqcache.codebook.codebook import CONFIG_FILE, TENSOR_FILE, LayerCodebook, most_bytes
 
 REPO = "user/book"
 TOKEN = "hf_ThisTokenMustNeverBeSeenAnywhere"  # the one of conftest

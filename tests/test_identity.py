@@ -14,11 +14,11 @@ from click.testing import Result
 
 from hf_pqcache import Codebook, PQConfig, calibrate
 from hf_pqcache.demo import TEXT
-from hf_pqcache.eval.report import render
-from hf_pqcache.eval.results import Results, Row
-from hf_pqcache.eval.session import Session
+from hf_pqcache.eval.report.html import render
+from hf_pqcache.eval.session.results import Results, Row
+from hf_pqcache.eval.session.session import Session
 from hf_pqcache.eval.tasks import get
-from hf_pqcache.identity import folder_fingerprint, weights_fingerprint
+from hf_pqcache.models.identity import folder_fingerprint, weights_fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = ("--device", "cpu", "--calibration-tokens", 300)

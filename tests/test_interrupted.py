@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from checkpoints import done, llama, pqcache, save
 
-from hf_pqcache.eval import session as module
-from hf_pqcache.eval.results import Results
+from hf_pqcache.eval.session import session as module
+from hf_pqcache.eval.session.results import Results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

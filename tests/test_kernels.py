@@ -11,8 +11,9 @@ import harness as h
 import pytest
 import torch
 
-from hf_pqcache import jit, kernel_plan, layout, nvrtc, selection
+from hf_pqcache.backends import jit, launch, nvrtc, selection
 from hf_pqcache.errors import NoKernelError
+from hf_pqcache.pages import layout
 
 TUNED = sorted(jit.tuned_shapes())
 #: Rounding of P and of the output to the model's dtype: fp16 has 11 digits, bf16 has 8.
@@ -36,16 +37,16 @@ def _compile(spec: jit.KernelSpec, arch: int, tmp_path: Path) -> str:
     return done.stderr
 
 
-def _geometry(shape: tuple[int, int, int]) -> kernel_plan.Geometry:
-    return kernel_plan.Geometry(*shape, 8, 1, 64, 4, 192, 100)
+def _geometry(shape: tuple[int, int, int]) -> launch.Geometry:
+    return launch.Geometry(*shape, 8, 1, 64, 4, 192, 100)
 
 
 def _attend_spec(
     shape: tuple[int, int, int], name: str, group: int, arch: int, mask: int = 0, tokens: int = 4096, is_bf16: bool = False
 ) -> jit.KernelSpec:
     shared = {80: 166912, 90: 232448}[arch]
-    device = kernel_plan.Device(divmod(arch, 10), 132, shared)
-    return kernel_plan.attend_plan(_geometry(shape), group, name, is_bf16, mask, False, tokens, device).spec
+    device = launch.Device(divmod(arch, 10), 132, shared)
+    return launch.attend_plan(_geometry(shape), group, name, is_bf16, mask, False, tokens, device).spec
 
 
 @pytest.mark.skipif(nvrtc.find() is None, reason="NVRTC is not installed (pip install nvidia-cuda-nvrtc-cu12)")
@@ -76,8 +77,8 @@ def test_other_kernels_compile(arch: int, tmp_path: Path) -> None:
     for shape in ((128, 64, 8), (256, 32, 5), (40, 40, 7)):
         _compile(_attend_spec(shape, "generic", 16, arch, mask=2), arch, tmp_path)
         for source in ("append.cu", "encode.cu"):
-            _compile(kernel_plan.encode_plan(shape, True, source).spec, arch, tmp_path)
-    _compile(kernel_plan.append_spec((128, 0, 0), True), arch, tmp_path)
+            _compile(launch.encode_plan(shape, True, source).spec, arch, tmp_path)
+    _compile(launch.append_spec((128, 0, 0), True), arch, tmp_path)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -109,7 +110,7 @@ def test_tuned_attention_matches_float64(shape: tuple[int, int, int], group: int
 def test_codes_by_way_of_shared_memory_match_float64(shape: tuple[int, int, int], group: int) -> None:
     """In long sequences codes are copied into shared memory; the emulator copies when it is waited for, not before."""
     case = h.make_case(*shape, [700, 37, 0, 330], starts=[0, 3, 0, 9])
-    plan = kernel_plan.attend_plan(case.geometry, group, "tuned", False, 0, False, 8192, h.EMULATED)
+    plan = launch.attend_plan(case.geometry, group, "tuned", False, 0, False, 8192, h.EMULATED)
     assert dict(plan.spec.defines)["PQ_STAGED"] == 1
     q = torch.randn(4, group, 1, shape[0]).half()
     mask = torch.rand(4, 1, 1, 650) > 0.3
@@ -333,7 +334,7 @@ def test_a_cpu_cache_goes_to_torch_and_forcing_raises(monkeypatch: pytest.Monkey
 
 
 def test_splits_fill_the_device_and_stop_at_short_sequences() -> None:
-    assert kernel_plan.num_splits(8, 131072, 132) == 16
-    assert kernel_plan.num_splits(64, 32768, 132) == 2
-    assert kernel_plan.num_splits(8, 16, 132) == 1
-    assert kernel_plan.num_splits(1000, 131072, 132) <= 3
+    assert launch.num_splits(8, 131072, 132) == 16
+    assert launch.num_splits(64, 32768, 132) == 2
+    assert launch.num_splits(8, 16, 132) == 1
+    assert launch.num_splits(1000, 131072, 132) <= 3

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_pqcache import kmeans as module
-from hf_pqcache.kmeans import kmeans
+from hf_pqcache.codebook import kmeans as module
+from hf_pqcache.codebook.kmeans import kmeans
 
 
 def heavy_tailed(problems: int, samples: int, width: int, seed: int = 0) -> torch.Tensor:

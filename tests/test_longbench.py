@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from hf_pqcache.demo import MODEL, TEXT
-from hf_pqcache.eval import longbench, tasks
-from hf_pqcache.eval.caches import CacheSpec
-from hf_pqcache.eval.journal import Journal
-from hf_pqcache.eval.longbench_scores import METRICS
-from hf_pqcache.eval.models import load_model
-from hf_pqcache.eval.results import Results, Row
-from hf_pqcache.eval.session import Session
+from hf_pqcache.eval import tasks
+from hf_pqcache.eval.measure import longbench
+from hf_pqcache.eval.measure.journal import Journal
+from hf_pqcache.eval.measure.longbench_scores import METRICS
+from hf_pqcache.eval.session.caches import CacheSpec
+from hf_pqcache.eval.session.models import load_model
+from hf_pqcache.eval.session.results import Results, Row
+from hf_pqcache.eval.session.session import Session
 from hf_pqcache.eval.tasks.longbench import NAMES, NAMES_E
 
 ROOT = Path(__file__).parents[1]

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.masking_utils import flash_attention_mask
 
-from hf_pqcache import PagedKVCache, PagedPQCache, functions, padding
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache import PagedKVCache, PagedPQCache
+from hf_pqcache.attention import functions, padding
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IN_WINDOW = SMALL.replace(extended_residual=128)

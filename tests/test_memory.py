@@ -13,9 +13,9 @@ from tiny_models import SMALL, build, codebook_of, tokens
 
 from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.errors import CacheOutOfMemoryError, PagesExhaustedError
-from hf_pqcache.hf_names import cache_kwargs
-from hf_pqcache.pool import MIN_SLAB, PageAllocator, PageTable
-from hf_pqcache.slabs import PLACE_BITS, PageSpec, PageStore
+from hf_pqcache.models.names import cache_kwargs
+from hf_pqcache.pages.block_pool import MIN_SLAB, PageAllocator, PageTable
+from hf_pqcache.pages.slabs import PLACE_BITS, PageSpec, PageStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = pytest.mark.parametrize("kind", ["codes", "exact"])

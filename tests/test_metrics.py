@@ -13,8 +13,8 @@ from typing import Any
 import evaluate
 import pytest
 
-from hf_pqcache.eval import longbench_scores
-from hf_pqcache.eval.longbench_scores import METRICS, first_line, score
+from hf_pqcache.eval.measure import longbench_scores
+from hf_pqcache.eval.measure.longbench_scores import METRICS, first_line, score
 from hf_pqcache.eval.metrics import FOLDER
 
 ARCHIVE = Path(__file__).parents[1].parent / "shared" / "data" / "longbench-predictions.tar.xz"

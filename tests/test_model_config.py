@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig, Gemma3Config, LlamaConfig
 
 from hf_pqcache import PQConfig, demo
-from hf_pqcache.eval.model_config import ModelConfig, available, load_model_config
+from hf_pqcache.eval.session.model_config import ModelConfig, available, load_model_config
 
 NAMES = (
     "gemma-3",

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.hf_names import cache_kwargs
-from hf_pqcache.reference import ReferenceCache
+from hf_pqcache.cache.reference import ReferenceCache
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 #: Architecture -> (layers that are compressed, start of the reason given for each other layer).
@@ -161,7 +161,7 @@ SIDES = {"layers": 2, "attention_heads": 2, "ffn_dim": 48}
 def test_encoder_decoder_models_compress_what_the_decoder_has_written(name: str) -> None:
     """The reference decodes with the codebooks that ours learnt on its way: random centroids, of the right shape."""
     model, inputs = encoder_decoder(name), {"input_ids": tokens(2, 20)}
-    from hf_pqcache.codebook import Codebook, LayerCodebook
+    from hf_pqcache.codebook.codebook import Codebook, LayerCodebook
 
     generator = torch.Generator().manual_seed(0)
     sides = [torch.randn(2, 8, 16, 2, generator=generator).half() for _ in range(4)]

@@ -8,7 +8,7 @@ from tiny_models import EAGER_ONLY, FUSED, MORE_FUSED, SMALL, build, codebook_of
 from transformers import DynamicCache
 
 from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.reference import ReferenceCache
+from hf_pqcache.cache.reference import ReferenceCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

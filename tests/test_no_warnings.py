@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_pqcache import demo
-from hf_pqcache.hf_names import CACHE
+from hf_pqcache.models.names import CACHE
 
 pytestmark = pytest.mark.cache
 ROOT = Path(__file__).parents[1]

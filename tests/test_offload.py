@@ -15,9 +15,10 @@ from scenarios import SCENARIOS, Run, assert_same
 from tiny_models import EAGER_ONLY, SMALL, build, codebook_of, tokens
 from torch import Tensor
 
-from hf_pqcache import PagedKVCache, PagedPQCache, offload
+from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.errors import PagesExhaustedError
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.models.names import cache_kwargs
+from hf_pqcache.pages import offload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAME = "llama_deep"

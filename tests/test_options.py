@@ -13,8 +13,8 @@ from checkpoints import done, gpt2, llama, pqcache, save
 
 from hf_pqcache import demo
 from hf_pqcache.cli import main
-from hf_pqcache.eval import models
-from hf_pqcache.eval.results import Results
+from hf_pqcache.eval.session import models
+from hf_pqcache.eval.session.results import Results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CALIBRATE = ("calibrate", "--nbits", 4, "--calibration-tokens", 200, "--device", "cpu", "--quiet")

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from hf_pqcache import Codebook, PagedKVCache, PagedPQCache, ops
-from hf_pqcache.codebook import LayerCodebook
+from hf_pqcache import Codebook, PagedKVCache, PagedPQCache
+from hf_pqcache.attention import ops
+from hf_pqcache.codebook.codebook import LayerCodebook
 from hf_pqcache.errors import CacheOutOfMemoryError
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.models.names import cache_kwargs
 
 LAYERS, HEADS, HEAD_DIM = 3, 2, 16
 CONFIG = LlamaConfig(

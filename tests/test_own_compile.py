@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.errors import PagesExhaustedError
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = pytest.mark.parametrize("kind", ["codes", "exact"])

@@ -75,7 +75,11 @@ def ask(site: Path, *names: str, cwd: Path) -> dict[str, str | None]:
 
 def test_a_wheel_holds_the_package_also_when_it_is_built_from_a_source_archive(checkout: Path, tmp_path: Path) -> None:
     expected = files_of_the_package(checkout)
-    assert {"hf_pqcache/eval/report.html.j2", "hf_pqcache/kernels/page.cuh", "hf_pqcache/model_configs/tiny.yaml"} <= expected
+    assert {
+        "hf_pqcache/eval/report/report.html.j2",
+        "hf_pqcache/kernels/page.cuh",
+        "hf_pqcache/model_configs/tiny.yaml",
+    } <= expected
     assert wheel_files(build("build_wheel", checkout, tmp_path / "wheel")) == expected
     archive = build("build_sdist", checkout, tmp_path / "sdist")
     with tarfile.open(archive) as tar:

@@ -14,10 +14,11 @@ import tp_worker
 from tiny_models import COMMON, SMALL
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from hf_pqcache import Codebook, PagedPQCache, parallel
-from hf_pqcache.calibrate import learn_layer
-from hf_pqcache.codebook import LayerCodebook
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache import Codebook, PagedPQCache
+from hf_pqcache.codebook import tensor_parallel
+from hf_pqcache.codebook.calibrate import learn_layer
+from hf_pqcache.codebook.codebook import LayerCodebook
+from hf_pqcache.models.names import cache_kwargs
 
 SHAPE = {**COMMON, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 #: name -> (model class, config class, how it is told to spread its heads)
@@ -73,7 +74,7 @@ def test_two_processes_equal_one(name: str, tmp_path: Path, one_thread: None) ->
 
 
 def test_collectives_are_not_compiled_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    import hf_pqcache.cache
+    import hf_pqcache.cache.caches
 
     monkeypatch.setattr(hf_pqcache.cache, "_kernels_serve", lambda *_: True)
     config = LlamaConfig(**SHAPE)
@@ -98,23 +99,23 @@ def pretend(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
 
 def test_a_rank_takes_its_run_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     book = book_of(8)
-    assert parallel.local_part(book, 8, 0, None) is book
+    assert tensor_parallel.local_part(book, 8, 0, None) is book
     pretend(monkeypatch, rank=3, world=4)
-    part = parallel.local_part(book, 2, 0, None)
+    part = tensor_parallel.local_part(book, 2, 0, None)
     assert torch.equal(part.keys, book.keys[6:])
     assert torch.equal(part.values, book.values[6:])
-    assert parallel.local_part(book, 2, 0, None) is part, "made once for all caches"
-    assert torch.equal(parallel.local_part(book, 2, 0, 1).keys, book.keys[2:4]), "tp_rank wins"
+    assert tensor_parallel.local_part(book, 2, 0, None) is part, "made once for all caches"
+    assert torch.equal(tensor_parallel.local_part(book, 2, 0, 1).keys, book.keys[2:4]), "tp_rank wins"
 
 
 def test_unknown_heads_are_an_error_that_says_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"layer 5: .* has 8 KV heads and this process is handed 4.*torchrun.*tp_rank"):
-        parallel.local_part(book_of(8), 4, 5, None)
+        tensor_parallel.local_part(book_of(8), 4, 5, None)
     with pytest.raises(ValueError, match="tp_rank=2 is none of the 2 processes that share 8 KV heads"):
-        parallel.local_part(book_of(8), 4, 0, 2)
+        tensor_parallel.local_part(book_of(8), 4, 0, 2)
     pretend(monkeypatch, rank=0, world=4)  # two replicas of two processes each, say
     with pytest.raises(ValueError, match=r"2 processes share them, and torch\.distributed has 4; pass tp_rank"):
-        parallel.local_part(book_of(8), 4, 0, None)
+        tensor_parallel.local_part(book_of(8), 4, 0, None)
 
 
 def cache_of(heads: int, **options: Any) -> tuple[PagedPQCache, Any]:
@@ -150,5 +151,5 @@ def test_a_models_mesh_knows_the_rank(names: Any, ndim: int, expected: str | Non
     """5.17 makes a mesh of one nameless dimension, later releases one of several named ones."""
     mesh = SimpleNamespace(mesh_dim_names=names, ndim=ndim, get_local_rank=lambda name="": {"tp": 3, "": 5}[name])
     wanted = None if expected is None else {"tp": 3, "": 5}[expected]
-    assert parallel.rank_of(SimpleNamespace(_device_mesh=mesh)) == wanted
-    assert parallel.rank_of(LlamaConfig(**SHAPE)) is None
+    assert tensor_parallel.rank_of(SimpleNamespace(_device_mesh=mesh)) == wanted
+    assert tensor_parallel.rank_of(LlamaConfig(**SHAPE)) is None

@@ -20,12 +20,12 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_pqcache import pq
-from hf_pqcache.calibrate import compressible_layers, learn_layer
-from hf_pqcache.codebook import Codebook
+from hf_pqcache.codebook import pq
+from hf_pqcache.codebook.calibrate import compressible_layers, learn_layer
+from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
-from hf_pqcache.eval.accuracy_study import Setting, bits_per_value, study, table
-from hf_pqcache.eval.perplexity import perplexity, simulated_attention, stream_attention
+from hf_pqcache.eval.measure.accuracy_study import Setting, bits_per_value, study, table
+from hf_pqcache.eval.measure.perplexity import perplexity, simulated_attention, stream_attention
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 TINY, ARTICLES = SHARED / "models" / "tiny", SHARED / "data" / "text" / "articles.txt"
@@ -136,7 +136,7 @@ def test_stream_attention_equals_one_query_at_a_time(capped: float | None, with_
 def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5, 1, 2, 70, 16)
     whole = stream_attention(x[0], (x[1], x[2]), (x[3], x[4]), CONFIG, scale=0.3)
-    monkeypatch.setattr("hf_pqcache.eval.perplexity._SCORE_NUMBERS", 1)
+    monkeypatch.setattr("hf_pqcache.eval.measure.perplexity._SCORE_NUMBERS", 1)
     torch.testing.assert_close(stream_attention(x[0], (x[1], x[2]), (x[3], x[4]), CONFIG, scale=0.3), whole)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_pqcache import pq
+from hf_pqcache.codebook import pq
 
 
 def centroids(heads: int, subspaces: int, count: int, width: int, seed: int = 0) -> torch.Tensor:

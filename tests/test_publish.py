@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_pqcache import Codebook, PagedPQCache, demo
 from hf_pqcache.cli import main
-from hf_pqcache.codebook import LayerCodebook
-from hf_pqcache.eval.model_config import load_model_config
+from hf_pqcache.codebook.codebook import LayerCodebook
 from hf_pqcache.eval.publish import RECIPE, evaluations, publish
-from hf_pqcache.eval.results import Results, Row
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.eval.session.model_config import load_model_config
+from hf_pqcache.eval.session.results import Results, Row
+from hf_pqcache.models.names import cache_kwargs
 
 REPO = "user/book"
 FILES = {

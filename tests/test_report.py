@@ -15,9 +15,9 @@ import pytest
 from click.testing import CliRunner
 
 from hf_pqcache.cli import main
-from hf_pqcache.eval import charts, naming, plots, summary
-from hf_pqcache.eval.report import conditions, read_rows, render, write_report
-from hf_pqcache.eval.results import Results, Row
+from hf_pqcache.eval.report import charts, naming, plots, summary
+from hf_pqcache.eval.report.html import conditions, read_rows, render, write_report
+from hf_pqcache.eval.session.results import Results, Row
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PQ = [{"num_subspaces": m, "num_bits": n, "page_size": 64} for m, n in ((32, 8), (32, 6), (16, 8))]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_pqcache.eval.results import Results, Row, provenance
+from hf_pqcache.eval.session.results import Results, Row, provenance
 
 ROW = Row("wikitext-2-raw-v1", "perplexity", 5.25, model="m", settings={"window": 64}, provenance={"time": "now"})
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.hf_names import cache_kwargs
-from hf_pqcache.reference import ReferenceCache
+from hf_pqcache.cache.reference import ReferenceCache
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

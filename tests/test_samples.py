@@ -11,8 +11,8 @@ from checkpoints import done, llama, save
 from safetensors import safe_open
 
 from hf_pqcache import PQConfig, calibrate
-from hf_pqcache.calibrate import learn
-from hf_pqcache.samples import KeptSamples, LiveSamples, keep
+from hf_pqcache.codebook.calibrate import learn
+from hf_pqcache.codebook.samples import KeptSamples, LiveSamples, keep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = PQConfig(num_bits=4, num_subspaces=8)

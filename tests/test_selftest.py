@@ -11,12 +11,15 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from hf_pqcache import layout, padding, pq, torch_engine
+from hf_pqcache.attention import padding
+from hf_pqcache.backends import torch_backend
 from hf_pqcache.cli import main
+from hf_pqcache.codebook import pq
 from hf_pqcache.eval import selftest
 from hf_pqcache.eval.selftest import checks, timing
-from hf_pqcache.pool import PageAllocator
-from hf_pqcache.storage import Storage
+from hf_pqcache.pages import layout
+from hf_pqcache.pages.block_pool import PageAllocator
+from hf_pqcache.storage.storage import Storage
 
 CPU = checks.Machine(torch.device("cpu"))
 
@@ -63,7 +66,7 @@ def shifted(*args: Any, original: Callable[..., Any] = layout.unpack_pages) -> A
     return original(*args).roll(1, dims=-1)
 
 
-def louder(*args: Any, original: Callable[..., Any] = torch_engine.attend) -> Any:
+def louder(*args: Any, original: Callable[..., Any] = torch_backend.attend) -> Any:
     return 1.01 * original(*args)
 
 
@@ -73,7 +76,7 @@ FAULTS: dict[str, tuple[Any, str, Any, str]] = {
     "a centroid that is not nearest": (pq, "encode", second_nearest, "product quantization"),
     "a crop that is off by one": (Storage, "crop", off_by_one, "rows of codes"),
     "a fork that shares nothing": (Storage, "copy_row", lambda self, source, target: None, "sequences"),
-    "attention that is 1 % too large": (torch_engine, "attend", louder, "plain torch"),
+    "attention that is 1 % too large": (torch_backend, "attend", louder, "plain torch"),
     "left padding that is not seen": (padding, "leading_padding", lambda m, p, f, c, batch, g: [0] * batch, "generate, coded"),
 }
 
@@ -128,7 +131,7 @@ def test_caches_are_timed_and_their_tokens_compared(monkeypatch: pytest.MonkeyPa
     assert dynamic["tokens_per_s"] > 0
     assert paged["agreement"] == dynamic["agreement"] == 1.0
 
-    monkeypatch.setattr(torch_engine, "attend", lambda *args: torch.zeros_like(louder(*args)))
+    monkeypatch.setattr(torch_backend, "attend", lambda *args: torch.zeros_like(louder(*args)))
     result = run("--performance")
     assert result.exit_code == 1
     assert "selftest FAILED: performance" in result.output

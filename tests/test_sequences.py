@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import Gemma3TextConfig, LlamaConfig
 
 from hf_pqcache import Codebook, PagedKVCache, PagedPQCache
-from hf_pqcache.codebook import LayerCodebook
+from hf_pqcache.codebook.codebook import LayerCodebook
 from hf_pqcache.errors import PagesExhaustedError
-from hf_pqcache.state import DeviceState
+from hf_pqcache.pages.device_state import DeviceState
 
 LAYERS, HEADS, HEAD_DIM, PAGE = 2, 2, 16, 64
 CONFIG = LlamaConfig(

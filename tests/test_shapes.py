@@ -10,10 +10,12 @@ import torch
 import transformers as tf
 from tiny_models import build
 
-from hf_pqcache import PagedKVCache, PagedPQCache, cache, selection
-from hf_pqcache.eval import caches
-from hf_pqcache.eval.model_config import ModelConfig
-from hf_pqcache.shapes import has_latent_attention, kv_shape, layer_configs
+from hf_pqcache import PagedKVCache, PagedPQCache
+from hf_pqcache.backends import selection
+from hf_pqcache.cache import caches as cache_module
+from hf_pqcache.eval.session import caches
+from hf_pqcache.eval.session.model_config import ModelConfig
+from hf_pqcache.models.shapes import has_latent_attention, kv_shape, layer_configs
 
 
 def latent_config_of_unlike_layers() -> Any:
@@ -48,8 +50,8 @@ def test_kernels_serve_a_model_if_they_serve_each_of_its_layers(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(selection, "select_paged", select_paged)
-    assert cache._kernels_serve(build("llama").config, None)
-    assert not cache._kernels_serve(build("gemma4").config, None)
+    assert cache_module._kernels_serve(build("llama").config, None)
+    assert not cache_module._kernels_serve(build("gemma4").config, None)
     assert {16, 32} == set(asked)
 
 

@@ -27,12 +27,14 @@ from hypothesis.stateful import (
 from torch import Tensor
 from transformers import LlamaConfig
 
-from hf_pqcache import Codebook, PagedKVCache, PagedPQCache, offload, pq
-from hf_pqcache.codebook import LayerCodebook
+from hf_pqcache import Codebook, PagedKVCache, PagedPQCache
+from hf_pqcache.codebook import pq
+from hf_pqcache.codebook.codebook import LayerCodebook
 from hf_pqcache.errors import PagesExhaustedError
-from hf_pqcache.pool import PageAllocator
-from hf_pqcache.slabs import MAX_SLAB, PLACE_BITS
-from hf_pqcache.storage import Storage
+from hf_pqcache.pages import offload
+from hf_pqcache.pages.block_pool import PageAllocator
+from hf_pqcache.pages.slabs import MAX_SLAB, PLACE_BITS
+from hf_pqcache.storage.storage import Storage
 
 LAYERS, HEAD_DIM, PAGE, MAX_PAGES, TOKENS = 2, 8, 16, 14, 512
 CONFIG = LlamaConfig(

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from hf_pqcache import PQConfig, demo, plan_memory
 from hf_pqcache.cli import main
-from hf_pqcache.eval.sweep import grid
+from hf_pqcache.eval.search.sweep import grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

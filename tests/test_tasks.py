@@ -17,13 +17,13 @@ from hf_pqcache.cli import main
 from hf_pqcache.config import PQConfig
 from hf_pqcache.demo import MODEL, TEXT
 from hf_pqcache.eval import tasks
-from hf_pqcache.eval.caches import CacheSpec
-from hf_pqcache.eval.models import load_model
 from hf_pqcache.eval.pipeline import Pipeline
-from hf_pqcache.eval.results import Results
-from hf_pqcache.eval.session import Session
-from hf_pqcache.eval.setup import Calibration, open_session
-from hf_pqcache.eval.texts import text_of
+from hf_pqcache.eval.session.caches import CacheSpec
+from hf_pqcache.eval.session.models import load_model
+from hf_pqcache.eval.session.results import Results
+from hf_pqcache.eval.session.session import Session
+from hf_pqcache.eval.session.setup import Calibration, open_session
+from hf_pqcache.eval.session.texts import text_of
 
 WIKI = [" = Title = \n", " \n", " A line , of words . \n", " \n", " Another one . \n"]
 
@@ -242,7 +242,7 @@ def test_a_codebook_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     options: dict[str, Any] = {"results": tmp_path / "r.jsonl", "progress": False, "device": "cpu"}
     overrides = {"num_bits": 4, "calibration_tokens": 400}
     first, _, _ = open_session(str(MODEL), "pq", overrides=overrides, **options)
-    monkeypatch.setattr("hf_pqcache.eval.setup.calibrate", None)
+    monkeypatch.setattr("hf_pqcache.eval.session.setup.calibrate", None)
     again, _, _ = open_session(str(MODEL), "pq", overrides=overrides, **options)
     assert first.cache.codebook is not None
     assert again.cache.codebook is not None

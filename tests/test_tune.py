@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from transformers import Gemma3TextConfig, LlamaConfig
 
 from hf_pqcache import Codebook, PagedPQCache, PQConfig
-from hf_pqcache.codebook import LayerCodebook
-from hf_pqcache.eval.accuracy_study import bits_per_value, cache_bits
-from hf_pqcache.eval.model_config import load_model_config
-from hf_pqcache.eval.results import Results
-from hf_pqcache.eval.tune import Budget, Grid, Search, layer_shapes, tune
+from hf_pqcache.codebook.codebook import LayerCodebook
+from hf_pqcache.eval.measure.accuracy_study import bits_per_value, cache_bits
+from hf_pqcache.eval.search.tune import Budget, Grid, Search, layer_shapes, tune
+from hf_pqcache.eval.session.model_config import load_model_config
+from hf_pqcache.eval.session.results import Results
 
 GRID = Grid(num_subspaces=(16, 32), num_bits=(4, 8), page_size=(16, 64), extended_residual=(32, 64, 128))
 EXACT = 10.0
@@ -219,7 +219,7 @@ def test_command_writes_a_config_that_loads_and_resumes(tmp_path: Path, monkeypa
         raise AssertionError("nothing is measured or calibrated twice")
 
     monkeypatch.setattr("hf_pqcache.eval.tasks._text.perplexity", refuse)
-    monkeypatch.setattr("hf_pqcache.eval.setup.calibrate", refuse)
+    monkeypatch.setattr("hf_pqcache.eval.session.setup.calibrate", refuse)
     done(*line)
     assert load_model_config("best.yaml") == best
     assert len(Results("rows.jsonl")) == len(rows)

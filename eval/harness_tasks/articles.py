@@ -12,7 +12,7 @@ def articles(**_: Any) -> dict[str, Any]:
     """{"test": data set of text, choices (the right one first) and gold}, from the articles kept for evaluation."""
     from datasets import Dataset
 
-    from hf_pqcache.eval.demo import split_text
+    from hf_pqcache.demo import split_text
 
     words = split_text(demo.TEXT.read_text(encoding="utf-8"))[1].split()
     examples = []

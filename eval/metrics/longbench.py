@@ -5,7 +5,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from hf_pqcache.eval.longbench_scores import METRICS, score
+from hf_pqcache.eval.measure.longbench_scores import METRICS, score
 
 _NAMES = [name.removesuffix("_score") for name in METRICS]
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
-from hf_pqcache.cache import PagedKVCache, PagedPQCache
-from hf_pqcache.calibrate import calibrate
-from hf_pqcache.codebook import Codebook
+from hf_pqcache.cache.caches import PagedKVCache, PagedPQCache
+from hf_pqcache.cache.reference import ReferenceCache
+from hf_pqcache.codebook.calibrate import calibrate
+from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.demo import MODEL, TEXT
 from hf_pqcache.eval.selftest.checks import Check, CheckSkipped, Machine, expect, expect_close, expect_equal
-from hf_pqcache.hf_names import cache_kwargs
-from hf_pqcache.reference import ReferenceCache
+from hf_pqcache.models.names import cache_kwargs
 
 #: Pages leave the window every 16 tokens, and most of the prompts below are codes. The shape has a tuned kernel.
 SETTINGS = PQConfig(num_subspaces=32, num_bits=6, page_size=16, extended_residual=32, max_pages=256)

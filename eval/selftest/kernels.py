@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pqcache import diagnose, jit, nvrtc
-from hf_pqcache.cache import PagedKVCache, PagedPQCache
+from hf_pqcache.backends import diagnose, jit, nvrtc
+from hf_pqcache.cache.caches import PagedKVCache, PagedPQCache
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.selftest.checks import REPORT, Check, CheckFailed, CheckSkipped, Machine, expect, expect_close
 from hf_pqcache.eval.selftest.structures import model_config, random_codebook, random_tokens
-from hf_pqcache.pages import Which
-from hf_pqcache.pool import LayerView
+from hf_pqcache.pages.block_pool import LayerView
+from hf_pqcache.pages.codec import Which
 
 #: Rounding of probabilities and of the output: relative L2 distance from float64.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}

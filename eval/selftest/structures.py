@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig
 
-from hf_pqcache import jit, layout, pq
-from hf_pqcache.cache import PagedKVCache, PagedPQCache
-from hf_pqcache.codebook import Codebook, LayerCodebook
+from hf_pqcache.backends import jit
+from hf_pqcache.cache.caches import PagedKVCache, PagedPQCache
+from hf_pqcache.cache.reference import ReferenceCache
+from hf_pqcache.codebook import pq
+from hf_pqcache.codebook.codebook import Codebook, LayerCodebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.errors import PagesExhaustedError
 from hf_pqcache.eval.selftest.checks import Check, Machine, expect, expect_close, expect_equal
-from hf_pqcache.pool import MIN_SLAB, PageAllocator, PageTable
-from hf_pqcache.reference import ReferenceCache
+from hf_pqcache.pages import layout
+from hf_pqcache.pages.block_pool import MIN_SLAB, PageAllocator, PageTable
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 16
 SMALL = PQConfig(num_subspaces=8, num_bits=4, page_size=16, sink_tokens=4, extended_residual=16, max_pages=96)

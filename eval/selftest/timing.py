@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from hf_pqcache.eval.caches import CacheSpec, head_dim, weigh
+from hf_pqcache.eval.measure.speed import measure_speed
 from hf_pqcache.eval.selftest.checks import REPORT, CheckFailed, Machine, expect
 from hf_pqcache.eval.selftest.integration import Setup, setup
-from hf_pqcache.eval.speed import measure_speed
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.eval.session.caches import CacheSpec, head_dim, weigh
+from hf_pqcache.models.names import cache_kwargs
 
 PERFORMANCE = ("dynamic", "static", "pq:4", "paged-kv")
 COMPARISON = ("dynamic", "fp8", "quanto:4", "hqq:4", "paged-kv", "pq:4", "pq:3", "pq:2")
@@ -83,7 +83,7 @@ def _measure(s: Setup, spec: CacheSpec, continued: torch.Tensor) -> Figures:
 
 
 def _codebook(s: Setup, spec: CacheSpec) -> Any:
-    from hf_pqcache.calibrate import calibrate
+    from hf_pqcache.codebook.calibrate import calibrate
     from hf_pqcache.demo import TEXT
 
     text = TEXT.read_text(encoding="utf-8")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_pqcache.eval import questions
-from hf_pqcache.eval.questions import Question
-from hf_pqcache.eval.results import Row
-from hf_pqcache.eval.session import Session
-from hf_pqcache.positions import check_positions, max_positions
+from hf_pqcache.eval.measure import questions
+from hf_pqcache.eval.measure.questions import Question
+from hf_pqcache.eval.session.results import Row
+from hf_pqcache.eval.session.session import Session
+from hf_pqcache.models.positions import check_positions, max_positions
 
 #: Tokens left to a chat template.
 TEMPLATE = 64

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_pqcache.eval import hub_data
-from hf_pqcache.eval.accuracy_study import bits_per_value
-from hf_pqcache.eval.caches import CacheSpec
-from hf_pqcache.eval.deployed import CHUNK, cache_perplexity
-from hf_pqcache.eval.perplexity import perplexity, token_ids
-from hf_pqcache.eval.results import Row
-from hf_pqcache.eval.session import Session
-from hf_pqcache.eval.texts import read_text
-from hf_pqcache.positions import check_positions
+from hf_pqcache.eval.measure.accuracy_study import bits_per_value
+from hf_pqcache.eval.measure.deployed import CHUNK, cache_perplexity
+from hf_pqcache.eval.measure.perplexity import perplexity
+from hf_pqcache.eval.session import hub_data
+from hf_pqcache.eval.session.caches import CacheSpec
+from hf_pqcache.eval.session.models import token_ids
+from hf_pqcache.eval.session.results import Row
+from hf_pqcache.eval.session.session import Session
+from hf_pqcache.eval.session.texts import read_text
+from hf_pqcache.models.positions import check_positions
 
 if TYPE_CHECKING:
-    from hf_pqcache.eval.setup import Setup
+    from hf_pqcache.eval.session.setup import Setup
 
 SPLITS = ("train", "validation", "test")
 #: "cache" runs the real cache; the others are those of `perplexity`, which simulates it.

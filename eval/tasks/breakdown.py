@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_pqcache.eval.breakdown import STAGES, WARM_UP, measure_breakdown
-from hf_pqcache.eval.lengths import lengths_within
-from hf_pqcache.eval.results import Row
-from hf_pqcache.eval.session import Session
-from hf_pqcache.positions import max_positions
+from hf_pqcache.eval.measure.breakdown import STAGES, WARM_UP, measure_breakdown
+from hf_pqcache.eval.measure.lengths import lengths_within
+from hf_pqcache.eval.session.results import Row
+from hf_pqcache.eval.session.session import Session
+from hf_pqcache.models.positions import max_positions
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from hf_pqcache.eval.deployed import CHUNK
 from hf_pqcache.eval.harness_tasks import FOLDER as OWN_TASKS
-from hf_pqcache.eval.results import Row, provenance
-from hf_pqcache.eval.session import Session
+from hf_pqcache.eval.measure.deployed import CHUNK
+from hf_pqcache.eval.session.results import Row, provenance
+from hf_pqcache.eval.session.session import Session
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class HarnessTask:
     ) -> list[Row]:
         from lm_eval import evaluator, simple_evaluate
 
-        from hf_pqcache.eval.harness import CacheLM
+        from hf_pqcache.eval.measure.harness import CacheLM
 
         settings, seed = asked.settings, session.seed
         with patch.object(evaluator, "get_git_commit_hash", lambda: None, create=True):  # git complains outside of a checkout

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from hf_pqcache.eval import hub_data
-from hf_pqcache.eval.longbench_scores import qa_f1, rouge
-from hf_pqcache.eval.questions import Question
+from hf_pqcache.eval.measure.longbench_scores import qa_f1, rouge
+from hf_pqcache.eval.measure.questions import Question
+from hf_pqcache.eval.session import hub_data
 from hf_pqcache.eval.tasks._questions import QuestionTask
 
 PATH = "xinrongzhang2022/InfiniteBench"

@@ -9,12 +9,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from hf_pqcache.eval import distributed, longbench
-from hf_pqcache.eval.journal import Journal
-from hf_pqcache.eval.longbench_scores import first_line, score
-from hf_pqcache.eval.results import Row
-from hf_pqcache.eval.session import Session
-from hf_pqcache.positions import check_positions, max_positions
+from hf_pqcache.eval.measure import longbench
+from hf_pqcache.eval.measure.journal import Journal
+from hf_pqcache.eval.measure.longbench_scores import first_line, score
+from hf_pqcache.eval.session import distributed
+from hf_pqcache.eval.session.results import Row
+from hf_pqcache.eval.session.session import Session
+from hf_pqcache.models.positions import check_positions, max_positions
 
 NAMES = (
     *("narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh", "hotpotqa", "2wikimqa", "musique", "dureader"),

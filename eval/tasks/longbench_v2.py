@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hf_pqcache.eval import hub_data
-from hf_pqcache.eval.questions import Question
+from hf_pqcache.eval.measure.questions import Question
+from hf_pqcache.eval.session import hub_data
 from hf_pqcache.eval.tasks._questions import QuestionTask
 
 PATH = "THUDM/LongBench-v2"

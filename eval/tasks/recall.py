@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
-from hf_pqcache.eval.perplexity import token_ids
-from hf_pqcache.eval.recall import ANSWER_TOKENS, check_recall, recall_at
-from hf_pqcache.eval.results import Row
-from hf_pqcache.eval.session import Session
-from hf_pqcache.positions import max_positions
+from hf_pqcache.eval.measure.recall import ANSWER_TOKENS, check_recall, recall_at
+from hf_pqcache.eval.session.models import token_ids
+from hf_pqcache.eval.session.results import Row
+from hf_pqcache.eval.session.session import Session
+from hf_pqcache.models.positions import max_positions
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

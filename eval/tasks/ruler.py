@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_pqcache import demo
-from hf_pqcache.eval import questions, ruler
-from hf_pqcache.eval.lengths import lengths_within
-from hf_pqcache.eval.results import Row
-from hf_pqcache.eval.session import Session
+from hf_pqcache.eval.measure import questions, ruler
+from hf_pqcache.eval.measure.lengths import lengths_within
+from hf_pqcache.eval.session.results import Row
+from hf_pqcache.eval.session.session import Session
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from hf_pqcache.eval.lengths import lengths_within
-from hf_pqcache.eval.results import Row
-from hf_pqcache.eval.session import Session
-from hf_pqcache.eval.speed import measure_speed
-from hf_pqcache.positions import max_positions
+from hf_pqcache.eval.measure.lengths import lengths_within
+from hf_pqcache.eval.measure.speed import measure_speed
+from hf_pqcache.eval.session.results import Row
+from hf_pqcache.eval.session.session import Session
+from hf_pqcache.models.positions import max_positions
 
 
 @dataclass(frozen=True)

@@ -15,23 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pqcache import cuda_engine, jit, kernel_plan, layout, pq
+from hf_pqcache.backends import cuda_backend, jit, launch
+from hf_pqcache.codebook import pq
 from hf_pqcache.config import PQConfig
-from hf_pqcache.pages import CODED, EXACT
-from hf_pqcache.pool import LayerView
-from hf_pqcache.slabs import PageSpec, PageStore, Slab
-from hf_pqcache.state import descriptor_row
+from hf_pqcache.pages import layout
+from hf_pqcache.pages.block_pool import LayerView
+from hf_pqcache.pages.codec import CODED, EXACT
+from hf_pqcache.pages.device_state import descriptor_row
+from hf_pqcache.pages.slabs import PageSpec, PageStore, Slab
 
 HERE = Path(__file__).parent
 #: The shared memory and multiprocessors of the device that is emulated: an H200.
 #: With one SM a plan splits nothing, so that its tokens are those of a block.
-EMULATED = kernel_plan.Device((9, 0), 1, 232448)
+EMULATED = launch.Device((9, 0), 1, 232448)
 
 
 STRUCTS = {
-    cuda_engine.ATTEND_ARGS: "AttendArgs",
-    cuda_engine.APPEND_ARGS: "AppendArgs",
-    cuda_engine.ENCODE_ARGS: "EncodeArgs",
+    cuda_backend.ATTEND_ARGS: "AttendArgs",
+    cuda_backend.APPEND_ARGS: "AppendArgs",
+    cuda_backend.ENCODE_ARGS: "EncodeArgs",
 }
 
 
@@ -40,7 +42,7 @@ class Case:
     """A layer with random contents and all that a call of its kernels takes."""
 
     view: LayerView
-    geometry: kernel_plan.Geometry
+    geometry: launch.Geometry
     desc: Tensor
     kept: tuple[Tensor, ...]  # books and tickets, addressed by desc
 
@@ -137,7 +139,7 @@ def make_case(
         is_coded=is_coded,
         codec=codec,
     )
-    geometry, kept = cuda_engine.prepare_layer(view)
+    geometry, kept = cuda_backend.prepare_layer(view)
     desc = torch.zeros(2, 8, dtype=torch.int64)
     desc[1] = torch.tensor(descriptor_row(view, kept))  # layer 1 of 2: layer 0 must not be read
     return Case(view, geometry, desc.to(device), kept)
@@ -259,17 +261,15 @@ def attend_emulated(
     geometry = case.geometry
     group = q.shape[1] // geometry.kv_heads
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-    plan = kernel_plan.attend_plan(
-        geometry, group, name, q.dtype == torch.bfloat16, kind, softcap != 0, planned_tokens, EMULATED
-    )
+    plan = launch.attend_plan(geometry, group, name, q.dtype == torch.bfloat16, kind, softcap != 0, planned_tokens, EMULATED)
     out = torch.full((q.shape[0], 1, q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype)
     rows = q.shape[0] * geometry.kv_heads * splits * group
     partial = torch.full((rows * (2 * max(q.shape[3], 32) + 8),), float("nan"))
-    values = cuda_engine.attend_values(
+    values = cuda_backend.attend_values(
         q, out, partial, case.desc, 1, case.view.counts, case.view.starts, case.view.page_table, mask, sinks,
         geometry, splits, scale, softcap,
     )  # fmt: skip
-    wavefronts = emulate(plan.spec, "AttendArgs", cuda_engine.ATTEND_ARGS, (splits, *plan.grid[1:]), values)
+    wavefronts = emulate(plan.spec, "AttendArgs", cuda_backend.ATTEND_ARGS, (splits, *plan.grid[1:]), values)
     return out, wavefronts
 
 
@@ -285,19 +285,19 @@ class EmulatedKernel:
 
 def append_emulated(case: Case, k: Tensor, v: Tensor, flags: Tensor) -> None:
     """append.cu or append_paged.cu on the CPU."""
-    spec = kernel_plan.append_spec(case.geometry.shape, k.dtype == torch.bfloat16)
+    spec = launch.append_spec(case.geometry.shape, k.dtype == torch.bfloat16)
     view = case.view
-    values = cuda_engine.append_values(k, v, case.desc, 1, view.counts, view.page_table, flags, case.geometry)
-    emulate(spec, "AppendArgs", cuda_engine.APPEND_ARGS, kernel_plan.append_grid(case.geometry), values)
+    values = cuda_backend.append_values(k, v, case.desc, 1, view.counts, view.page_table, flags, case.geometry)
+    emulate(spec, "AppendArgs", cuda_backend.APPEND_ARGS, launch.append_grid(case.geometry), values)
 
 
 def encode_emulated(case: Case, x: Tensor, which: str, page_ids: Tensor, first_token: Tensor) -> None:
     """encode.cu on the CPU."""
-    plan = kernel_plan.encode_plan(case.geometry.shape, x.dtype == torch.bfloat16, "encode.cu", cuda_engine.is_aligned(x))
+    plan = launch.encode_plan(case.geometry.shape, x.dtype == torch.bfloat16, "encode.cu", cuda_backend.is_aligned(x))
     pages, book = (case.key_pages, case.kept[0]) if which == "key" else (case.value_pages, case.kept[1])
-    values = cuda_engine.encode_values(x, pages.data_ptr(), book, page_ids, first_token, which, case.geometry)
-    grid = kernel_plan.encode_grid(case.geometry, x.shape[0], page_ids.shape[1], plan)
-    emulate(plan.spec, "EncodeArgs", cuda_engine.ENCODE_ARGS, grid, values)
+    values = cuda_backend.encode_values(x, pages.data_ptr(), book, page_ids, first_token, which, case.geometry)
+    grid = launch.encode_grid(case.geometry, x.shape[0], page_ids.shape[1], plan)
+    emulate(plan.spec, "EncodeArgs", cuda_backend.ENCODE_ARGS, grid, values)
 
 
 def page_codes(case: Case, which: str, page: int) -> Tensor:

@@ -12,8 +12,9 @@ import tp_worker
 from gpu_models import VOCABULARY, first_difference, llama_config, random_book
 from transformers import DynamicCache, LlamaForCausalLM
 
-from hf_pqcache import Codebook, PagedKVCache, PagedPQCache, jit
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache import Codebook, PagedKVCache, PagedPQCache
+from hf_pqcache.backends import jit
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = [
     pytest.mark.gpu,

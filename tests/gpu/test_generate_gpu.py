@@ -9,8 +9,9 @@ import torch
 from gpu_models import HEAD_DIM, KV_HEADS, VOCABULARY, first_difference, llama_config, random_book
 from transformers import DynamicCache, LlamaForCausalLM
 
-from hf_pqcache import PagedKVCache, PagedPQCache, engine
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache import PagedKVCache, PagedPQCache
+from hf_pqcache.backends import dispatch
+from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -124,7 +125,7 @@ def test_writing_exact_pages_does_not_wait_for_the_device(model: Any) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.encode_pages(view, "key", keys[0], 0, 0)
+        dispatch.encode_pages(view, "key", keys[0], 0, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(view.store.read("key", view.page_numbers(0, 0, 100)).transpose(0, 1).flatten(1, 2), keys[0])

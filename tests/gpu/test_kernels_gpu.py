@@ -8,7 +8,7 @@ import harness as h
 import pytest
 import torch
 
-from hf_pqcache import cuda_engine, jit
+from hf_pqcache.backends import cuda_backend, jit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ def poison() -> None:
 def attend(case, q, name, mask=None, sinks=None, scale=0.1, softcap=0.0, max_tokens=4096):  # type: ignore[no-untyped-def]
     poison()
     view = case.view
-    return cuda_engine.attend(
+    return cuda_backend.attend(
         q,
         case.desc,
         1,
@@ -118,7 +118,7 @@ def test_append_to_exact_pages_step_by_step() -> None:
     for _ in range(20):
         before = view.lengths.tolist()
         k, v = (torch.randn(3, 2, 1, 80).half().cuda() for _ in range(2))
-        cuda_engine.append(k, v, case.desc, 1, view.counts, view.page_table, flags, case.geometry)
+        cuda_backend.append(k, v, case.desc, 1, view.counts, view.page_table, flags, case.geometry)
         for row, length in enumerate(view.lengths.tolist()):
             for which, new in (("key", k), ("value", v)):
                 if length > before[row]:
@@ -198,7 +198,7 @@ def test_consecutive_launches_and_graph_capture() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outs = [
-            cuda_engine.attend(
+            cuda_backend.attend(
                 q,
                 case.desc,
                 1,
@@ -232,7 +232,7 @@ def test_encode(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
             ("key", case.key_pages, case.kept[0]),
             ("value", case.value_pages, case.kept[1]),
         ):
-            cuda_engine.encode(x, pages.data_ptr(), book, ids, first, which, case.geometry)
+            cuda_backend.encode(x, pages.data_ptr(), book, ids, first, which, case.geometry)
             for row, j in ((0, 0), (1, 0), (1, 1)):
                 start = int(first[row]) + page_size * j
                 excess = h.excess_distance(case, which, int(ids[row, j]), x[row, :, start : start + page_size])
@@ -260,7 +260,7 @@ def test_append_step_by_step(shape: tuple[int, int, int]) -> None:
     for _ in range(60):
         k, v = (torch.randn(3, 2, 1, shape[0]).bfloat16().cuda() for _ in range(2))
         before = view.lengths.tolist()
-        cuda_engine.append(k, v, case.desc, 1, view.counts, view.page_table, flags, case.geometry)
+        cuda_backend.append(k, v, case.desc, 1, view.counts, view.page_table, flags, case.geometry)
         stuck = flags[0].item()
         for row, length in enumerate(view.lengths.tolist()):
             coded_before, coded = (view.config.coded_tokens(n) for n in (before[row], before[row] + 1))

@@ -13,8 +13,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.errors import PagesExhaustedError
-from hf_pqcache.hf_names import cache_kwargs
-from hf_pqcache.pool import MIN_SLAB
+from hf_pqcache.models.names import cache_kwargs
+from hf_pqcache.pages.block_pool import MIN_SLAB
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

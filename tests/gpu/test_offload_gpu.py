@@ -9,8 +9,9 @@ import torch
 from gpu_models import VOCABULARY, llama_config, random_book
 from transformers import LlamaForCausalLM
 
-from hf_pqcache import PagedKVCache, PagedPQCache, offload
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache import PagedKVCache, PagedPQCache
+from hf_pqcache.models.names import cache_kwargs
+from hf_pqcache.pages import offload
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

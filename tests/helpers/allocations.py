@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_pqcache import ops
+from hf_pqcache.attention import ops
 
 _INSIDE = {"append": ops._append, "attend": ops._attend, "dense": ops._dense}
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from hf_pqcache.codebook import Codebook, LayerCodebook
+from hf_pqcache.codebook.codebook import Codebook, LayerCodebook
 
 KV_HEADS, HEAD_DIM, VOCABULARY = 2, 64, 500
 

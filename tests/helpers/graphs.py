@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig
 
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.models.names import cache_kwargs
 
 NEW = 24  # more than a page: steps cross a border
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from hf_pqcache.hf_names import NAMES
+from hf_pqcache.models.names import NAMES
 
 
 class ReaderConfig(LlamaConfig):

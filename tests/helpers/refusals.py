@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_pqcache import Codebook, PagedPQCache, calibrate
 from hf_pqcache.errors import NoKernelError, PagesExhaustedError
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.models.names import cache_kwargs
 
 
 @dataclass(frozen=True)
@@ -179,12 +179,12 @@ def _several_queries() -> None:
 
 
 def _kernel_shapes() -> None:
-    from hf_pqcache import kernel_plan, selection
+    from hf_pqcache.backends import launch, selection
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel_plan.jit, "why_unavailable", lambda: None)
+        patch.setattr(launch.jit, "why_unavailable", lambda: None)
         patch.setattr(torch.version, "cuda", "12.8")
-        patch.setattr(kernel_plan, "device_of", lambda index: kernel_plan.Device((9, 0), 132, 232448))
+        patch.setattr(launch, "device_of", lambda index: launch.Device((9, 0), 132, 232448))
         gpu, half = torch.device("cuda", 0), torch.float16
         assert selection._why_no_cuda(128, 128, 4, half, gpu) is None
         for shape in ((512, 512, 4, half), (128, 64, 4, half), (128, 128, 17, half), (128, 128, 4, torch.float32)):

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_pqcache.hf_names import cache_kwargs
-from hf_pqcache.paged import PagedCache
+from hf_pqcache.cache.base import PagedCache
+from hf_pqcache.models.names import cache_kwargs
 
 PROMPT, NEW = 50, 10  # a page of the small caches is full at 36 tokens, and the next one while decoding
 

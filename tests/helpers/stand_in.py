@@ -25,7 +25,7 @@ from transformers import DynamicCache
 from transformers.generation import utils as generation
 
 from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.shapes import kv_shape, layer_configs
+from hf_pqcache.models.shapes import kv_shape, layer_configs
 
 
 def in_window(config: Any) -> PagedPQCache:

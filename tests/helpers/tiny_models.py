@@ -15,11 +15,11 @@ from own_attention import ReaderConfig, ReaderForCausalLM
 from torch import Tensor
 from transformers import DynamicCache
 
-from hf_pqcache.calibrate import learn_layer
-from hf_pqcache.codebook import Codebook
+from hf_pqcache.codebook.calibrate import learn_layer
+from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
-from hf_pqcache.hf_names import cache_kwargs
-from hf_pqcache.plan import KEEPING
+from hf_pqcache.models.names import cache_kwargs
+from hf_pqcache.models.support import KEEPING
 
 #: A cache in which 50 tokens already fill a page of codes, and whose borders are passed every 16 tokens.
 SMALL = PQConfig(num_bits=4, page_size=16, extended_residual=16, max_pages=64)

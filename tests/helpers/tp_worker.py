@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 from transformers.distributed import DistributedConfig
 
 from hf_pqcache import Codebook, PagedKVCache, PagedPQCache
-from hf_pqcache.hf_names import cache_kwargs
+from hf_pqcache.models.names import cache_kwargs
 
 PROMPT, NEW, FEW = 60, 24, 8
 

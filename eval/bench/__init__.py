@@ -1,0 +1,1 @@
+"""Benchmarks of kernels and of `generate` on a GPU."""

@@ -1,0 +1,1 @@
+"""Measurements under any cache: perplexity, recall, speed, memory, benchmarks."""

@@ -1,0 +1,226 @@
+"""Every cache that the toolkit compares, made and weighed by the same code; knows no task and no result row."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, QuantizedCache, StaticCache
+
+from hf_pqcache.cache.caches import PagedKVCache, PagedPQCache
+from hf_pqcache.cache.footprint import PQ_BITS
+from hf_pqcache.codebook.codebook import Codebook
+from hf_pqcache.codebook.samples import compressible_layers
+from hf_pqcache.config import PQConfig
+from hf_pqcache.models.shapes import kv_shape, layer_configs
+
+#: The caches by name, in a few words each.
+ABOUT = {
+    "dynamic": "transformers' DynamicCache: exact, grows as tokens come",
+    "static": "transformers' StaticCache: exact, its length is taken at once",
+    "quanto": "transformers' QuantizedCache by optimum-quanto",
+    "hqq": "transformers' QuantizedCache by hqq",
+    "fp8": "transformers' QuantizedCache in 8-bit floats",
+    "pq": "PagedPQCache: product-quantization codes in pages",
+    "paged-kv": "PagedKVCache: exact, in pages",
+}
+CACHES = tuple(ABOUT)
+#: Bits a value that each family offers, its default first; families that are not here offer no choice.
+BITS = {"quanto": (4, 2), "hqq": (4, 8, 3, 2, 1), "pq": (4, 3, 2)}
+_PIP = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq")}
+
+
+def check_name(text: str) -> tuple[str, int | None]:
+    """ "hqq:3" -> ("hqq", 3), "pq" -> ("pq", None). Raises ValueError naming the choices."""
+    name, _, wanted = text.partition(":")
+    if name not in CACHES:
+        raise ValueError(f"cache {name!r} is unknown; use one of {CACHES}")
+    if wanted and (name not in BITS or not wanted.isdigit() or int(wanted) not in BITS[name]):
+        choices = f"use one of {BITS[name]}" if name in BITS else f"{name} has no choice of bits"
+        raise ValueError(f"cache {text!r}: {choices}")
+    return name, int(wanted) if wanted else None
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """A kind of cache and its settings; `make` builds fresh ones.
+
+    Attributes:
+        name: one of CACHES.
+        settings: the cache's own settings, JSON values: arguments of transformers' QuantizedCache or of PQConfig.
+        codebook: for pq; None learns one from the first tokens of every sequence.
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    codebook: Codebook | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in CACHES:
+            raise ValueError(f"cache {self.name!r} is unknown; use one of {CACHES}")
+
+    @classmethod
+    def parse(cls, text: str, head_dim: int, config: PQConfig | None = None) -> CacheSpec:
+        """ "hqq", "quanto:2", "pq:3": a name and, after a colon, bits a value.
+
+        Args:
+            head_dim: of the model; decides the number of subspaces of pq at so many bits.
+            config: what else shapes a pq or paged-kv cache; without bits it decides everything.
+
+        Raises ValueError naming the choices.
+        """
+        name, wanted = check_name(text)
+        if name == "pq":
+            settings = (config or PQConfig()).to_dict()
+            if wanted or config is None:
+                width, num_bits = PQ_BITS[wanted or 4]
+                settings |= {"num_subspaces": head_dim // width, "num_bits": num_bits}
+            return cls(name, settings)
+        if name == "paged-kv":
+            config = config or PQConfig()
+            return cls(name, {"page_size": config.page_size, "max_pages": config.max_pages})
+        return cls(name, {"nbits": wanted or BITS[name][0]} if name in BITS else {})
+
+    @property
+    def label(self) -> str:
+        """For tables: "hqq 3 bits", "pq M=64 n=8"."""
+        if self.name == "pq":
+            return f"pq M={self.settings.get('num_subspaces')} n={self.settings['num_bits']}"
+        return f"{self.name} {self.settings['nbits']} bits" if "nbits" in self.settings else self.name
+
+    @property
+    def config(self) -> PQConfig:
+        """Shape of a pq cache."""
+        return PQConfig.from_dict(self.settings)
+
+    def make(self, model: Any, max_tokens: int, batch: int = 1) -> Any:
+        """A fresh cache for `batch` sequences of up to `max_tokens` tokens each.
+
+        A static cache is as long as `max_tokens`; a paged one is told to expect as many.
+
+        Raises:
+            ValueError: those are too few.
+            ImportError: the cache's library is not installed, or too old; the message has the line to type.
+        """
+        config = model.config
+        if self.name == "dynamic":
+            return DynamicCache(config=config)
+        if self.name == "static":
+            return StaticCache(config=config, max_cache_len=max_tokens)
+        if self.name in ("quanto", "hqq", "fp8"):
+            self._check_library()
+            return QuantizedCache(self.name, config, **self.settings)
+        self.check_room(max_tokens, batch)
+        if self.name == "pq":
+            return PagedPQCache(config, self.codebook, self.config, expected_tokens=max_tokens)
+        return PagedKVCache(config, **self.settings, expected_tokens=max_tokens)
+
+    def check_room(self, max_tokens: int, batch: int = 1) -> None:
+        """Raises ValueError if `max_pages` was set and is too few for `batch` sequences of `max_tokens` tokens."""
+        asked = self.settings.get("max_pages")
+        if asked is None:
+            return
+        page_size = self.settings["page_size"]
+        coded = self.config.coded_tokens(max_tokens) if self.name == "pq" else max_tokens
+        needed = batch * -(-coded // page_size)
+        if needed > asked:
+            raise ValueError(
+                f"max_pages={asked} pages of {page_size} tokens are too few for {batch} x {max_tokens} tokens; use {needed}"
+            )
+
+    def _check_library(self) -> None:
+        if self.name == "fp8":
+            from transformers import cache_utils
+
+            if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+                raise ImportError("this transformers has no fp8 cache; type: pip install 'transformers>=5.23'")
+            return
+        module, package = _PIP[self.name]
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(f"the {self.name} cache needs {package}; type: pip install {package}") from error
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """What a cache occupies.
+
+    Attributes:
+        tokens: bytes that belong to its tokens: keys, values, codes, scales, windows, page tables.
+        shared: bytes of codebooks, which all sequences share.
+        bits: `tokens`, in bits for each key or value number that was put in; None for a model whose shape is unknown.
+        reserved: bytes that the cache holds for both, on the device and the host: memory comes in slabs.
+    """
+
+    tokens: int
+    shared: int
+    bits: float | None
+    reserved: int
+
+
+def weigh(cache: Any, model: Any, num_tokens: int) -> CacheBytes:
+    """Weigh a cache that holds `num_tokens` tokens, over all rows, in the layers that keep every token.
+
+    A paged cache reports the pages in use, and as reserved also memory for pages to come; of any other cache every
+    storage is counted that its layers reach, whole, a storage shared by several tensors once.
+    """
+    layers = compressible_layers(model.config)
+    if hasattr(cache, "stats"):
+        stats = cache.stats()
+        shared = stats["bytes"].get("codebooks", 0)
+        total, reserved = sum(stats["bytes"].values()) - shared, stats["bytes_reserved"]
+    else:
+        total, shared = storage_bytes([cache.layers[i] for i in layers]), 0
+        reserved = total
+    numbers = kv_numbers_per_token(model) * num_tokens
+    return CacheBytes(total, shared, 8 * total / numbers if numbers else None, reserved)
+
+
+def kv_numbers_per_token(model: Any) -> int:
+    """Key and value numbers of one token, over the layers that keep every token; 0 if the config does not say."""
+    layers = layer_configs(model.config.get_text_config(decoder=True))
+    shapes = [kv_shape(layers[i]) for i in compressible_layers(model.config)]
+    return 2 * sum((heads or 0) * (dim or 0) for heads, dim in shapes)
+
+
+def head_dim(model: Any) -> int:
+    """Numbers in a key of one head, in the first layer that can be compressed; 0 if the config does not say."""
+    return head_dim_of(model.config)
+
+
+def head_dim_of(config: Any) -> int:
+    """The same from a transformers config."""
+    layers = layer_configs(config.get_text_config(decoder=True))
+    first = next(iter(compressible_layers(config)), 0)
+    return kv_shape(layers[first])[1] or 0
+
+
+def storage_bytes(root: Any) -> int:
+    """Bytes of all distinct tensor storages that are reachable from `root` through attributes, lists and dicts."""
+    sizes: dict[tuple[torch.device, int], int] = {}
+    for tensor in _tensors(root, set()):
+        storage = tensor.untyped_storage()
+        sizes[tensor.device, storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Plain tensors reachable from `value`; wrapper subclasses (quanto's) are opened by their own flatten protocol."""
+    if id(value) in seen or isinstance(value, str | bytes | int | float | type(None) | type):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            for name in value.__tensor_flatten__()[0]:
+                yield from _tensors(getattr(value, name), seen)
+        elif value.numel():
+            yield value
+        return
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    for child in (*children, *getattr(value, "__dict__", {}).values()):
+        yield from _tensors(child, seen)

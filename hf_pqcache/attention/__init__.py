@@ -1,0 +1,1 @@
+"""How attention of an unchanged model reads pages: the registered function, handles, custom ops."""

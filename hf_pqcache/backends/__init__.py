@@ -1,0 +1,1 @@
+"""Who computes on pages: CUDA kernels where they can, plain torch elsewhere."""

@@ -1,0 +1,1 @@
+"""The transformers caches: PagedPQCache, PagedKVCache and what they are made of."""

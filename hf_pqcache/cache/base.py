@@ -1,0 +1,314 @@
+"""What the two paged caches share, PagedPQCache and PagedKVCache: everything but what their pages hold and how to make one."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
+
+from hf_pqcache.attention import interface
+from hf_pqcache.attention.lazy_kv import DECODED
+from hf_pqcache.cache.forward_pass import Steps
+from hf_pqcache.cache.hybrid import HybridLayer, paged_layer
+from hf_pqcache.cache.layer import PagedLayer
+from hf_pqcache.cache.sequences import SequenceCache
+from hf_pqcache.models.code import gives_attention_what_it_caches
+from hf_pqcache.models.support import COPY, NO_POSITIONS, SingleAttention, layers_without_positions, why_exact
+from hf_pqcache.storage.storage import Storage
+
+
+class PagedCache(SequenceCache, DynamicCache):
+    """What the two caches share: everything but what their pages hold.
+
+    DynamicCaches to transformers, some of whose code takes no other: captioning models give one a second cache for the image,
+    EncoderDecoderCache crops no other in assisted decoding.
+
+    After an error the cache is as it was before the step, see `update`.
+    """
+
+    layers: list[Any]
+
+    def __init__(
+        self, config: PreTrainedConfig, layers: list[Any], chosen: list[int], storage: Storage, should_compile: bool
+    ) -> None:
+        """`chosen` of transformers' own `layers` are kept in pages."""
+        text_config = config.get_text_config(decoder=True)
+        self._exact = {i: why_exact(layer) for i, layer in enumerate(layers) if i not in chosen}
+        others = layers_without_positions(config)
+        self._exact |= dict.fromkeys(others, NO_POSITIONS)
+        self.storage = storage
+        cache = weakref.ref(self)  # a cycle would keep the pool alive until the garbage collector comes
+        self._steps = Steps(storage, lambda: {} if (alive := cache()) is None else alive._stock_parts(), chosen)
+        self._steps.without_positions |= others
+        self._steps.why_never = self._why_never(should_compile, layers, storage)
+        if not gives_attention_what_it_caches(text_config):  # until a pass has shown it
+            self._steps.decoded = dict.fromkeys(chosen, DECODED)
+        self._compressed = chosen
+        for i in chosen:
+            layers[i] = paged_layer(layers[i], storage, i, self._steps, text_config)
+        self._rows = {}
+        Cache.__init__(self, layers=layers)  # DynamicCache's would make layers of its own
+        self._attention = SingleAttention(config, len(layers))
+        self._model_config = config
+        self._text_config = text_config
+        self._decide()
+
+    def _decide(self) -> None:
+        """Find out what is known of attention before the next pass."""
+        implementation = self._text_config._attn_implementation
+        interface.install(implementation)
+        self._steps.decide(interface.why_decoded(implementation))
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """Set by `generate`, before anything else, on a cache that it was given."""
+        return self._steps.is_generating
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        self._steps.is_generating = value
+        self._decide()
+
+    def _why_never(self, should_compile: bool, layers: list[Any], storage: Storage) -> str | None:
+        """Why `generate` never compiles decode steps with this cache, whatever the model does, if so."""
+        if storage.offload is not None:
+            return "offload=True: pages come from host memory step by step, which a captured graph cannot do"
+        kept = [layer for i, layer in enumerate(layers) if i in self._exact or type(layer) is not DynamicLayer]
+        if stock := sorted({type(layer).__name__ for layer in kept if not layer.is_compileable}):
+            return f"transformers' {', '.join(stock)} cannot be compiled"
+        return None if should_compile else "compile=False, the default where no kernels serve or several processes share work"
+
+    def _empty_twin(self) -> PagedCache:
+        """A new cache of the same settings without tokens."""
+        raise NotImplementedError
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Take the new keys and values of a layer.
+
+        After PQC001, PQC004 or any other error raised here the cache is at the positions before the step, and usable. After
+        an error elsewhere in the forward pass `get_seq_length` says these positions, too, and the next pass (or `crop`)
+        takes back what some layers have stored. Tokens that return from a page to the window are restored as in `crop`.
+        """
+        layer = self.layers[layer_idx]
+        if not (isinstance(layer, PagedLayer) and layer.is_traced(key_states)):  # else it has been here before, eagerly
+            self._prepare(layer_idx, key_states, value_states)
+            if layer_idx in self._steps.without_positions:
+                self._steps.note_entry(layer_idx)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _prepare(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
+        """Fit a layer to its first tokens. Raises ValueError where it cannot."""
+        self._attention.check(layer_idx, self._is_user_defined)
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, PagedLayer) or layer_idx in self.storage.views:
+            return
+        self.storage.check_rows_advance_together()  # layers of sequences need not be in step
+        if not self._steps.is_in_step(keys.shape[2]):
+            self._steps.without_positions.add(layer_idx)
+            self._keep_exact(layer_idx, NO_POSITIONS)
+        elif (reason := self._why_unfit(keys, values)) is not None:
+            self._keep_exact(layer_idx, reason)
+
+    def _keep_exact(self, index: int, reason: str) -> None:
+        """Let transformers keep a layer that has no tokens yet."""
+        self.layers[index] = self.layers[index].stock()
+        self._compressed.remove(index)
+        self._exact[index] = reason
+        self._steps.decoded.pop(index, None)
+        self._steps.rule_out(f"layer {index} is transformers' {type(self.layers[index]).__name__}")
+
+    def _why_unfit(self, keys: Tensor, values: Tensor) -> str | None:
+        """Why pages cannot hold tokens like these, if so."""
+        return None
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Whether each layer keeps nothing but a state. Until 5.23 transformers knows only its own layer that keeps both."""
+        return [isinstance(x, LinearAttentionCacheLayerMixin) and not isinstance(x, CacheLayerMixin) for x in self.layers]
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Positions that the cache holds, left padding included: those that all its layers hold."""
+        if torch.compiler.is_compiling():
+            return super().get_seq_length(layer_idx) if self.is_compileable else self._length_on_host(layer_idx)
+        if layer_idx or not self.storage.views:
+            return super().get_seq_length(layer_idx)
+        return self._steps.complete()
+
+    @torch.compiler.disable
+    def _length_on_host(self, layer_idx: int) -> Any:
+        return self.get_seq_length(layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Position of the next token. After compiled steps a device tensor, as StaticCache's: to read it would be a wait."""
+        views = self.storage.views
+        if not self.storage.is_stale or torch.compiler.is_compiling() or not views:
+            return super().get_query_offset(layer_idx)
+        return self.storage.device_position(layer_idx if layer_idx in views else min(views))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Permute the sequences: page tables move, pages are shared by count, only exact windows are copied."""
+        self._select(beam_idx.tolist())
+        for layer in self._stock_parts().values():
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence; the copies share their pages."""
+        parts = self._stock_parts(able_to="batch_repeat_interleave")
+        self._select([row for row in range(self.storage.batch) for _ in range(repeats)])
+        for layer in parts.values():
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep the sequences at `indices`: numbers, a mask or a slice, as a tensor is indexed by."""
+        parts = self._stock_parts(able_to="batch_select_indices")
+        if self.storage.views:
+            index = indices.cpu() if isinstance(indices, Tensor) else list(indices) if isinstance(indices, tuple) else indices
+            self._select(torch.arange(self.storage.batch)[index].tolist())
+        for layer in parts.values():
+            layer.batch_select_indices(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -tokens_to_remove positions.
+
+        Tokens that fall back into the exact window come back exactly where the window still has them, else as their
+        pages have them. Raises ValueError for a positive number, whose meaning transformers has changed.
+        """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass a negative number, how many tokens to remove")
+        self.storage.check_rows_advance_together()
+        self._steps.settle()
+        if tokens_to_remove or not self.storage.is_stale:  # crop(0), in every step of a deferred stop check, must not wait
+            with self.storage.out_of_memory_guard("restoring the exact windows"):
+                if self.storage.is_uneven:
+                    self._steps.take_back()
+                if tokens_to_remove:
+                    self._steps.entries.clear()
+                if tokens_to_remove and self.storage.views:
+                    self.storage.crop(max(0, self._steps.complete() + tokens_to_remove))
+        for layer in self._stock_parts().values():
+            layer.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget all tokens; memory and addresses stay."""
+        self._steps.reset()
+        self.storage.reset()
+        self.forget_sequences()
+        for i in self._compressed:
+            self.layers[i].is_initialized = False
+        for layer in self._stock_parts().values():
+            if isinstance(layer, DynamicLayer):  # transformers 5.17 would zero its tokens and keep their number
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+            layer.reset()
+
+    def _select(self, indices: Sequence[int]) -> None:
+        self.storage.check_rows_advance_together()
+        self._steps.settle()
+        if not self.storage.views:
+            return
+        with self.storage.out_of_memory_guard("the windows of other rows"):
+            self.storage.select_rows(indices)
+        for i in self._compressed:
+            self.layers[i].batch_size = len(indices)
+
+    def _stock_layers(self) -> dict[int, Any]:
+        """The layers that transformers itself keeps, by index; there may be more than the config tells of."""
+        return {i: layer for i, layer in enumerate(self.layers) if not isinstance(layer, PagedLayer)}
+
+    def _stock_parts(self, *, able_to: str | None = None) -> dict[int, Any]:
+        """These, and the states of layers of which we keep the tokens only.
+
+        Raises NotImplementedError where one has no method of the name `able_to`.
+        """
+        parts = {i: getattr(layer, "states", layer) for i, layer in enumerate(self.layers) if type(layer) is not PagedLayer}
+        for i, part in parts.items():
+            if able_to is not None and not hasattr(part, able_to):
+                raise NotImplementedError(f"layer {i} is transformers' {type(part).__name__}, which has no {able_to}")
+        return parts
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
+        self._steps.settle()
+        new = self._empty_twin()
+        memo[id(self)] = new
+        with self.storage.out_of_memory_guard("a copy of the cache"):
+            new._take_over(self.storage.clone(), self)
+        for i in [i for i in new._compressed if i not in self._compressed]:  # turned out unfit
+            new._compressed.remove(i)
+        new._exact = dict(self._exact)
+        new._steps.follow(self._steps)
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, PagedLayer):
+                new.layers[i : i + 1] = [copy.deepcopy(layer, memo)]
+                continue
+            if layer.is_initialized:
+                new.layers[i].adopt(layer)
+            if isinstance(layer, HybridLayer):
+                new.layers[i].states = copy.deepcopy(layer.states, memo)
+        return new
+
+    def _take_over(self, storage: Storage, other: PagedCache) -> None:
+        """Hold `storage`, the clone of another cache's, and the sequences in it."""
+        self.storage = self._steps.storage = storage
+        self._rows = dict(other._rows)
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer):
+                layer.storage = storage
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled: it is memory of one process, made for one model. Use copy.deepcopy "
+            "for a copy, and save codebooks with codebook.save_pretrained()"
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """Tokens, pages, true bytes by kind, the bytes an fp16 cache takes, which engine attends and why, and how often.
+
+        `bytes` is what tokens use, by kind, and `bytes_total` their sum; `bytes_reserved` is what the cache holds of the
+        device's and the host's memory for it, as the allocator counts: pages come in slabs, so it is more by up to a slab
+        and an eighth. `calls` counts launches from the host; replays of a captured CUDA graph do not pass there.
+        `eager_because` says why decode steps are not compiled, None where they may be. With offload=True the pages, `codes`
+        or `pages`, lie on the host, and `staging` is what the device holds of them; without, `bytes_host` is 0. Deep copies
+        share pages, and each tells those that it has.
+        """
+        self._steps.settle()
+        storage = self.storage
+        calls: dict[str, int] = {}
+        exact = dict.fromkeys(self._stock_layers(), COPY) | self._exact
+        engines = {i: {"name": "exact", "reason": reason} for i, reason in exact.items()}
+        for state in storage.states.values():
+            engines |= {layer: choice._asdict() for (layer, _), choice in state.choices.items()}
+            for (operation, engine), count in state.calls.items():
+                calls[f"{operation}/{engine}"] = calls.get(f"{operation}/{engine}", 0) + count
+        engines |= {i: {"name": "decoded", "reason": reason} for i, reason in self._steps.decoded.items()}
+        counting = (layer for i, layer in enumerate(self.layers) if i not in self._steps.without_positions)
+        used, reserved = storage.bytes_used(), storage.bytes_reserved()
+        kind = "codes" if storage.codec.needs_centroids else "pages"
+        on_host = used["pages"] if storage.offload is not None else 0
+        total = sum(used.values())
+        return {
+            "tokens": next((layer.get_seq_length() for layer in counting if isinstance(layer, CacheLayerMixin)), 0),
+            "pages_used": storage.table.num_used,
+            "pages_free": storage.table.num_free,
+            "pages_reserved": storage.allocator.num_reserved,
+            "bytes": {kind if name == "pages" else name: count for name, count in used.items()},
+            "bytes_total": total,
+            "bytes_device": total - on_host,
+            "bytes_host": on_host,
+            "bytes_reserved": reserved["device"] + reserved["host"],
+            "bytes_reserved_device": reserved["device"],
+            "bytes_reserved_host": reserved["host"],
+            "bytes_fp16": storage.bytes_fp16(),
+            "compressed_layers": list(self._compressed),
+            "exact_layers": sorted(exact),
+            "engines": engines,
+            "eager_because": self._steps.eager_because,
+            "calls": calls,
+        }

@@ -1,0 +1,308 @@
+"""One layer of a paged cache: handles for attention, tokens for the storage; knows transformers, not its cache."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+import hf_pqcache.attention.ops  # noqa: F401 - registers the ops
+from hf_pqcache.attention import interface, padding
+from hf_pqcache.attention.lazy_kv import KEY, VALUE, KVHandle, LazyKV
+from hf_pqcache.backends import dispatch, torch_backend
+from hf_pqcache.cache.forward_pass import Steps
+from hf_pqcache.models.shapes import layer_configs
+from hf_pqcache.pages.slabs import Which
+from hf_pqcache.storage.storage import Storage
+
+
+class PagedLayer(CacheLayerMixin):
+    """One compressed layer: hands handles to attention, tokens to the storage that all layers of the cache share."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, storage: Storage, index: int, steps: Steps, config: PreTrainedConfig) -> None:
+        """config: of the decoder; which attention function the model uses is asked of it in every pass."""
+        self.storage = storage
+        self.index = index
+        self._steps = steps
+        self._config = config
+        self._before = 0  # tokens before the pass under way
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._is_traceable = False
+        self.eager_facts: Any = None
+        super().__init__()
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        return self._steps.eager_because is None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DynamicLayer:
+        """What a layer is without its cache: transformers' own, with what this one holds.
+
+        The cache copies its layers itself. A model that runs a layer several times copies it for its other turns.
+        """
+        layer = memo[id(self)] = self.stock()
+        if self.is_initialized and self.get_seq_length():
+            self.commit()
+            layer.update(self._decoded(KEY), self._decoded(VALUE))
+        self._steps.rule_out("the model has copied a layer for itself")
+        return layer
+
+    def stock(self) -> DynamicLayer:
+        """transformers' own layer in place of this one, without tokens."""
+        return DynamicLayer()
+
+    # Encoder-decoder models and a few others look at the tensors of a layer.
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        return self._whole(0)
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._refuse_assignment(value)
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return self._whole(1)
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._refuse_assignment(value)
+
+    @staticmethod
+    def _refuse_assignment(value: Tensor | None) -> None:
+        if value is not None:
+            raise AttributeError("a compressed layer's keys and values cannot be assigned; pass new tokens to update()")
+
+    def _whole(self, which: int) -> Tensor | None:
+        if not self.is_initialized:
+            return None
+        self.commit()
+        return self._decoded(which)
+
+    def _decoded(self, which: int) -> Tensor:
+        storage = self.storage
+        side: Which = "key" if which == KEY else "value"
+        total = storage.tokens(self.index)
+        storage.state(self.index).calls["dense", "torch"] += 1
+        return torch_backend.dense(storage.views[self.index], side, storage.row_lengths(self.index), storage.starts, total)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.storage.set_batch(key_states.shape[0])
+        self.open(key_states, value_states)
+
+    @torch.compiler.disable
+    def open(self, keys: Tensor, values: Tensor) -> None:
+        """Make room for tokens like keys, values (..., H, T, d) in all rows of the storage."""
+        if self.index not in self.storage.views:  # after a reset there is room
+            self.storage.open(self.index, keys, values)
+        self.dtype, self.device = keys.dtype, keys.device
+        self.batch_size = self.storage.batch
+        # Plain torch reads lengths on the host, and pages in host memory are moved by the host, which a CUDA graph cannot:
+        # there a compiled model breaks its graph here.
+        view = self.storage.views[self.index]
+        heads = getattr(layer_configs(self._config)[0], "num_attention_heads", None) or keys.shape[-3]
+        has_kernels = view.kernels is not None and dispatch.serves(view, max(1, heads // keys.shape[-3]))
+        self._is_traceable = (keys.device.type == "cpu" or has_kernels) and self.storage.offload is None
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Take new keys and values (B, H, T, d); returns handles that attention reads codes through.
+
+        Several tokens at once attend in full precision: they wait until attention has seen them, then are stored.
+        """
+        if self.is_traced(key_states):
+            return self._update_traced(key_states, value_states)
+        if torch.compiler.is_compiling() and self.index in self._steps.decoded:
+            return self._update_dense(key_states, value_states)
+        return self._update_eager(key_states, value_states)
+
+    def is_traced(self, keys: Tensor) -> bool:
+        """Whether new keys (B, H, T, d) come in a decode step that is being compiled as a whole."""
+        is_step = torch.compiler.is_compiling() and keys.shape[2] == 1
+        return is_step and self.is_compileable and self._is_traceable and keys.dtype == self.dtype
+
+    def _update_traced(self, keys: Tensor, values: Tensor) -> tuple[Any, Any]:
+        state = self.storage.state(self.index)
+        torch.ops.hf_pqcache.append(keys, values, state.counts, state.desc, self.index)
+        self.storage.is_stale = True
+        if self.index in self._steps.decoded:  # the model does with keys what no handle can answer
+            return self.dense_traced(KEY, keys), self.dense_traced(VALUE, values)
+        return KVHandle(self, KEY, keys), KVHandle(self, VALUE, values)
+
+    @torch.compiler.disable
+    def _update_dense(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_update_eager`, for code that is being compiled around it: tensors, and nothing waits for attention.
+
+        Attention's mask is not seen here, so left padding is stored like any token; the mask hides it.
+        """
+        reason = self._steps.decoded[self.index]
+        sides = tuple(side.dense() for side in self._update_eager(keys, values))
+        self.commit()
+        self.note_decoded(reason)
+        if self.is_compileable and keys.shape[2] == 1:  # the mask of such steps is that wide
+            missing = self.get_max_length() - sides[0].shape[2]
+            sides = tuple(torch.nn.functional.pad(side, (0, 0, 0, missing)) for side in sides)
+        return sides[0], sides[1]
+
+    @torch.compiler.disable
+    def _update_eager(self, keys: Tensor, values: Tensor) -> tuple[LazyKV, LazyKV]:
+        interface.install(self._config._attn_implementation)
+        self._steps.begin(self.index, keys.shape[2])
+        self._steps.decoded.pop(self.index, None)
+        try:
+            with self.storage.out_of_memory_guard("the new tokens"):
+                return self._take(keys, values)
+        except BaseException:
+            self._steps.give_up(self.index)
+            raise
+
+    def _take(self, keys: Tensor, values: Tensor) -> tuple[LazyKV, LazyKV]:
+        storage, count = self.storage, keys.shape[2]
+        storage.set_batch(keys.shape[0])
+        if not self.is_initialized:
+            self.open(keys, values)
+        self.batch_size = storage.batch
+        self._before = storage.tokens(self.index)
+        total = self._before + count
+        keys, values = storage.fit_dtypes(self.index, keys, values)
+        self.dtype = keys.dtype
+        if count == 1 and total > 1:
+            storage.learn_if_due(self.index, keys, values)
+            storage.reserve(self.index, total)
+            state = storage.state(self.index)
+            with torch.no_grad():
+                torch.ops.hf_pqcache.append(keys, values, state.counts, state.desc, self.index)
+            storage.advance(self.index, 1)
+        else:  # attention sees them as they are, gradients included, before they are stored
+            self._pending = (keys, values)
+            self._steps.pending.append(self)
+        return LazyKV(self, 0, keys, total), LazyKV(self, 1, values, total)
+
+    def check_mask(self, mask: Any) -> None:
+        """Called with what attention is given in a pass. Raises ValueError if it shows left padding that was not stored."""
+        storage = self.storage
+        if any(storage.starts) and self.index == min(storage.views):  # all layers get the same, or less
+            padding.refuse_shown(mask, storage.starts)
+
+    def note_decoded(self, reason: str | None) -> None:
+        """Called when attention is reached, or somebody else reads keys: why they are decoded, None if they need not be."""
+        if reason is not None:
+            self._steps.decoded.setdefault(self.index, reason)
+
+    def abort_pass(self) -> None:
+        """After an error in attention: return to the positions before the pass."""
+        self._steps.give_up(self.index, self._before)
+
+    def commit(self, mask: Any = None, positions: Tensor | None = None) -> None:
+        """Store the tokens that attention has now seen. `mask`, `positions`: what it was given; they tell left padding."""
+        if self._pending is None:
+            return
+        (keys, values), self._pending = self._pending, None
+        self._steps.pending.remove(self)
+        storage, first = self.storage, self.storage.tokens(self.index)
+        try:
+            with torch.no_grad(), storage.out_of_memory_guard("encoding the new tokens"):
+                if storage.wants_padding(first):
+                    batch, is_generating = keys.shape[0], self._steps.is_generating
+                    hidden = padding.leading_padding(mask, positions, first, keys.shape[2], batch, is_generating)
+                    storage.note_padding(self.index, hidden)
+                storage.append(self.index, keys, values)
+        except BaseException:
+            self._steps.give_up(self.index)
+            raise
+
+    def offload(self) -> None:
+        raise NotImplementedError(
+            "a layer in pages does not move to the host by itself: layers share their pages. Build the cache with "
+            "offload=True, which keeps the pages of all layers there"
+        )
+
+    prefetch = offload
+
+    def _refuse_alone(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            "a layer in pages does not change alone: the layers of a cache share page tables and rows. Call reset, crop, "
+            "reorder_cache, batch_repeat_interleave or batch_select_indices on the cache"
+        )
+
+    reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse_alone
+
+    def discard_pending(self) -> None:
+        self._pending = None
+
+    @property
+    def num_pending(self) -> int:
+        """Positions that wait for attention to have seen them."""
+        return 0 if self._pending is None else self._pending[0].shape[2]
+
+    def adopt(self, other: PagedLayer) -> None:
+        """Be as far as `other`, a layer whose tokens this one's storage has copied."""
+        self.dtype, self.device, self.batch_size = other.dtype, other.device, other.batch_size
+        self._is_traceable, self.is_initialized = other._is_traceable, True
+
+    # -- what handles ask ----------------------------------------------------------------------------------------
+    def dense(self, which: int, new: Tensor) -> Tensor:
+        """All keys (0) or values (1), (B, H, n, d): decoded past, then pending new tokens exactly."""
+        if self._pending is None:
+            whole = self._decoded(which)
+            if torch.is_grad_enabled() and new.requires_grad:  # the newest token is exact; what it came from gets its gradient
+                whole = torch.cat([whole[:, :, : -new.shape[2]], new], dim=2)
+            return whole
+        return new if self.storage.tokens(self.index) == 0 else torch.cat([self._decoded(which), new], dim=2)
+
+    def dense_traced(self, which: int, new: Tensor) -> Tensor:
+        state = self.storage.state(self.index)
+        total = self.get_max_length()
+        return torch.ops.hf_pqcache.dense(new, state.counts, state.desc, self.index, which, total)
+
+    def attend(
+        self, query: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float, value_dim: int
+    ) -> Tensor:
+        """Attention of one query token (B, Hq, 1, d) over the layer -> (B, 1, Hq, dv)."""
+        state = self.storage.state(self.index)
+        return torch.ops.hf_pqcache.attend(query, state.counts, state.desc, mask, sinks, self.index, scale, softcap, value_dim)
+
+    # -- what transformers asks ----------------------------------------------------------------------------------
+    def get_seq_length(self) -> Any:
+        if not self.is_initialized:
+            return 0
+        if torch.compiler.is_compiling():
+            return self.storage.device_position(self.index) if self.is_compileable else self._length_on_host()
+        return self.storage.tokens(self.index) + self.num_pending
+
+    @torch.compiler.disable
+    def _length_on_host(self) -> Any:
+        return self.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, 0). Constant for one-token steps of a compileable cache: a changing mask would be a new graph each.
+
+        Asked before every step: an exhausted pool (PQC001) is found here, before any layer has changed.
+        """
+        is_fixed = self.is_compileable and query_length == 1
+        if torch.compiler.is_compiling():
+            if not self.is_compileable:
+                return self._mask_sizes_on_host(query_length)
+            return (self.get_max_length() if is_fixed else self.get_seq_length() + query_length), 0
+        interface.install(self._config._attn_implementation)  # a compiled step does not come past `update` any more
+        if is_fixed:  # nothing here may read the device: a step is about to start
+            if self.is_initialized:
+                self.storage.before_step(self.index)
+            return self.get_max_length(), 0
+        total = self._steps.complete() + query_length
+        if self.is_initialized and total > query_length:
+            self.storage.reserve(self.index, total)
+        return total, 0
+
+    @torch.compiler.disable
+    def _mask_sizes_on_host(self, query_length: int) -> tuple[int, int]:
+        return self.get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        return self.storage.max_tokens if self.is_compileable else -1

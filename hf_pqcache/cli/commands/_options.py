@@ -1,0 +1,315 @@
+"""The options that commands share, what they are parsed to, and the session that they open; prints nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hf_pqcache.cli.commands import _output, _rows, _unfinished
+
+if TYPE_CHECKING:
+    from hf_pqcache.eval.session.setup import Setup
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, exists=True, path_type=Path)
+NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+#: Names of `hf_pqcache.eval.session.models.QUANTIZATIONS`.
+QUANTIZATIONS = ("bnb-4bit", "bnb-8bit", "hqq-4bit", "hqq-8bit", "quanto-int4", "quanto-int8", "torchao-int8")
+_DEVICE = re.compile(r"(auto|cpu|(cuda|mps|xpu|hpu|npu|mlu)(:\d+)?)")
+
+
+class Lengths(click.ParamType):
+    """1K,2K,512 as a list of positive ints."""
+
+    name = "lengths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if isinstance(value, list):
+            return value
+        words = str(value).replace(" ", "").split(",")
+        try:
+            found = [int(word[:-1]) * 1024 if word[-1:] in ("k", "K") else int(word) for word in words]
+        except ValueError:
+            self.fail(f"{value!r}: give lengths like 512,1K,32K", param, ctx)
+        if not found or min(found) < 1:
+            self.fail(f"{value!r}: give one length or more, each of at least 1 token, like 512,1K,32K", param, ctx)
+        return list(dict.fromkeys(found))
+
+
+class Length(click.ParamType):
+    """128K or 131072 as an int."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = [value] if isinstance(value, int) else Lengths().convert(value, param, ctx)
+        if len(found) != 1:
+            self.fail(f"{value!r}: give one length like 2048 or 128K", param, ctx)
+        return found[0]
+
+
+class Limit(click.ParamType):
+    """100 examples, or 0.1: a tenth of them."""
+
+    name = "limit"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            found = float(value)
+        except ValueError:
+            found = -1.0
+        if not (0 < found < 1 or (found >= 1 and found.is_integer())):
+            self.fail(f"{value!r}: give a number of examples, or a share of them between 0 and 1", param, ctx)
+        return found if found < 1 else int(found)
+
+
+class Numbers(click.ParamType):
+    """0,0.25,1 as a list of numbers of one kind.
+
+    Args:
+        kind: int or float. low, high: bounds, included.
+    """
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float], low: float, high: float) -> None:
+        self.kind, self.low, self.high = kind, low, high
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        try:
+            found = list(dict.fromkeys(self.kind(word) for word in str(value).split(",")))
+        except ValueError:
+            found = []
+        if not found or not all(self.low <= x <= self.high for x in found):
+            kind = "whole numbers" if self.kind is int else "numbers"
+            self.fail(f"{value!r}: give {kind} from {self.low:g} to {self.high:g}, separated by commas", param, ctx)
+        return found
+
+
+class Words(click.ParamType):
+    """one,two as a list of words."""
+
+    name = "words"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        found = value if isinstance(value, list) else [word.strip() for word in str(value).split(",")]
+        if not all(found):
+            self.fail(f"{value!r}: give names separated by commas, none of them empty", param, ctx)
+        return list(dict.fromkeys(found))
+
+
+class Device(click.ParamType):
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _DEVICE.fullmatch(str(value)):
+            self.fail(f"{value!r} is no device; use cpu, cuda, cuda:1, mps or auto", param, ctx)
+        return str(value)
+
+
+class Settings(click.ParamType):
+    """name=value,... or a JSON object, as a dict; values are read as JSON where they are."""
+
+    name = "settings"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return value
+        if value.lstrip().startswith("{"):
+            try:
+                return dict(json.loads(value))
+            except ValueError as error:
+                self.fail(f"{value!r} is no JSON object: {error}", param, ctx)
+        pairs = [word.partition("=") for word in value.split(",") if word.strip()]
+        if not all(name.strip() and sign for name, sign, _ in pairs):
+            self.fail(f"{value!r}: give name=value,name=value or a JSON object", param, ctx)
+        return {name.strip(): _value(text.strip()) for name, _, text in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def _json_to(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    ctx.meta[_output.JSON_TO_OUTPUT] = value == _output.STDOUT
+    return value
+
+
+def _hush(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    if value:
+        from hf_pqcache.cli.commands._progress import no_bars
+
+        ctx.find_root().with_resource(no_bars())
+    return value
+
+
+def json_option(what: str) -> Decorator:
+    """--json FILE as `json_file`; "-" is the output, and what is said for people then goes to the error stream."""
+    return click.option(
+        "--json", "json_file", type=FILE, callback=_json_to, help=f"Write {what} as JSON here; - is the output."
+    )
+
+
+def quiet_option() -> Decorator:
+    return click.option("--quiet", is_flag=True, callback=_hush, help="No progress bars and no warnings, of any library.")
+
+
+LOADING = (
+    click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Of the model's numbers."),
+    click.option("--device", type=Device(), help="cpu, cuda, cuda:1, auto; the GPU if there is one."),
+    click.option("--device-map", help="Spread the weights over devices: auto, balanced, sequential, or JSON."),
+    click.option("--revision", help="Commit, branch or tag of the model; the model config's if absent."),
+    click.option("--attn-implementation", help="sdpa, eager, flash_attention_2, ...; transformers' choice if absent."),
+    click.option(
+        "--quantization",
+        type=click.Choice(QUANTIZATIONS),
+        metavar="KIND",
+        help=f"Quantize the weights as they are loaded: {', '.join(QUANTIZATIONS)}.",
+    ),
+    click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model."),
+    click.option("--model-kwargs", type=Settings(), help="More arguments of from_pretrained: name=value,... or JSON."),
+)
+_MODEL = (
+    click.option("-f", "--config", "model_config", help="A model config: its name, or a YAML file."),
+    click.option("--model", help="A folder or Hub id, with -f in place of the config's own; or what -f takes."),
+    *LOADING,
+)
+_CALIBRATION = (
+    click.option("--calibration", help="Text to calibrate on: a file, demo, or task/split. The model config's if absent."),
+    click.option("--calibration-tokens", type=click.IntRange(min=1), help="Tokens to sample."),
+    click.option("--data-dir", type=FOLDER, help="Folder with the data sets' plain files, instead of the Hub."),
+)
+_CODES = (
+    click.option("-M", "--num-subspaces", "num_subspaces", type=int, help="Subspaces of a head vector."),
+    click.option("--nbits", "--num-bits", "num_bits", type=click.IntRange(4, 8), help="Bits of a code."),
+)
+_WINDOW = (
+    click.option("--page-size", type=int, help="Tokens of a page."),
+    click.option("--extended-residual", type=int, help="Newest tokens that stay exact."),
+)
+_SINKS = click.option("--sink-tokens", type=int, help="First tokens that stay exact.")
+_POOL = click.option("--max-pages", type=int, help="Most pages that a cache may take.")
+SHAPE = (*_CODES, *_WINDOW, _SINKS, _POOL)
+_RESULTS = (
+    click.option("--results", type=FILE, help="JSONL file of result rows; what is in it is not measured again."),
+    click.option("--force", is_flag=True, help="Measure again what is in --results."),
+    json_option("the rows"),
+    click.option("--seed", type=click.IntRange(min=0), help="Of all that is drawn, calibration included; 0 if absent."),
+    quiet_option(),
+)
+CODEBOOK = click.option("--codebook", help="Folder or Hub repository; without one a pq cache is calibrated.")
+_CACHE = (
+    click.option(
+        "--cache",
+        default="pq",
+        show_default=True,
+        help="dynamic, static, quanto[:4|2], hqq[:8|4|3|2|1], fp8, pq[:4|3|2], paged-kv; the number is bits a value.",
+    ),
+    CODEBOOK,
+)
+
+
+def apply(options: Sequence[Decorator], function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def apply_shape(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a cache's shape."""
+    return apply(SHAPE, function)
+
+
+def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """All options of `setup_of`."""
+    return apply((*_MODEL, *_CACHE, *SHAPE, *_CALIBRATION, *_RESULTS), function)
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same without the choice of a cache."""
+    return apply((*_MODEL, *SHAPE, *_CALIBRATION, *_RESULTS), function)
+
+
+def calibrate_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Those that shape a codebook, or that it can recommend."""
+    return apply((*_MODEL, *_CODES, *_WINDOW, _SINKS, *_CALIBRATION, *_RESULTS), function)
+
+
+def tune_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Those that a search leaves as they are."""
+    return apply((*_MODEL, _SINKS, _POOL, *_CALIBRATION, *_RESULTS), function)
+
+
+def sweep_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Those that a sweep over subspaces, bits and windows leaves as they are."""
+    return apply(
+        (*_MODEL, click.option("--page-size", type=int, help="Tokens of a page."), _SINKS, _POOL, *_CALIBRATION, *_RESULTS),
+        function,
+    )
+
+
+def loading_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `load_model` but the name and revision, from the values of LOADING, which are taken out of `options`."""
+    found = {name: options.pop(name) for name in ("dtype", "device", "attn_implementation", "quantization")}
+    found |= {"trust_remote_code": options.pop("trust_remote_code"), "model_kwargs": options.pop("model_kwargs") or {}}
+    device_map = options.pop("device_map")
+    if device_map is not None:
+        found["device_map"] = Settings().convert(device_map, None, None) if "{" in device_map else device_map
+    return found
+
+
+def setup_of(options: dict[str, Any], caches: Sequence[str], outputs: Sequence[Path | None] = (), **more: Any) -> Setup:
+    """What is known before a model is loaded, from the values of `session_options`, which are taken out of `options`.
+
+    outputs: files and folders that will be written: whether they can be is found out now.
+    """
+    shape = ("num_subspaces", "num_bits", "page_size", "max_pages", "extended_residual", "sink_tokens", "calibration_tokens")
+    overrides = {name: options.pop(name, None) for name in (*shape, "revision")}
+    name, model = options.pop("model_config"), options.pop("model")
+    if name is None and model is None:
+        raise click.UsageError("which model? Give -f with a model config, or --model with a folder or a Hub id")
+    loading, is_quiet = loading_of(options), options.pop("quiet")
+    for path in (*outputs, options["results"]):
+        _output.check_writable(path)
+    from hf_pqcache.eval.session.setup import prepare
+
+    unfinished = _unfinished.begin(options["results"])
+    setup = prepare(
+        name or model,
+        caches,
+        overrides={**overrides, "model": model if name else None},
+        codebook=options.pop("codebook", None),
+        calibration=options.pop("calibration"),
+        data_dir=options.pop("data_dir"),
+        results=options.pop("results"),
+        force=options.pop("force"),
+        progress=not is_quiet,
+        seed=options.pop("seed"),
+        rows_file=unfinished.path,
+        show=None if is_quiet else _rows.show,
+        **loading,
+        **more,
+    )
+    unfinished.begin(setup.results)
+    return setup
+
+
+def lengths_option(default: str) -> Decorator:
+    """--lengths 1K,2K,4K as a list of ints, None where the model decides."""
+    return click.option("--lengths", type=Lengths(), help=f"Tokens, 512,1K,32K; if absent, of {default} what the model holds.")
+
+
+def text_option(what: str) -> Decorator:
+    return click.option("--text", default="demo", show_default=True, help=f"{what}: a file, demo, or task/split.")

@@ -1,0 +1,1 @@
+"""Codebooks: trained, saved, shared, and the arithmetic of product quantization."""

@@ -1,0 +1,1 @@
+"""What transformers' configs and code say of a model; no tensor, no cache."""

@@ -1,0 +1,172 @@
+"""What the kernels address of one cache on one device: counters, tables, addresses; knows no transformers."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_pqcache.pages.block_pool import LayerView, PageTable
+
+#: Columns of a layer's row in the descriptor: what a kernel reads rather than is told, so that a captured graph keeps
+#: working when another cache of the same shape takes over the same state, and when a layer learns its centroids.
+DESC_KEY_PAGES, DESC_VALUE_PAGES, DESC_KEY_BOOK, DESC_VALUE_BOOK, DESC_WINDOW_KEYS, DESC_WINDOW_VALUES = range(6)
+DESC_TICKETS, DESC_RECENT_TOKENS, DESC_COLUMNS = 6, 7, 8
+
+_NEVER = 1 << 30  # recent tokens of a layer without centroids: nothing leaves its window
+
+#: flags[0] bits that a kernel raises when it could not store a token, read by the host between steps.
+FLAG_PAGES_EXHAUSTED = 1
+
+_STATES: weakref.WeakValueDictionary[int, DeviceState] = weakref.WeakValueDictionary()
+
+
+def descriptor_row(view: LayerView, books: Sequence[Tensor] = ()) -> list[int]:
+    """The 8 numbers that kernels read of a layer. books: its key book, value book and tickets, if it has kernels."""
+    row = [0] * DESC_COLUMNS
+    if view.pages is not None:
+        row[DESC_KEY_PAGES], row[DESC_VALUE_PAGES] = view.pages.bases
+    row[DESC_WINDOW_KEYS], row[DESC_WINDOW_VALUES] = view.window_keys.data_ptr(), view.window_values.data_ptr()
+    if books:
+        row[DESC_KEY_BOOK], row[DESC_VALUE_BOOK], row[DESC_TICKETS] = (book.data_ptr() for book in books)
+    row[DESC_RECENT_TOKENS] = view.config.extended_residual if view.is_coded else _NEVER
+    return row
+
+
+class _IdleTensors:
+    """Tensors of caches that are gone, for the next ones of the same shape; so many of them and no more."""
+
+    MOST = 8
+
+    def __init__(self) -> None:
+        self._idle: OrderedDict[int, tuple[Hashable, dict[str, Tensor]]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._next = 0
+
+    def put(self, key: Hashable, tensors: dict[str, Tensor]) -> None:
+        with self._lock:
+            self._idle[self._next] = (key, tensors)
+            self._next += 1
+            while len(self._idle) > self.MOST:
+                self._idle.popitem(last=False)
+
+    def take(self, key: Hashable) -> dict[str, Tensor] | None:
+        with self._lock:
+            found = next((i for i in reversed(self._idle) if self._idle[i][0] == key), None)
+            return None if found is None else self._idle.pop(found)[1]
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+
+_IDLE = _IdleTensors()
+
+
+class DeviceState:
+    """Tensors with stable addresses, shared by the layers of a cache that live on one device.
+
+    The tensors of a cache that is gone are taken over by the next one of the same shape, so that compiled code and
+    captured CUDA graphs serve both.
+
+    Attributes:
+        counts: int32 (num_layers, batch, 2), tokens of each row in each layer, and how many of them are codes.
+        starts: int32 (batch), left padding of each row.
+        page_table: int32 (num_layers, batch, width), the ids by which each layer's kernels find the rows' pages; -1 where
+            unused, and in layers without kernels.
+        desc: int64 (num_layers, 8), addresses; also the key by which ops find this state.
+        flags: int32 (4).
+        views: what each compressed layer of this device holds.
+        choices: the engine chosen for attention, and why, of each (layer, query heads per KV head) seen.
+        calls: how often an (operation, engine) ran from the host; replays of a captured graph do not pass here.
+        before_append: called by the op with (layer, lengths or None) before it stores one more token of every row: the
+            pages must be there.
+    """
+
+    def __init__(self, num_layers: int, batch: int, width: int, device: torch.device, shape: Hashable = None) -> None:
+        """`shape` is what else a captured graph has fixed: only a state of an equal one is taken over."""
+        key = (num_layers, batch, width, str(device), shape)
+        tensors = _IDLE.take(key)
+        if tensors is None:
+            # Normal tensors even under inference_mode: a later run outside of it must be able to write them.
+            with torch.inference_mode(False):
+                tensors = {
+                    "counts": torch.zeros(num_layers, batch, 2, dtype=torch.int32, device=device),
+                    "starts": torch.zeros(batch, dtype=torch.int32, device=device),
+                    "page_table": torch.full((num_layers, batch, width), -1, dtype=torch.int32, device=device),
+                    "desc": torch.zeros(num_layers, DESC_COLUMNS, dtype=torch.int64, device=device),
+                    "flags": torch.zeros(4, dtype=torch.int32, device=device),
+                }
+            for tensor in tensors.values():
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        self.counts = tensors["counts"].zero_()
+        self.starts = tensors["starts"].zero_()
+        self.page_table = tensors["page_table"].fill_(-1)
+        self.desc = tensors["desc"].zero_()
+        self.flags = tensors["flags"].zero_()
+        self.device = device
+        self.width = width
+        self.views: dict[int, LayerView] = {}
+        self.choices: dict[tuple[int, int], Any] = {}
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.before_append: Callable[[int, Sequence[int] | None], None] = lambda layer, lengths: None
+        self._rows = [[0] * DESC_COLUMNS for _ in range(num_layers)]  # of desc
+        self._books: dict[int, Sequence[Tensor]] = {}
+        self._synced: Hashable = None
+        self._columns = 0  # of the page table that are not all -1
+        _STATES[self.desc.data_ptr()] = self
+        weakref.finalize(self, _IDLE.put, key, tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.counts, self.starts, self.page_table, self.desc, self.flags))
+
+    def add_view(self, layer: int, view: LayerView, books: Sequence[Tensor] = ()) -> None:
+        """Register the storage of one layer and publish its row; `books` as in `descriptor_row`."""
+        self.views[layer], self._books[layer] = view, books
+        self._synced = None
+        self._publish_rows()
+
+    def _publish_rows(self) -> None:
+        """Bring addresses that have changed to the device, in one copy."""
+        rows = [list(row) for row in self._rows]
+        for layer, view in self.views.items():
+            rows[layer] = descriptor_row(view, self._books[layer])
+            view.bases = (rows[layer][DESC_KEY_PAGES], rows[layer][DESC_VALUE_PAGES])
+        if rows != self._rows:
+            self._rows = rows
+            self.desc.copy_(torch.tensor(rows, dtype=torch.int64), non_blocking=True)
+
+    def sync_table(self, table: PageTable) -> None:
+        """Bring the page table, and where pages lie, to the device if either has changed since the last time."""
+        version = (table.version, table.allocator.version)
+        if version == self._synced:
+            return
+        self._synced = version
+        read_by_kernels = {
+            layer: view.pages for layer, view in self.views.items() if view.kernels is not None and view.pages is not None
+        }
+        if not read_by_kernels:
+            return
+        self._publish_rows()
+        used = max(map(len, table.rows), default=0)
+        columns = max(self._columns, used)
+        pages = table.to_array(columns)
+        ids = np.full((self.page_table.shape[0], *pages.shape), -1, dtype=np.int32)
+        for layer, store in read_by_kernels.items():
+            ids[layer] = store.device_ids(pages)
+        self.page_table[:, :, :columns].copy_(torch.from_numpy(ids))
+        self._columns = used
+
+    def set_starts(self, starts: list[int]) -> None:
+        self.starts.copy_(torch.tensor(starts, dtype=torch.int32), non_blocking=True)
+
+
+def state_of(desc: Tensor) -> DeviceState:
+    """The state that `desc` belongs to; its address identifies it, so nothing is read from the device."""
+    return _STATES[desc.data_ptr()]

@@ -1,0 +1,1 @@
+"""The tokens of a cache: which sequence holds what, and the memory of its layers."""
