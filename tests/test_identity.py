@@ -168,6 +168,21 @@ def test_a_codebook_made_in_python_knows_its_model(twins: tuple[str, str], data_
         assert ("other weights" in found.output) == (model_name == twins[1])
 
 
+@pytest.mark.parametrize(("made_in", "used_in"), [("float32", "float16"), ("float16", "float32"), ("float32", "bfloat16")])
+def test_the_dtype_that_a_model_is_loaded_in_makes_it_no_other_model(
+    made_in: str, used_in: str, twins: tuple[str, str], data_dir: Path, tmp_path: Path
+) -> None:
+    """A float32 checkpoint, the codebook made in Python in one dtype and used in another."""
+    from transformers import AutoTokenizer
+
+    text, tokenizer = TEXT.read_text(encoding="utf-8")[:3000], AutoTokenizer.from_pretrained(twins[0])
+    model = llama(0).to(getattr(torch, made_in))
+    calibrate(model, tokenizer, text, PQConfig(num_bits=4), num_tokens=300, progress=False).save_pretrained(tmp_path / "cb")
+    line = (tmp_path / "rows.jsonl", data_dir, "--cache", "pq", "--codebook", tmp_path / "cb", "--dtype", used_in)
+    for model_name in twins:
+        assert ("other weights" in evaluated(model_name, *line).output) == (model_name == twins[1])
+
+
 def test_namesakes_have_names_of_their_own_in_a_report() -> None:
     def row(fingerprint: str, value: float, **more: Any) -> Row:
         return Row("wiki", "perplexity", value, model="ckpt", model_fingerprint=fingerprint, settings={"window": 64}, **more)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_pqcache.eval.session.caches import CacheSpec
 from hf_pqcache.eval.session.results import Results, Row, device_name, provenance
-from hf_pqcache.models.identity import is_of_model, short, weights_fingerprint
+from hf_pqcache.models.identity import dtype_name, is_of_model, short, weights_fingerprint
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Session:
             model=self.model_name,
             model_fingerprint=self.model_fingerprint,
             cache=self.cache.name,
-            settings={**settings, **self.loading, "dtype": str(self.model.dtype).removeprefix("torch.")},
+            settings={**settings, **self.loading, "dtype": dtype_name(self.model)},
             cache_config=dict(self.cache.settings),
             task_version=version,
             codebook=None if book is None else book.fingerprint,

@@ -22,7 +22,7 @@ from hf_pqcache.eval.session.models import check_device, load_config, load_model
 from hf_pqcache.eval.session.results import Results, Row
 from hf_pqcache.eval.session.session import Session
 from hf_pqcache.eval.session.texts import text_of
-from hf_pqcache.models.identity import folder_fingerprint, is_of_model, model_fingerprint
+from hf_pqcache.models.identity import dtype_name, folder_fingerprint, is_of_model, model_fingerprint
 from hf_pqcache.models.positions import max_positions
 
 #: Of the arguments of `load_model`, those that change figures; the dtype is in every row by itself.
@@ -83,7 +83,7 @@ class Calibration:
         text, source = self.text
         return {
             "model_fingerprint": session.model_fingerprint,
-            "dtype": str(session.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(session.model),
             **({"loading": session.loading} if session.loading else {}),
             "source": source,
             "source_sha256": hashlib.sha256(text.encode()).hexdigest(),

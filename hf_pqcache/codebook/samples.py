@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 from hf_pqcache import arguments
 from hf_pqcache.config import PQConfig
-from hf_pqcache.models.identity import weights_fingerprint
+from hf_pqcache.models.identity import dtype_name, weights_fingerprint
 from hf_pqcache.models.names import cache_kwargs
 from hf_pqcache.models.positions import check_positions, max_positions
 from hf_pqcache.models.support import full_attention
@@ -117,6 +117,7 @@ class LiveSamples:
             "seed": seed,
             "text_sha256": text_sha256,
             "model_fingerprint": weights_fingerprint(model),
+            "dtype": dtype_name(model),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }

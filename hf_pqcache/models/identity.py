@@ -25,6 +25,8 @@ _DESCRIPTIONS = ("*config.json", "tokenizer*", "vocab*", "merges*", "*_tokens*.j
 _WHOLE_BYTES, _BLOCKS, _BLOCK_BYTES = 64 << 20, 4096, 4096
 #: Numbers of a parameter in memory that are looked at: all of a small one, evenly spread ones of a large one.
 _NUMBERS = 1 << 16
+#: Letters of a `weights` fingerprint that stand for signs; as many follow for the rest.
+_SIGNS = 16
 #: Settings of a config file that say by what it was saved; and of a config how and from where a model was loaded.
 _SAVED = {"_name_or_path", "transformers_version"}
 _PASSING = {*_SAVED, "name_or_path", "_commit_hash", "dtype", "torch_dtype", "architectures"}
@@ -65,29 +67,44 @@ def folder_fingerprint(folder: str | os.PathLike[str]) -> str:
 def weights_fingerprint(model: Any) -> str:
     """Of a model in memory: its config, and names, shapes and sampled numbers of its parameters.
 
-    Numbers are rounded to bfloat16, so that a checkpoint in half precision has one fingerprint in all dtypes. Parameters
-    that are not wholly in this process (on the meta device, spread over processes) count by name and shape.
+    Numbers are rounded to bfloat16, so that a checkpoint in half precision has one fingerprint in all dtypes. Of one in
+    float32 that holds for the first half of the fingerprint, which sees no more of a number than its sign. Parameters that
+    are not wholly in this process (on the meta device, spread over processes) count by name and shape.
     """
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _PASSING}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    signs = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    numbers = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        digest.update(f" {name} {tuple(parameter.shape)} ".encode())
+        signs.update(f" {name} {tuple(parameter.shape)} ".encode())
         if parameter.device.type != "meta" and not hasattr(parameter, "to_local"):
-            digest.update(_sampled(parameter.detach()))
-    return f"weights:{digest.hexdigest()[:32]}"
+            some = _sampled(parameter.detach())
+            signs.update((some < 0).tobytes())
+            numbers.update(some.tobytes())
+    return f"weights:{signs.hexdigest()[:_SIGNS]}{numbers.hexdigest()[:_SIGNS]}"
 
 
 def is_of_model(metadata: Mapping[str, Any], model: Any, fingerprint: str | None = None) -> bool | None:
     """Whether what `metadata` describes (a codebook, samples) was made with this model's weights; None where nobody knows.
+
+    Nobody does where weights agree as far as those of one model in two dtypes would.
 
     fingerprint: the model's, from where it was loaded.
     """
     noted = metadata.get("model_fingerprint")
     if not isinstance(noted, str) or not noted:
         return None
-    kind = noted.partition(":")[0]
+    kind, _, digest = noted.partition(":")
     own = weights_fingerprint(model) if kind == "weights" else fingerprint
-    return noted == own if own is not None and own.partition(":")[0] == kind else None
+    if own is None or own.partition(":")[0] != kind:
+        return None
+    if kind == "weights" and own != noted and own.partition(":")[2][:_SIGNS] == digest[:_SIGNS]:
+        return None if metadata.get("dtype") != dtype_name(model) else False
+    return noted == own
+
+
+def dtype_name(model: Any) -> str:
+    """ "float16", as metadata and result rows call it."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 def short(fingerprint: str) -> str:
@@ -109,9 +126,10 @@ def _description(path: Path) -> bytes:
     return json.dumps(values, sort_keys=True).encode()
 
 
-def _sampled(x: Tensor) -> bytes:
+def _sampled(x: Tensor) -> Any:
+    """An array of ints, negative where the number is, -0.0 included."""
     flat = x.flatten()
     some = flat[:: max(1, flat.numel() // _NUMBERS)]
     if some.is_floating_point():
         some = some.to(torch.bfloat16).view(torch.int16)
-    return some.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    return some.contiguous().cpu().numpy()
