@@ -13,7 +13,7 @@ PACKAGE = ROOT / "hf_pqcache"
 ORDER = ["arguments", "config", "errors", "demo", "models", "codebook", "pages", "backends", "storage", "attention", "cache"]
 ORDER += ["eval", "cli"]
 #: The same within eval/.
-EVAL_ORDER = ["session", "report", "measure", "metrics", "harness_tasks", "tasks", "bench", "selftest", "search"]
+EVAL_ORDER = ["quantizers", "session", "report", "measure", "metrics", "harness_tasks", "tasks", "bench", "selftest", "search"]
 EVAL_ORDER += ["compare", "pipeline", "publish", "demo"]
 #: What a name stands for is only known when it is used: a text may be one of a task.
 LATE = {(("eval", "session", "texts"), ("eval", "tasks"))}

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from hf_pqcache.cache.caches import PagedKVCache, PagedPQCache
-from hf_pqcache.cache.footprint import PQ_BITS
+from hf_pqcache.cache.footprint import OTHERS, PQ_BITS
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.codebook.samples import compressible_layers
 from hf_pqcache.config import PQConfig
+from hf_pqcache.eval import quantizers
 from hf_pqcache.models.shapes import kv_shape, layer_configs
 
 #: The caches by name, in a few words each.
@@ -27,22 +28,33 @@ ABOUT = {
     "fp8": "transformers' QuantizedCache in 8-bit floats",
     "pq": "PagedPQCache: product-quantization codes in pages",
     "paged-kv": "PagedKVCache: exact, in pages",
+    **{name: method.about for name, method in quantizers.METHODS.items()},
 }
 CACHES = tuple(ABOUT)
 #: Bits a value that each family offers, its default first; families that are not here offer no choice.
-BITS = {"quanto": (4, 2), "hqq": (4, 8, 3, 2, 1), "pq": (4, 3, 2)}
+BITS: dict[str, tuple[float, ...]] = {"quanto": (4, 2), "hqq": (4, 8, 3, 2, 1), "pq": (4, 3, 2)}
+BITS |= {name: method.bits for name, method in quantizers.METHODS.items() if method.bits}
+#: Settings of PQConfig that say which tokens stay exact.
+WINDOW = ("sink_tokens", "extended_residual", "page_size")
 _PIP = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq")}
 
 
-def check_name(text: str) -> tuple[str, int | None]:
-    """ "hqq:3" -> ("hqq", 3), "pq" -> ("pq", None). Raises ValueError naming the choices."""
-    name, _, wanted = text.partition(":")
+def check_name(text: str) -> tuple[str, float | None, tuple[str, ...]]:
+    """ "hqq:3" -> ("hqq", 3, ()), "pq" -> ("pq", None, ()), "kivi:2:g32:own" -> ("kivi", 2, ("g32", "own")).
+
+    Raises ValueError naming the choices.
+    """
+    name, *words = text.split(":")
     if name not in CACHES:
         raise ValueError(f"cache {name!r} is unknown; use one of {CACHES}")
-    if wanted and (name not in BITS or not wanted.isdigit() or int(wanted) not in BITS[name]):
+    wanted = next((bits for bits in BITS.get(name, ()) if words[:1] == [str(bits)]), None)
+    options = tuple(words if wanted is None else words[1:])
+    if name in quantizers.METHODS and all(options) and not any(word[0].isdigit() for word in options):
+        quantizers.settings_of(name, wanted, options, {})
+    elif options:
         choices = f"use one of {BITS[name]}" if name in BITS else f"{name} has no choice of bits"
         raise ValueError(f"cache {text!r}: {choices}")
-    return name, int(wanted) if wanted else None
+    return name, wanted, options
 
 
 @dataclass(frozen=True)
@@ -65,24 +77,28 @@ class CacheSpec:
 
     @classmethod
     def parse(cls, text: str, head_dim: int, config: PQConfig | None = None) -> CacheSpec:
-        """ "hqq", "quanto:2", "pq:3": a name and, after a colon, bits a value.
+        """ "hqq", "quanto:2", "pq:3", "kivi:2:g32": a name and, after colons, bits a value and options.
 
         Args:
             head_dim: of the model; decides the number of subspaces of pq at so many bits.
-            config: what else shapes a pq or paged-kv cache; without bits it decides everything.
+            config: what else shapes a pq or paged-kv cache; without bits it decides everything. Its window (WINDOW) is also
+                that of the quantizers that we re-made, so that all keep the same tokens exact; ":own" is their authors'.
 
         Raises ValueError naming the choices.
         """
-        name, wanted = check_name(text)
+        name, wanted, options = check_name(text)
         if name == "pq":
             settings = (config or PQConfig()).to_dict()
             if wanted or config is None:
-                width, num_bits = PQ_BITS[wanted or 4]
+                width, num_bits = PQ_BITS[int(wanted or 4)]
                 settings |= {"num_subspaces": head_dim // width, "num_bits": num_bits}
             return cls(name, settings)
         if name == "paged-kv":
             config = config or PQConfig()
             return cls(name, {"page_size": config.page_size, "max_pages": config.max_pages})
+        if name in quantizers.METHODS:
+            config = config or PQConfig()
+            return cls(name, quantizers.settings_of(name, wanted, options, {key: getattr(config, key) for key in WINDOW}))
         return cls(name, {"nbits": wanted or BITS[name][0]} if name in BITS else {})
 
     @property
@@ -90,7 +106,10 @@ class CacheSpec:
         """For tables: "hqq 3 bits", "pq M=64 n=8"."""
         if self.name == "pq":
             return f"pq M={self.settings.get('num_subspaces')} n={self.settings['num_bits']}"
-        return f"{self.name} {self.settings['nbits']} bits" if "nbits" in self.settings else self.name
+        name = f"{self.name} {self.settings['nbits']} bits" if "nbits" in self.settings else self.name
+        if self.settings.get("group", quantizers.GROUPS[0]) != quantizers.GROUPS[0]:
+            name += f", groups of {self.settings['group']}"
+        return name + (", own window" if self.settings.get("window") == "own" else "")
 
     @property
     def config(self) -> PQConfig:
@@ -114,10 +133,27 @@ class CacheSpec:
         if self.name in ("quanto", "hqq", "fp8"):
             self._check_library()
             return QuantizedCache(self.name, config, **self.settings)
+        if self.name in quantizers.METHODS:
+            return quantizers.make_cache(self.name, self.settings, config)
         self.check_room(max_tokens, batch)
         if self.name == "pq":
             return PagedPQCache(config, self.codebook, self.config, expected_tokens=max_tokens)
         return PagedKVCache(config, **self.settings, expected_tokens=max_tokens)
+
+    def true_bits(self, model_config: Any, dtype_bits: int = 16) -> float | None:
+        """Bits of each number of an old token, with every scale, offset and index that comes with it; None if not known.
+
+        What is exact beside them (sinks, window) and what all sequences share (codebooks) does not count.
+        """
+        width = head_dim_of(model_config)
+        if not width:
+            return None
+        if self.name == "pq":
+            return self.config.bits_per_value(width)
+        if self.name in quantizers.METHODS:
+            return quantizers.true_bits(self.name, self.settings, width)
+        bits = self.settings.get("nbits")
+        return OTHERS.get(self.name if bits is None else f"{self.name}:{bits}", None if bits else float(dtype_bits))
 
     def check_room(self, max_tokens: int, batch: int = 1) -> None:
         """Raises ValueError if `max_pages` was set and is too few for `batch` sequences of `max_tokens` tokens."""

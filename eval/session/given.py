@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_pqcache.codebook.codebook import Codebook
-from hf_pqcache.eval.session.caches import PQ_BITS
+from hf_pqcache.eval import quantizers
+from hf_pqcache.eval.session.caches import PQ_BITS, WINDOW
 
 #: Settings of a cache that shape what it computes -> how the command line calls them.
 FLAGS = {
@@ -18,7 +19,7 @@ FLAGS = {
     "sink_tokens": "--sink-tokens",
 }
 #: What each cache has of them; the others have none.
-_SHAPED = {"pq": tuple(FLAGS), "paged-kv": ("page_size", "max_pages")}
+_SHAPED = {"pq": tuple(FLAGS), "paged-kv": ("page_size", "max_pages"), **dict.fromkeys(quantizers.METHODS, WINDOW)}
 #: What a codebook recommends beside its codes.
 RECOMMENDED = ("page_size", "extended_residual", "sink_tokens")
 
@@ -27,7 +28,7 @@ def check_given(
     caches: Sequence[str], given: Mapping[str, Any], book: Codebook | None, sources: Mapping[str, str | None]
 ) -> None:
     """Raises ValueError if something was asked for that none of the caches would heed."""
-    names = {text.partition(":")[0] for text in caches}
+    names = {text.partition(":")[0] for text in caches if not text.endswith(":own")}
     told = ", ".join(caches)
     for name in (name for name in FLAGS if name in given):
         if not any(name in _SHAPED.get(cache, ()) for cache in names):

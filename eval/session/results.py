@@ -35,7 +35,7 @@ class Row:
         unit: "ms", "bytes", "tokens/s", "percent"; "" for a pure number.
         model: Hub id, or the bare name of a local folder. model_fingerprint: which config and weights that was, see
             identity.py; "" in rows that do not know.
-        cache: dynamic, static, quanto, hqq, fp8, pq or paged-kv.
+        cache: dynamic, static, quanto, kivi, pq, ...; one of `caches.CACHES`.
         settings: what else identifies the measurement: window, stride, mode, tokens, depth, limit, dtype, ...
         cache_config: the cache's own settings, e.g. of PQConfig, or num_bits and group size of a peer.
         task_version: raised whenever a change of the task's code could change its figures.
