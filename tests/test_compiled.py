@@ -16,7 +16,7 @@ from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.cache.reference import ReferenceCache
 from hf_pqcache.eval.measure.speed import deferred_stop_check
 from hf_pqcache.models.names import cache_kwargs
-from hf_pqcache.storage.storage import Storage
+from hf_pqcache.storage.lengths import Lengths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,14 +83,14 @@ def test_a_stop_check_one_step_late_leaves_no_trace_and_waits_for_nothing(
     """Where generate looks for its end one step late it crops nothing in each step, and the step too many at the end."""
     monkeypatch.setattr(torch, "Event", NoEvent)
     reads = 0
-    refresh = Storage._refresh
+    refresh = Lengths.refresh
 
-    def counted(storage: Storage) -> None:
+    def counted(lengths: Lengths) -> None:
         nonlocal reads
         reads += 1
-        refresh(storage)
+        refresh(lengths)
 
-    monkeypatch.setattr(Storage, "_refresh", counted)
+    monkeypatch.setattr(Lengths, "refresh", counted)
     model = build("llama")
     ids = tokens(1, 50)
     sampling = {"do_sample": True, "temperature": 3.0}
@@ -134,8 +134,8 @@ def test_eager_and_compiled_calls_take_turns_on_one_cache(graphs: Graphs) -> Non
 def test_compiled_steps_rarely_wait_for_the_device(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host counts compiled steps and reads lengths back once per half a page of them: each reading is a wait."""
     readings: list[int] = []
-    refresh = Storage._refresh
-    monkeypatch.setattr(Storage, "_refresh", lambda self: (readings.append(1), refresh(self))[1])
+    refresh = Lengths.refresh
+    monkeypatch.setattr(Lengths, "refresh", lambda self: (readings.append(1), refresh(self))[1])
     model, book = build("llama"), codebook_of("llama")
     cache = PagedPQCache(model.config, book, SMALL, compile=True)
     steps = 4 * SMALL.page_size

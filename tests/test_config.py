@@ -69,8 +69,8 @@ def test_an_unfinished_page_is_small_against_the_sequence(expected_tokens: int) 
 @KINDS
 def test_caches_take_it(kind: str) -> None:
     cache = make(kind, page_size="auto", expected_tokens=5000, max_pages=100)
-    assert cache.storage.config.page_size == 64
-    assert make(kind, page_size=32, expected_tokens=5000, max_pages=200).storage.config.page_size == 32
+    assert cache.storage.layers.config.page_size == 64
+    assert make(kind, page_size=32, expected_tokens=5000, max_pages=200).storage.layers.config.page_size == 32
     with pytest.raises(ValueError, match=r"pass expected_tokens=, prompt and new tokens together \(got None\)"):
         make(kind, page_size="auto")
     with pytest.raises(ValueError, match=r"got 0"):
@@ -90,7 +90,7 @@ def test_a_pool_without_room_for_the_expected_length_is_refused_at_once(kind: st
 
 
 def memory(cache: Any) -> list[tuple[int, int]]:
-    views = cache.storage.views.values()
+    views = cache.storage.layers.views.values()
     return [(x.data_ptr(), x.nbytes) for view in views for x in vars(view).values() if isinstance(x, Tensor)]
 
 
@@ -114,7 +114,7 @@ def test_growth_beyond_max_pages_is_refused_and_nothing_grows(kind: str) -> None
     before = memory(cache)
     with pytest.raises(PagesExhaustedError, match="PQC001"):
         step_by_step(200)
-    room = cache.storage.config.sink_tokens + cache.storage.config.extended_residual + 6 * 16 - 1
+    room = cache.storage.layers.config.sink_tokens + cache.storage.layers.config.extended_residual + 6 * 16 - 1
     assert cache.get_seq_length() == room, "every token that there is room for, and not one more"
     with pytest.raises(PagesExhaustedError, match="PQC001"):
         model.generate(tokens(1, room + 1), **cache_kwargs(cache), max_new_tokens=5)

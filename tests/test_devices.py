@@ -62,21 +62,21 @@ def generate(model: Any, cache: Any, **options: Any) -> tuple[Tensor, Tensor]:
 def assert_in_step(cache: Any) -> None:
     """Two states, each with its own layer; what all layers share is the same in both."""
     storage = cache.storage
-    assert set(storage.states) == {HERE, THERE}
-    here, there = storage.states[HERE], storage.states[THERE]
+    assert set(storage.layers.states) == {HERE, THERE}
+    here, there = storage.layers.states[HERE], storage.layers.states[THERE]
     assert (set(here.views), set(there.views)) == ({0}, {1})
     for layer, state in ((0, here), (1, there)):
-        view = storage.views[layer]
-        assert storage.state(layer) is state
+        view = storage.layers.views[layer]
+        assert storage.layers.state(layer) is state
         assert state.views[layer] is view
         assert view.page_table.data_ptr() == state.page_table[layer].data_ptr()
-        assert view.starts is state.starts
-        assert view.counts.data_ptr() == state.counts[layer].data_ptr()
+        assert view.left_pad is state.left_pad
+        assert view.seq_lens.data_ptr() == state.seq_lens[layer].data_ptr()
         assert view.window_keys.device == view.window_values.device == state.device
-    assert here.desc.data_ptr() != there.desc.data_ptr()
+    assert here.layer_ptrs.data_ptr() != there.layer_ptrs.data_ptr()
     assert here.page_table.shape == there.page_table.shape
-    assert torch.equal(here.starts, there.starts)
-    assert torch.equal(here.counts[0], there.counts[1])
+    assert torch.equal(here.left_pad, there.left_pad)
+    assert torch.equal(here.seq_lens[0], there.seq_lens[1])
 
 
 @pytest.mark.parametrize("kind", ["coded", "exact", "learning", "offloaded"])
@@ -107,7 +107,7 @@ def test_rows_move_on_every_device(kind: str, spread: Any) -> None:
     assert_in_step(cache)
     twin.reset()
     assert_in_step(twin)
-    assert (twin.stats()["pages_used"], twin.storage.states[THERE].counts.any()) == (0, False)
+    assert (twin.stats()["pages_used"], twin.storage.layers.states[THERE].seq_lens.any()) == (0, False)
 
 
 def test_an_exhausted_pool_leaves_every_device_as_it_was(spread: Any) -> None:
@@ -128,11 +128,11 @@ def test_a_states_memory_is_taken_over_on_its_own_device(spread: Any) -> None:
     """A next cache of the same shape gets the addresses that captured graphs hold, each on its device."""
     cache = make("coded", spread)
     generate(spread, cache, max_new_tokens=2)
-    addresses = {device: state.desc.data_ptr() for device, state in cache.storage.states.items()}
+    addresses = {device: state.layer_ptrs.data_ptr() for device, state in cache.storage.layers.states.items()}
     del cache
     again = make("coded", spread)
     generate(spread, again, max_new_tokens=2)
-    assert {device: state.desc.data_ptr() for device, state in again.storage.states.items()} == addresses
+    assert {device: state.layer_ptrs.data_ptr() for device, state in again.storage.layers.states.items()} == addresses
 
 
 def test_sequences_check_the_device_of_their_tokens(spread: Any) -> None:
@@ -159,4 +159,4 @@ def test_accelerates_hooks_are_passed(tmp_path: Path) -> None:
         got, expected = generate(model, cache), generate(build("llama"), make(kind, model))
         assert torch.equal(got[0], expected[0])
         torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-5)
-        assert set(cache.storage.states) == {HERE}
+        assert set(cache.storage.layers.states) == {HERE}

@@ -61,7 +61,7 @@ def side_by_side(cache: Any, count: int) -> int:
             cache.free_sequence(name - 3)
         for _ in range(300):
             cache.append_tokens(name, 0, k, k)
-        owned += len(cache.storage.table.rows[cache._rows[name]]) - 150 // PAGE
+        owned += cache.sequence_stats(name)["pages"] - 150 // PAGE
     for name in cache.sequence_ids:
         cache.free_sequence(name)
     return owned

@@ -17,7 +17,7 @@ from hf_pqcache.backends import selection
 from hf_pqcache.cli import main
 from hf_pqcache.models.names import cache_kwargs
 from hf_pqcache.pages.codec import CodedPages
-from hf_pqcache.storage.storage import Storage
+from hf_pqcache.storage.layers import Layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,7 +53,7 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> tuple[PagedPQCache, str]:
 
 def window_overflow(monkeypatch: pytest.MonkeyPatch) -> tuple[PagedPQCache, str]:
     """A cache makes its window large enough for all it must learn from; were it not, tokens are refused, never lost."""
-    monkeypatch.setattr(Storage, "window_slots", property(lambda self: self.config.window_slots))
+    monkeypatch.setattr(Layers, "window_slots", property(lambda self: self.config.window_slots))
     cache = PagedPQCache(build("llama").config, None, SMALL, learn_tokens=1000)
     forward(cache, 30)
     with pytest.raises(errors.WindowOverflowError) as caught:

@@ -71,7 +71,7 @@ def test_a_conversation_without_no_grad_computes_the_same(kind: str) -> None:
         assert got.requires_grad
         torch.testing.assert_close(got.detach(), expected, rtol=1e-4, atol=1e-4)
     assert tracked.stats()["pages_used"] == plain.stats()["pages_used"] > 0
-    assert not any(w.requires_grad for v in tracked.storage.views.values() for w in (v.window_keys, v.window_values))
+    assert not any(w.requires_grad for v in tracked.storage.layers.views.values() for w in (v.window_keys, v.window_values))
 
 
 @KINDS

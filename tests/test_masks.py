@@ -64,7 +64,7 @@ def assert_same_generation(model: Any, cache: Any, inputs: dict[str, Tensor], **
 
 def starts(cache: Any) -> list[int]:
     """How many columns of each row were taken for padding."""
-    found: list[int] = cache.storage.starts
+    found: list[int] = cache.storage.lengths.left_pad
     return found
 
 

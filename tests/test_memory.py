@@ -38,7 +38,7 @@ def feed(cache: Any, count: int, seed: int = 0, batch: int = 1) -> None:
 
 
 def smallest_slab(cache: Any) -> int:
-    return (MIN_SLAB + 1) * cache.storage.page_bytes
+    return (MIN_SLAB + 1) * cache.storage.layers.page_bytes
 
 
 def assert_held_follows_used(cache: Any, memory: Allocations) -> None:
@@ -115,13 +115,13 @@ def test_compiled_generate_grows_and_compiles_nothing_again(kind: str) -> None:
 def test_rows_longer_than_the_tables_widen_them(kind: str) -> None:
     """The model says 512 positions; whoever goes on beyond is served, as by DynamicCache."""
     model, cache, twin = build("llama"), make(kind, expected_tokens=64), make(kind)
-    assert (cache.storage.table_width, twin.storage.table_width) == (4, 32)
+    assert (cache.storage.layers.table_width, twin.storage.layers.table_width) == (4, 32)
     with torch.no_grad():
         for count in (50, 1, 300, 1, 1):
             ids = tokens(1, count, seed=count)
             got, expected = (model(ids, **cache_kwargs(c)).logits for c in (cache, twin))
             assert torch.equal(got, expected)
-    assert cache.storage.table_width > 16
+    assert cache.storage.layers.table_width > 16
     assert cache.stats()["calls"] == twin.stats()["calls"]
 
 
@@ -130,7 +130,7 @@ def test_a_hint_spares_growing_and_is_no_limit(kind: str) -> None:
     cache = make(kind, expected_tokens=1000)
     feed(cache, 100)
     reserved = cache.stats()["pages_reserved"]
-    assert reserved >= cache.storage.config.pages_of(1000)
+    assert reserved >= cache.storage.layers.config.pages_of(1000)
     feed(cache, 890)
     assert cache.stats()["pages_reserved"] == reserved
     feed(cache, 500)
@@ -147,7 +147,7 @@ def test_max_pages_is_a_limit_for_each_copy(kind: str) -> None:
             feed(one, 100)
         one.crop(-(one.get_seq_length() - 100))
         feed(one, 20)
-    assert cache.storage.allocator.num_used <= 4 * 8
+    assert cache.storage.layers.allocator.num_used <= 4 * 8
 
 
 @KINDS
@@ -164,7 +164,7 @@ def test_copies_share_the_prefix_and_nothing_else(kind: str) -> None:
     for i, one in enumerate(copies):
         feed(one, 60, seed=10 + i)
     own = sum(one.stats()["pages_used"] - pages for one in copies)
-    assert cache.storage.allocator.num_used == pages + own
+    assert cache.storage.layers.allocator.num_used == pages + own
     for i, one in enumerate(copies):
         alone = make(kind)
         feed(alone, 400)
@@ -172,12 +172,12 @@ def test_copies_share_the_prefix_and_nothing_else(kind: str) -> None:
         assert all(torch.equal(a.keys, b.keys) for a, b in zip(one.layers, alone.layers, strict=True))
     del cache, one
     gc.collect()
-    assert copies[0].storage.allocator.num_used == pages + own, "what copies still need stays"
+    assert copies[0].storage.layers.allocator.num_used == pages + own, "what copies still need stays"
     copies[0].crop(-460)
     assert all(
         torch.equal(layer.keys[:, :, :300], keys[:, :, :300]) for layer, keys in zip(copies[1].layers, prefix, strict=True)
     )
-    allocator = copies[0].storage.allocator
+    allocator = copies[0].storage.layers.allocator
     copies.clear()
     gc.collect()
     assert allocator.num_used == 0

@@ -67,7 +67,7 @@ def test_other_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def slabs(cache: Any) -> dict[int, int]:
     """Bytes of every slab on the device, by address."""
-    found = [slab for view in cache.storage.views.values() for slab in view.store.slabs.values()]
+    found = [slab for view in cache.storage.layers.views.values() for slab in view.store.slabs.values()]
     return {slab.keys.data_ptr(): slab.keys.nbytes + slab.values.nbytes for slab in found}
 
 
@@ -124,7 +124,7 @@ def test_every_layer_comes_once_a_step_and_ahead_of_its_turn(monkeypatch: pytest
     for layer in model.model.layers:  # what is there already when a layer begins
         place = layer.self_attn.layer_idx
         layer.register_forward_pre_hook(
-            lambda *_, place=place: staging.append(cache.storage.views[0].store.group.staging[place % 2].owner == place)
+            lambda *_, place=place: staging.append(cache.storage.layers.views[0].store.group.staging[place % 2].owner == place)
         )
     try:
         step()
@@ -206,7 +206,7 @@ def test_pages_that_nobody_refers_to_stay_where_they_are(monkeypatch: pytest.Mon
     cache = make("exact", offload=True)
     with torch.no_grad():
         build(NAME)(tokens(2, 200), **cache_kwargs(cache))
-    store = cache.storage.views[3].store
+    store = cache.storage.layers.views[3].store
     assert len(store.kept) == 2 * 12
     cache.batch_select_indices(torch.tensor([0]))
     cache.crop(-100)
@@ -219,7 +219,7 @@ def test_writing_out_of_turn_is_noticed() -> None:
     cache = make("exact", offload=True)
     with torch.no_grad():
         build(NAME)(tokens(1, 50), **cache_kwargs(cache))
-    stores = [view.store for view in cache.storage.views.values()]
+    stores = [view.store for view in cache.storage.layers.views.values()]
     stores[0].prefetch()
     with pytest.raises(RuntimeError, match="while another layer's pages were on the device"):
         stores[4].write_back([0])

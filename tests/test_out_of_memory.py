@@ -95,13 +95,13 @@ def sequences(kv: Any) -> None:
 
 def append_to_a(kv: Any) -> None:
     for layer, (k, v) in enumerate(tokens(1, 30, 9)):
-        if kv.storage.row_lengths(layer)[0] == 70:
+        if kv.storage.lengths.seq_lens(layer)[0] == 70:
             kv.append_tokens("a", layer, k, v)
 
 
 def almost_a_page(kv: Any) -> None:
     forward(kv, 2, 60, 1)
-    config = kv.storage.config
+    config = kv.storage.layers.config
     forward(kv, 2, 4 if isinstance(kv, PagedKVCache) else 13, 2)
     assert config.coded_tokens(kv.get_seq_length()) < config.coded_tokens(kv.get_seq_length() + 1)
 

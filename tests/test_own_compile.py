@@ -149,7 +149,7 @@ def test_what_is_asked_for_fits_or_is_refused(kind: str, beyond: int) -> None:
     """generate never returns tokens that the cache could not hold."""
     model = build("llama")
     full = make(kind, compile=False, max_pages=4)
-    config = full.storage.config
+    config = full.storage.layers.config
     room = config.sink_tokens + config.extended_residual + 5 * config.page_size - 1
     for new in (room - 40, room - 40 + beyond):
         cache = make(kind, compile=True, max_pages=4)

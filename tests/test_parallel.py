@@ -128,10 +128,10 @@ def test_a_cache_is_told_its_rank() -> None:
     cache, books = cache_of(4, tp_rank=1)
     keys = torch.randn(1, 2, 50, 16)
     cache.update(keys, keys, 0)
-    assert torch.equal(cache.storage.views[0].key_centroids, books[0].keys[2:])
+    assert torch.equal(cache.storage.layers.views[0].key_centroids, books[0].keys[2:])
     import copy
 
-    assert copy.deepcopy(cache).storage.tp_rank == 1
+    assert copy.deepcopy(cache).storage.layers.tp_rank == 1
 
 
 def test_heads_that_no_division_explains_are_another_model() -> None:

@@ -52,7 +52,7 @@ def filled(count: int, rows: int = 2) -> PagedPQCache:
 
 def slabs_of(cache: PagedPQCache) -> list[Tensor]:
     """Keys and values of every slab of every layer."""
-    slabs = [slab for view in cache.storage.views.values() for slab in view.store.slabs.values()]
+    slabs = [slab for view in cache.storage.layers.views.values() for slab in view.store.slabs.values()]
     return [side for slab in slabs for side in (slab.keys, slab.values)]
 
 
@@ -82,7 +82,7 @@ def test_moving_rows_costs_page_tables_not_codes(move: str) -> None:
         written.append(meter.total)
         used.append((before, cache.stats()["pages_used"]))
     assert all(after <= before for before, after in used)
-    more_codes = (used[1][0] - used[0][0]) * cache.storage.page_bytes
+    more_codes = (used[1][0] - used[0][0]) * cache.storage.layers.page_bytes
     assert more_codes > 20_000
     assert abs(written[1] - written[0]) < more_codes / 10, "the cost of moving rows grows with their tokens"
 
@@ -174,7 +174,7 @@ def test_a_deep_copy_shares_pages_and_goes_its_own_way() -> None:
     assert (cache.get_seq_length(), twin.get_seq_length()) == (60, 100)
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
     assert all(torch.equal(layer.keys[:, :, :36], keys[:, :, :36]) for layer, keys in zip(twin.layers, before, strict=True))
-    allocator, shared = cache.storage.allocator, cache.stats()["pages_used"]
+    allocator, shared = cache.storage.layers.allocator, cache.stats()["pages_used"]
     assert allocator.num_used == twin.stats()["pages_used"] > shared, "the prefix is there once"
     del twin
     assert allocator.num_used == shared, "what only the copy had is free"

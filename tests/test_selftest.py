@@ -75,7 +75,7 @@ FAULTS: dict[str, tuple[Any, str, Any, str]] = {
     "codes read in another order": (layout, "unpack_pages", shifted, "layout of pages"),
     "a centroid that is not nearest": (pq, "encode", second_nearest, "product quantization"),
     "a crop that is off by one": (Storage, "crop", off_by_one, "rows of codes"),
-    "a fork that shares nothing": (Storage, "copy_row", lambda self, source, target: None, "sequences"),
+    "a fork that shares nothing": (Storage, "fork", lambda self, source, target: None, "sequences"),
     "attention that is 1 % too large": (torch_backend, "attend", louder, "plain torch"),
     "left padding that is not seen": (padding, "leading_padding", lambda m, p, f, c, batch, g: [0] * batch, "generate, coded"),
 }

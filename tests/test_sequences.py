@@ -46,10 +46,10 @@ def fill(cache: Any, name: Any, count: int, seed: int = 0) -> None:
 
 def every_tensor(cache: Any) -> Iterator[Tensor]:
     """All memory of a cache."""
-    for view in cache.storage.views.values():
+    for view in cache.storage.layers.views.values():
         yield from (x for x in vars(view).values() if isinstance(x, Tensor))
         yield from (side for slab in view.store.slabs.values() for side in (slab.keys, slab.values))
-    for state in cache.storage.states.values():
+    for state in cache.storage.layers.states.values():
         assert isinstance(state, DeviceState)
         yield from (x for x in vars(state).values() if isinstance(x, Tensor))
 
@@ -89,7 +89,7 @@ def test_memory_is_taken_as_tokens_arrive(kind: str) -> None:
     for _ in range(30):
         fill(cache, "a", 10)
         used.append(cache.stats()["pages_used"])
-    config = cache.storage.config
+    config = cache.storage.layers.config
     assert used == [config.coded_tokens(10 * (i + 1)) // PAGE for i in range(30)]
     assert used[-1] == 4
 
@@ -101,12 +101,12 @@ def test_freed_pages_are_used_again_at_once(kind: str) -> None:
         cache.allocate_sequence(i)
         fill(cache, i, 4 * PAGE + 1 + 20 * (kind == "codes"), i)
         assert cache.stats()["pages_free"] == 0
-        freed = set(cache.storage.table.rows[0])
+        freed = set(cache.storage.layers.table.rows[0])
         cache.free_sequence(i)
         cache.allocate_sequence("next", initial_len=2 * PAGE + 40)
-        assert set(cache.storage.table.rows[0]) <= freed
+        assert set(cache.storage.layers.table.rows[0]) <= freed
         cache.free_sequence("next")
-    assert cache.storage.batch == 1, "a freed row is used again, too"
+    assert cache.storage.layers.batch == 1, "a freed row is used again, too"
 
 
 @KINDS
@@ -125,7 +125,7 @@ def test_a_fork_shares_its_prefix_and_goes_its_own_way(kind: str) -> None:
     cache.free_sequence("a")
     for i, seed in ((0, 1), (1, 2)):
         k, v = cache.get_kv(i, 0)
-        config = cache.storage.config
+        config = cache.storage.layers.config
         coded = config.sink_tokens + config.coded_tokens(300)
         assert torch.equal(k[:, :coded], before[0][:, :coded])
         assert torch.equal(v[:, -10:], tokens(100, seed)[1][:, -10:])
@@ -163,7 +163,7 @@ def test_sequences_learn_their_codebook_together() -> None:
     assert cache.stats()["pages_used"] == 0
     fill(cache, "b", 40, 2)
     assert cache.stats()["pages_used"] == 2
-    config = cache.storage.config
+    config = cache.storage.layers.config
     for name, seed in (("a", 1), ("b", 2)):
         got, expected = cache.get_kv(name, 0)[0], tokens(40, seed)[0]
         same = (got == expected).all(-1).all(0)
@@ -258,19 +258,19 @@ def test_keys_and_values_may_differ_in_head_dim() -> None:
     coded = PagedPQCache(CONFIG, num_bits=4, num_subspaces=8, learn_tokens=64, max_pages=10, extended_residual=8)
     coded.allocate_sequence("a")
     coded.append_tokens("a", 0, k, v)
-    view = coded.storage.views[0]
+    view = coded.storage.layers.views[0]
     (slab,) = view.store.slabs.values()
     assert slab.keys.shape[1:] == slab.values.shape[1:] == (HEADS, 64 * 8 * 4 // 8)
     got = coded.get_kv("a", 0)
     assert [x.shape for x in got] == [k.shape, v.shape]
     assert ((got[1] - v).norm() / v.norm()) < 0.8
     with pytest.raises(ValueError, match="and the values' 24 into equal parts"):
-        PagedPQCache(CONFIG, num_bits=4, num_subspaces=16)._layer(0).open(k, v)
+        PagedPQCache(CONFIG, num_bits=4, num_subspaces=16).layers[0].open(k, v)
 
 
 def test_a_layer_without_centroids_is_named() -> None:
     cache = make("codes")
-    cache.storage.codebook = Codebook({1: book().layers[1]}, num_bits=4, num_subspaces=8)
+    cache.storage.layers.codebook = Codebook({1: book().layers[1]}, num_bits=4, num_subspaces=8)
     with pytest.raises(ValueError, match=r"no centroids for layer 0, only for layers \[1\]"):
         cache.update(*(x[None] for x in tokens(3)), 0)
 
@@ -279,7 +279,7 @@ def test_exact_pages_are_laid_out_as_kernels_read_them() -> None:
     cache = make("exact", page_size=16)
     cache.allocate_sequence(0)
     fill(cache, 0, 40)
-    view, (k, _) = cache.storage.views[0], tokens(40)
+    view, (k, _) = cache.storage.layers.views[0], tokens(40)
     pages = view.page_numbers(0, 0, 2)
     assert torch.equal(view.store.read("key", pages).transpose(0, 1).flatten(1, 2), k[:, :32])
     size = HEADS * 16 * HEAD_DIM  # numbers of one side of a page, where kernels look for it: base + id * size

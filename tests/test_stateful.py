@@ -34,6 +34,7 @@ from hf_pqcache.errors import PagesExhaustedError
 from hf_pqcache.pages import offload
 from hf_pqcache.pages.block_pool import PageAllocator
 from hf_pqcache.pages.slabs import MAX_SLAB, PLACE_BITS
+from hf_pqcache.storage.lengths import Lengths
 from hf_pqcache.storage.storage import Storage
 
 LAYERS, HEAD_DIM, PAGE, MAX_PAGES, TOKENS = 2, 8, 16, 14, 512
@@ -156,7 +157,7 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def every_page_is_accounted_for(self) -> None:
         CacheMachine.steps += 1
-        allocator, table = self.cache.storage.allocator, self.cache.storage.table
+        allocator, table = self.cache.storage.layers.allocator, self.cache.storage.layers.table
         owners = Counter(page for row in table.rows for page in row)
         assert all(allocator.references(page) == count for page, count in owners.items())
         free = [number << PLACE_BITS | place for number, slab in allocator._slabs.items() for place in slab.free]
@@ -238,7 +239,7 @@ class Sequences(CacheMachine):
         with pytest.raises(ValueError, match="k, v: expected"):
             self.cache.append_tokens(name, 0, k, k[:, :2])
         with pytest.raises(ValueError, match="reset"):
-            self.cache.update(k[None], k[None], 0) if self.cache.storage.views else self.cache.crop(-1)
+            self.cache.update(k[None], k[None], 0) if self.cache.storage.layers.views else self.cache.crop(-1)
         self.compare(name)
 
     @rule(really=st.sampled_from([False] * 7 + [True]))
@@ -254,7 +255,7 @@ class Sequences(CacheMachine):
 
     def compare(self, name: int) -> None:
         for layer, tokens in enumerate(self.model[name].tokens):
-            if layer in self.cache.storage.views:
+            if layer in self.cache.storage.layers.views:
                 got = torch.cat(self.cache.get_kv(name, layer))
                 torch.testing.assert_close(got, self.model[name].expected(self.kind, layer), rtol=0, atol=0)
             else:
@@ -266,7 +267,7 @@ class Sequences(CacheMachine):
             self.cache.free_sequence(name)
         self.model.clear()
         self.every_page_is_accounted_for()
-        assert self.cache.storage.table.num_free == MAX_PAGES
+        assert self.cache.storage.layers.table.num_free == MAX_PAGES
 
 
 class Batch(CacheMachine):
@@ -308,7 +309,7 @@ class Batch(CacheMachine):
             self.total + count - (row.start if self.total else pad) for row, pad in zip(self.model, padding, strict=True)
         ]
         needed = sum(max(0, self.kind.pages(n) - len(row.pages)) for n, row in zip(lengths, self.model, strict=True))
-        layers = range(1 if is_broken and self.cache.storage.views else LAYERS)
+        layers = range(1 if is_broken and self.cache.storage.layers.views else LAYERS)
         if not self.attempt(needed, lambda: self.step(new, padding, layers)):
             return
         for row, ids, pad in zip(self.model, new, padding, strict=True):
@@ -363,7 +364,7 @@ class Batch(CacheMachine):
             self.cache = copy.deepcopy(self.cache)
 
     def compare(self) -> None:
-        for layer in self.cache.storage.views if self.total else ():
+        for layer in self.cache.storage.layers.views if self.total else ():
             got = torch.stack([self.cache.layers[layer].keys, self.cache.layers[layer].values])[:, :, 0]
             assert got.shape[2] == self.total
             for i, row in enumerate(self.model):
@@ -372,7 +373,7 @@ class Batch(CacheMachine):
 
     def teardown(self) -> None:
         self.cache.reset()
-        assert self.cache.storage.table.num_free == MAX_PAGES
+        assert self.cache.storage.layers.table.num_free == MAX_PAGES
 
 
 MACHINES = {
@@ -427,36 +428,31 @@ def _lose_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _crop_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Crop keeps one token too many."""
-    crop, crop_row = Storage.crop, Storage.crop_row
+    crop, crop_sequence = Storage.crop, Storage.crop_sequence
     monkeypatch.setattr(Storage, "crop", lambda self, tokens: crop(self, tokens + 1))
-    monkeypatch.setattr(Storage, "crop_row", lambda self, row, length: crop_row(self, row, length + 1))
+    monkeypatch.setattr(Storage, "crop_sequence", lambda self, seq, length: crop_sequence(self, seq, length + 1))
 
 
 def _restore_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Crop forgets to restore the last token that has lost its window slot."""
-    count = Storage._count
+    count = Lengths.count
 
-    def count_one_less(self: Storage, layer: int, positions: list[int]) -> None:
+    def count_one_less(self: Lengths, layer: int, positions: list[int]) -> None:
         count(self, layer, positions)
-        self._reused[layer] = [max(0, reused - 1) for reused in self._reused[layer]]
+        self.reused[layer] = [max(0, reused - 1) for reused in self.reused[layer]]
 
-    monkeypatch.setattr(Storage, "_count", count_one_less)
+    monkeypatch.setattr(Lengths, "count", count_one_less)
 
 
 def _share_what_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that lags behind writes a page that a copy of its row shares."""
 
-    def reserve(self: Storage, layer: int, lengths: list[int], may_widen: bool = True) -> None:
-        self.table.reserve([self.views[layer].coded_tokens(length) // PAGE for length in lengths])
-        for state in self.states.values():
-            state.sync_table(self.table)
-
-    monkeypatch.setattr(Storage, "_reserve_rows", reserve)
+    monkeypatch.setattr(PageAllocator, "references", lambda self, page: 1)
 
 
 def _forget_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Written pages are not copied to the host."""
-    monkeypatch.setattr(Storage, "_write_back", lambda self, layer, before, after=None: None)
+    monkeypatch.setattr(offload.HostedStore, "write_back", lambda self, pages: None)
 
 
 def _bring_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,10 +166,10 @@ def _with_torch_attention(model: Any, cache: PagedPQCache, ids: Tensor) -> Tenso
     kernels = dispatch.attend
 
     def plain(
-        state: Any, layer: int, counts: Tensor, query: Tensor, mask: Any, sinks: Any, scale: float, softcap: float
+        state: Any, layer: int, seq_lens: Tensor, query: Tensor, mask: Any, sinks: Any, scale: float, softcap: float
     ) -> Tensor:
-        lengths, starts = counts[:, 0].tolist(), state.starts.tolist()
-        return torch_backend.attend(state.views[layer], query, mask, sinks, scale, softcap, lengths, starts)
+        lengths, left_pad = seq_lens[:, 0].tolist(), state.left_pad.tolist()
+        return torch_backend.attend(state.views[layer], query, mask, sinks, scale, softcap, lengths, left_pad)
 
     dispatch.attend = plain
     try:

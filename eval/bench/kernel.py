@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_pqcache.backends import cuda_backend, jit
 from hf_pqcache.config import PQConfig
 from hf_pqcache.pages import layout
-from hf_pqcache.pages.block_pool import LayerView
 from hf_pqcache.pages.codec import CODED, EXACT
-from hf_pqcache.pages.device_state import descriptor_row
+from hf_pqcache.pages.device_state import layer_row
+from hf_pqcache.pages.layer_kv import LayerView
 from hf_pqcache.pages.slabs import PageSpec, PageStore
 
 ROTATED_BYTES = 600 * 2**20  # ten times the L2 cache of an H200
@@ -167,15 +167,15 @@ class Layers:
                 value_centroids=centroids[1],
                 window_keys=torch.randn(window, device="cuda").to(dtype),
                 window_values=torch.randn(window, device="cuda").to(dtype),
-                counts=torch.tensor([[case.tokens, coded]] * case.batch, dtype=torch.int32, device="cuda"),
-                starts=torch.zeros(case.batch, dtype=torch.int32, device="cuda"),
+                seq_lens=torch.tensor([[case.tokens, coded]] * case.batch, dtype=torch.int32, device="cuda"),
+                left_pad=torch.zeros(case.batch, dtype=torch.int32, device="cuda"),
                 page_table=(2 * order[i]).contiguous(),  # the two sides of a page alternate
                 codec=EXACT if case.is_exact else CODED,
             )
             for i in range(self.sets)
         ]
         self.geometry, self.books = cuda_backend.prepare_layer(self.views[0])
-        self.desc = torch.tensor([descriptor_row(view, self.books) for view in self.views], device="cuda")
+        self.desc = torch.tensor([layer_row(view, self.books) for view in self.views], device="cuda")
         heads = case.kv_heads * case.group
         self.query = torch.randn(case.batch, heads, 1, case.head_dim, device="cuda").to(dtype)
         # Compiled generate always passes a mask as wide as the cache; it is False beyond the row.
@@ -185,7 +185,7 @@ class Layers:
     def attend(self, i: int, name: str, is_masked: bool = False) -> Tensor:
         view = self.views[i]
         return cuda_backend.attend(
-            self.query, self.desc, i, view.counts, view.starts, view.page_table, self.mask if is_masked else None, None,
+            self.query, self.desc, i, view.seq_lens, view.left_pad, view.page_table, self.mask if is_masked else None, None,
             self.geometry, self.case.head_dim**-0.5, 0.0, self.case.tokens, name,
         )  # fmt: skip
 

@@ -171,7 +171,7 @@ def beams(machine: Machine) -> str:
     if s.model.dtype == torch.float32:
         expect_equal("tokens of beam search", ours[0], plain[0])
     expect_close("logits of beam search, first step", ours[1][0], plain[1][0], BOUNDS[s.model.dtype])
-    shared = [cache.storage.allocator.references(page) for page in cache.storage.table.rows[0]]
+    shared = [cache.storage.layers.allocator.references(page) for page in cache.storage.layers.table.rows[0]]
     expect(max(shared) > 1, "pages that beams share", shared)
     return "equals decoding and plain attention; beams share pages"
 

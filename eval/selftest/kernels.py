@@ -19,8 +19,8 @@ from hf_pqcache.cache.caches import PagedKVCache, PagedPQCache
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.selftest.checks import REPORT, Check, CheckFailed, CheckSkipped, Machine, expect, expect_close
 from hf_pqcache.eval.selftest.structures import model_config, random_codebook, random_tokens
-from hf_pqcache.pages.block_pool import LayerView
 from hf_pqcache.pages.codec import Which
+from hf_pqcache.pages.layer_kv import LayerView
 
 #: Rounding of probabilities and of the output: relative L2 distance from float64.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -84,7 +84,7 @@ class Filled:
 
     @property
     def view(self) -> LayerView:
-        view: LayerView = self.cache.storage.views[0]
+        view: LayerView = self.cache.storage.layers.views[0]
         return view
 
     def held(self, which: Which, row: int) -> tuple[Tensor, Tensor]:

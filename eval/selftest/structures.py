@@ -185,9 +185,9 @@ def _drive(ours: Any, plain: Any, machine: Machine, steps: int, seed: int) -> No
 def _check_owners(cache: Any) -> None:
     """Every page in use is in the page table as often as its count says."""
     storage = cache.storage
-    found = Counter(page for row in storage.table.rows for page in row)
-    expect_equal("pages in use", storage.allocator.num_used, len(found))
-    counts = {page: storage.allocator.references(page) for page in found}
+    found = Counter(page for row in storage.layers.table.rows for page in row)
+    expect_equal("pages in use", storage.layers.allocator.num_used, len(found))
+    counts = {page: storage.layers.allocator.references(page) for page in found}
     expect_equal("references of pages", counts, dict(found))
 
 

@@ -56,21 +56,22 @@ def leading_padding(mask: Any, positions: Tensor | None, first: int, count: int,
     return [pad if told else 0 for pad, told in zip(hidden, is_padding, strict=True)]
 
 
-def refuse_shown(mask: Any, starts: Sequence[int]) -> None:
-    """Raise ValueError if `mask`, as in `leading_padding`, shows any of the first starts[r] columns of row r.
+def refuse_shown(mask: Any, left_pad: Sequence[int]) -> None:
+    """Raise ValueError if `mask`, as in `leading_padding`, shows any of the first left_pad[r] columns of row r.
 
     They were left padding when they came, and were not stored. Waits for the device.
     """
-    if _is_readable(mask, len(starts)):
-        seen = _seen(mask, 0, max(starts)).expand(len(starts), -1)
-        ends = torch.tensor(list(starts), device=seen.device)[:, None]
+    if _is_readable(mask, len(left_pad)):
+        seen = _seen(mask, 0, max(left_pad)).expand(len(left_pad), -1)
+        ends = torch.tensor(list(left_pad), device=seen.device)[:, None]
         rows = (seen & (torch.arange(seen.shape[1], device=seen.device) < ends)).any(1).tolist()
         shown = [row for row, is_shown in enumerate(rows) if is_shown]
     else:
-        shown = [row for row, start in enumerate(starts) if start] if mask is None else []
+        shown = [row for row, pad in enumerate(left_pad) if pad] if mask is None else []
     if shown:
+        last = left_pad[shown[0]] - 1
         raise ValueError(
-            f"the attention mask shows columns 0 to {starts[shown[0]] - 1} of row {shown[0]}, which were left padding (hidden, "
+            f"the attention mask shows columns 0 to {last} of row {shown[0]}, which were left padding (hidden, "
             "and not counted as positions) when they came, and so are not in the cache. Pass an attention_mask with zeros "
             "there, or reset() the cache and pass the whole input again"
         )

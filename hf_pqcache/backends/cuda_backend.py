@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_pqcache.backends import jit, launch
 from hf_pqcache.backends.launch import Geometry
-from hf_pqcache.pages.block_pool import LayerView
+from hf_pqcache.pages.layer_kv import LayerView
 
 # The structs of kernels/page.cuh, as a 64-bit compiler lays them out.
 _CACHE = "3Q6iI4x"

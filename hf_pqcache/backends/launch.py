@@ -10,7 +10,7 @@ import torch
 
 from hf_pqcache.backends import jit
 from hf_pqcache.pages import layout
-from hf_pqcache.pages.block_pool import LayerView
+from hf_pqcache.pages.layer_kv import LayerView
 
 
 def inverse(divisor: int) -> int:

@@ -1,4 +1,4 @@
-"""The plain-torch engine: encode, decode and attend over one layer's pages and window; slow, and right anywhere.
+"""The plain-torch backend: encode, decode and attend over one layer's pages and window; slow, and right anywhere.
 
 Rows are handled one after the other because each has its own length. Lengths are passed as host integers where the
 caller knows them, so that nothing is read from the device.
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_pqcache.pages.block_pool import LayerView
+from hf_pqcache.pages.layer_kv import LayerView
 from hf_pqcache.pages.slabs import Which
 
 #: Pages encoded or decoded at once: bounds temporary memory whatever the length of the prompt.
@@ -102,11 +102,11 @@ def row_tokens(view: LayerView, which: Which, row: int, length: int) -> Tensor:
     )
 
 
-def dense(view: LayerView, which: Which, lengths: Sequence[int], starts: Sequence[int], total: int) -> Tensor:
+def dense(view: LayerView, which: Which, lengths: Sequence[int], left_pad: Sequence[int], total: int) -> Tensor:
     """Keys or values as an uncompressed cache would hold them: (B, H, total, d), zeros where a row has no token."""
     window = _window(view, which)
     out = window.new_zeros(len(lengths), window.shape[1], total, window.shape[3])
-    for row, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+    for row, (length, start) in enumerate(zip(lengths, left_pad, strict=True)):
         out[row, :, start : start + length] = row_tokens(view, which, row, length)[:, : total - start]
     return out
 
@@ -119,13 +119,13 @@ def attend(
     scale: float,
     softcap: float,
     lengths: Sequence[int],
-    starts: Sequence[int],
+    left_pad: Sequence[int],
 ) -> Tensor:
     """Attention of one query token per row over everything the row holds, computed in float32.
 
     Args:
         query: (B, Hq, 1, d); Hq a multiple of the KV heads.
-        mask: None, or (B or 1, 1, 1, n): bool (True attends) or additive float; column starts[row] + t is token t of
+        mask: None, or (B or 1, 1, 1, n): bool (True attends) or additive float; column left_pad[row] + t is token t of
             a row, columns beyond n attend.
         sinks: None, or (Hq) logits that take part in the softmax and attend to nothing (GPT-OSS).
         softcap: 0, or the cap c of c * tanh(score / c) (Gemma 2).
@@ -134,14 +134,14 @@ def attend(
         (B, 1, Hq, dv) in the query's dtype; zeros for a row that attends to nothing.
     """
     batch, num_heads, _, head_dim = query.shape
-    total = max((start + length for start, length in zip(starts, lengths, strict=True)), default=0)
-    keys, values = (dense(view, which, lengths, starts, total).float() for which in ("key", "value"))
+    total = max((start + length for start, length in zip(left_pad, lengths, strict=True)), default=0)
+    keys, values = (dense(view, which, lengths, left_pad, total).float() for which in ("key", "value"))
     num_kv_heads = keys.shape[1]
     scores = query.float().view(batch, num_kv_heads, -1, head_dim) @ keys.mT * scale  # (B, H, G, total)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     columns = torch.arange(total, device=query.device)
-    begins = torch.tensor(list(starts), device=query.device)[:, None]
+    begins = torch.tensor(list(left_pad), device=query.device)[:, None]
     ends = begins + torch.tensor(list(lengths), device=query.device)[:, None]
     scores = scores.masked_fill(~((columns >= begins) & (columns < ends))[:, None, None], float("-inf"))
     if mask is not None:

@@ -20,6 +20,7 @@ from hf_pqcache.models.positions import max_positions
 from hf_pqcache.models.shapes import kv_shape, layer_configs
 from hf_pqcache.models.support import full_attention
 from hf_pqcache.pages.codec import EXACT
+from hf_pqcache.storage.layers import Layers
 from hf_pqcache.storage.storage import Storage
 
 
@@ -78,18 +79,17 @@ class PagedPQCache(PagedCache):
         layers: list[Any] = DynamicCache(config=config).layers
         chosen = [i for i in full_attention(config, layers) if codebook is None or i in codebook.layers]
         compile = _compiles(compile, text_config, settings)
-        self._settings, self._compile = settings, compile
-        storage = Storage(
+        self._settings = settings
+        owned = Layers(
             settings,
             codebook,
             len(layers),
-            learn_layer,
             tp_rank=tp_rank,
             offload=offload,
             expected_tokens=expected_tokens,
             max_positions=max_positions(config),
         )
-        super().__init__(config, layers, chosen, storage, compile)
+        super().__init__(config, layers, chosen, Storage(owned, learn_layer), compile)
 
     def _why_unfit(self, keys: Tensor, values: Tensor) -> str | None:
         try:
@@ -138,18 +138,6 @@ class PagedPQCache(PagedCache):
         tp_rank = tensor_parallel.rank_of(model) if tp_rank is None else tp_rank
         return cls(config, codebook, codebook.config, compile=compile, offload=offload, tp_rank=tp_rank, **overrides)
 
-    def _empty_twin(self) -> PagedPQCache:
-        storage = self.storage
-        return type(self)(
-            self._model_config,
-            storage.codebook,
-            self._settings,
-            compile=self._compile,
-            offload=storage.offload is not None,
-            tp_rank=storage.tp_rank,
-            expected_tokens=storage.expected_tokens,
-        )
-
 
 class PagedKVCache(PagedCache):
     """A KV cache that keeps exact tokens in pages, and so takes memory as tokens arrive and shares common prefixes.
@@ -183,29 +171,17 @@ class PagedKVCache(PagedCache):
             settings.check_room(expected_tokens)
         layers: list[Any] = DynamicCache(config=config).layers
         compile = _compiles(compile, config.get_text_config(decoder=True), None)
-        self._settings, self._compile = settings, compile
-        storage = Storage(
+        self._settings = settings
+        owned = Layers(
             settings,
             None,
             len(layers),
-            learn_layer,
             EXACT,
             offload=offload,
             expected_tokens=expected_tokens,
             max_positions=max_positions(config),
         )
-        super().__init__(config, layers, full_attention(config, layers), storage, compile)
-
-    def _empty_twin(self) -> PagedKVCache:
-        settings = self._settings
-        return type(self)(
-            self._model_config,
-            page_size=settings.page_size,
-            max_pages=settings.max_pages,
-            compile=self._compile,
-            offload=self.storage.offload is not None,
-            expected_tokens=self.storage.expected_tokens,
-        )
+        super().__init__(config, layers, full_attention(config, layers), Storage(owned, learn_layer), compile)
 
 
 def _compiles(wanted: bool | None, text_config: PreTrainedConfig, settings: PQConfig | None) -> bool:

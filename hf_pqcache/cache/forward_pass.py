@@ -1,4 +1,4 @@
-"""The forward pass under way in a cache: which tokens still wait to be stored, and how a broken pass is taken back.
+"""The forward pass under way in a cache: which tokens still wait to be stored, and how a broken pass is rolled back.
 
 A pass goes through the layers one after the other, so whatever ends it half-way, an exhausted pool, no memory, the
 user's Ctrl-C, leaves some layers ahead of others. Knows layers only by what it asks of them.
@@ -28,7 +28,7 @@ class WaitingLayer(Protocol):
     def discard_pending(self) -> None: ...
 
 
-class Steps:
+class ForwardPass:
     """Shared by the layers of one cache.
 
     Attributes:
@@ -67,17 +67,17 @@ class Steps:
         if not self._has_reached_all():
             return 0
         waiting = {layer.index: layer.num_pending for layer in self.pending}
-        return min((self.storage.tokens(i) + waiting.get(i, 0) for i in self.storage.views), default=0)
+        return min((self.storage.lengths.tokens(i) + waiting.get(i, 0) for i in self.storage.layers.views), default=0)
 
     def _has_reached_all(self) -> bool:
         """Whether every compressed layer has had tokens, now or in a pass before."""
-        return self.storage.views.keys() >= set(self.compressed)
+        return self.storage.layers.views.keys() >= set(self.compressed)
 
     def is_in_step(self, count: int) -> bool:
         """Whether `count` tokens, the first of a layer, are as many as the pass's first layer holds."""
-        views = self.storage.views
+        views = self.storage.layers.views
         waiting = {layer.index: layer.num_pending for layer in self.pending}
-        return not views or count == self.storage.tokens(first := min(views)) + waiting.get(first, 0)
+        return not views or count == self.storage.lengths.tokens(first := min(views)) + waiting.get(first, 0)
 
     def note_entry(self, index: int) -> None:
         """A layer whose tokens are no positions is about to get some. A pass that was broken off may have left others."""
@@ -106,52 +106,52 @@ class Steps:
         self.why_never = self.why_never or reason
         self.eager_because = self.eager_because or reason
 
-    def follow(self, other: Steps) -> None:
+    def follow(self, other: ForwardPass) -> None:
         """Be in the state of another cache's, between passes."""
         self.decoded, self.why_never, self.eager_because = dict(other.decoded), other.why_never, other.eager_because
         self.is_generating, self.entries = other.is_generating, dict(other.entries)
         self.without_positions = set(other.without_positions)
 
     def begin(self, index: int, count: int) -> None:
-        """A layer is about to get `count` new tokens. The first one to get any takes back a pass that stopped before its end.
+        """A layer is about to get `count` new tokens. The first one to get any rolls back a pass that stopped before its end.
 
         Raises RuntimeError if that is beyond repair, and ValueError in a cache that holds sequences.
         """
         self.settle()
-        self.storage.check_rows_advance_together()
-        views = self.storage.views
+        self.storage.check_in_step()
+        views = self.storage.layers.views
         if views and index == min(views):
-            if not self._has_reached_all() and self.storage.tokens(index):
-                self._take_back_first_pass(count)
-            elif self.storage.is_uneven:
-                self.take_back()
+            if not self._has_reached_all() and self.storage.lengths.tokens(index):
+                self._roll_back_first_pass(count)
+            elif self.storage.lengths.is_uneven:
+                self.roll_back()
         if self._damage is not None:
             raise RuntimeError(self._damage)
 
-    def _take_back_first_pass(self, count: int) -> None:
+    def _roll_back_first_pass(self, count: int) -> None:
         """The first pass has not reached all layers: it was broken off, or the model has fewer than its config says.
 
         Who repeats the pass gives the whole input again. A single token after several is a next step instead, of a model
         that is not what its config says.
         """
-        if count == 1 and self.storage.tokens(min(self.storage.views)) > 1:
-            missing = sorted(set(self.compressed) - self.storage.views.keys())
+        if count == 1 and self.storage.lengths.tokens(min(self.storage.layers.views)) > 1:
+            missing = sorted(set(self.compressed) - self.storage.layers.views.keys())
             self._damage = (
                 f"layers {missing} have never had a token. If a forward pass was interrupted, call reset() on the cache and "
                 "pass the whole input again; if the model has fewer layers than its config says, set num_hidden_layers"
             )
             return
-        self.take_back(0)
+        self.roll_back(0)
 
-    def give_up(self, index: int, most: int | None = None) -> None:
-        """After an error in a layer: `take_back`, or leave that to the next pass if memory is short even for it.
+    def abort(self, index: int, most: int | None = None) -> None:
+        """After an error in a layer: `roll_back`, or leave that to the next pass if memory is short even for it.
 
         `most`: positions before the pass, where the layer may have stored what came with it; None if it has not.
         """
         with suppress(torch.OutOfMemoryError):
-            self.take_back(self.storage.tokens(index) if most is None else most)
+            self.roll_back(self.storage.lengths.tokens(index) if most is None else most)
 
-    def take_back(self, most: int | None = None) -> None:
+    def roll_back(self, most: int | None = None) -> None:
         """Return to the positions that all layers hold, `most` at most. Pages written meanwhile are free again.
 
         Compressed layers restore what had left their window from pages, as `crop` does.

@@ -13,10 +13,10 @@ import hf_pqcache.attention.ops  # noqa: F401 - registers the ops
 from hf_pqcache.attention import interface, padding
 from hf_pqcache.attention.lazy_kv import KEY, VALUE, KVHandle, LazyKV
 from hf_pqcache.backends import dispatch, torch_backend
-from hf_pqcache.cache.forward_pass import Steps
+from hf_pqcache.cache.forward_pass import ForwardPass
 from hf_pqcache.models.shapes import layer_configs
 from hf_pqcache.pages.slabs import Which
-from hf_pqcache.storage.storage import Storage
+from hf_pqcache.storage.memory import out_of_memory_as_pqc004
 
 
 class PagedLayer(CacheLayerMixin):
@@ -25,11 +25,11 @@ class PagedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, storage: Storage, index: int, steps: Steps, config: PreTrainedConfig) -> None:
+    def __init__(self, index: int, forward_pass: ForwardPass, config: PreTrainedConfig) -> None:
         """config: of the decoder; which attention function the model uses is asked of it in every pass."""
-        self.storage = storage
+        self.storage = forward_pass.storage
         self.index = index
-        self._steps = steps
+        self._pass = forward_pass
         self._config = config
         self._before = 0  # tokens before the pass under way
         self._pending: tuple[Tensor, Tensor] | None = None
@@ -39,7 +39,7 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
-        return self._steps.eager_because is None
+        return self._pass.eager_because is None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DynamicLayer:
         """What a layer is without its cache: transformers' own, with what this one holds.
@@ -50,7 +50,7 @@ class PagedLayer(CacheLayerMixin):
         if self.is_initialized and self.get_seq_length():
             self.commit()
             layer.update(self._decoded(KEY), self._decoded(VALUE))
-        self._steps.rule_out("the model has copied a layer for itself")
+        self._pass.rule_out("the model has copied a layer for itself")
         return layer
 
     def stock(self) -> DynamicLayer:
@@ -60,7 +60,7 @@ class PagedLayer(CacheLayerMixin):
     # Encoder-decoder models and a few others look at the tensors of a layer.
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        return self._whole(0)
+        return self._whole(KEY)
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -68,7 +68,7 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
-        return self._whole(1)
+        return self._whole(VALUE)
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
@@ -79,18 +79,17 @@ class PagedLayer(CacheLayerMixin):
         if value is not None:
             raise AttributeError("a compressed layer's keys and values cannot be assigned; pass new tokens to update()")
 
-    def _whole(self, which: int) -> Tensor | None:
+    def _whole(self, which: Which) -> Tensor | None:
         if not self.is_initialized:
             return None
         self.commit()
         return self._decoded(which)
 
-    def _decoded(self, which: int) -> Tensor:
+    def _decoded(self, which: Which) -> Tensor:
         storage = self.storage
-        side: Which = "key" if which == KEY else "value"
-        total = storage.tokens(self.index)
-        storage.state(self.index).calls["dense", "torch"] += 1
-        return torch_backend.dense(storage.views[self.index], side, storage.row_lengths(self.index), storage.starts, total)
+        lengths, total = storage.lengths.seq_lens(self.index), storage.lengths.tokens(self.index)
+        storage.layers.state(self.index).calls["dense", "torch"] += 1
+        return torch_backend.dense(storage.layers.views[self.index], which, lengths, storage.lengths.left_pad, total)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.storage.set_batch(key_states.shape[0])
@@ -98,17 +97,17 @@ class PagedLayer(CacheLayerMixin):
 
     @torch.compiler.disable
     def open(self, keys: Tensor, values: Tensor) -> None:
-        """Make room for tokens like keys, values (..., H, T, d) in all rows of the storage."""
-        if self.index not in self.storage.views:  # after a reset there is room
+        """Make room for tokens like keys, values (..., H, T, d) in all sequences of the storage."""
+        if self.index not in self.storage.layers.views:  # after a reset there is room
             self.storage.open(self.index, keys, values)
         self.dtype, self.device = keys.dtype, keys.device
-        self.batch_size = self.storage.batch
+        self.batch_size = self.storage.layers.batch
         # Plain torch reads lengths on the host, and pages in host memory are moved by the host, which a CUDA graph cannot:
         # there a compiled model breaks its graph here.
-        view = self.storage.views[self.index]
+        view = self.storage.layers.views[self.index]
         heads = getattr(layer_configs(self._config)[0], "num_attention_heads", None) or keys.shape[-3]
         has_kernels = view.kernels is not None and dispatch.serves(view, max(1, heads // keys.shape[-3]))
-        self._is_traceable = (keys.device.type == "cpu" or has_kernels) and self.storage.offload is None
+        self._is_traceable = (keys.device.type == "cpu" or has_kernels) and self.storage.layers.offload is None
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -118,7 +117,7 @@ class PagedLayer(CacheLayerMixin):
         """
         if self.is_traced(key_states):
             return self._update_traced(key_states, value_states)
-        if torch.compiler.is_compiling() and self.index in self._steps.decoded:
+        if torch.compiler.is_compiling() and self.index in self._pass.decoded:
             return self._update_dense(key_states, value_states)
         return self._update_eager(key_states, value_states)
 
@@ -128,10 +127,10 @@ class PagedLayer(CacheLayerMixin):
         return is_step and self.is_compileable and self._is_traceable and keys.dtype == self.dtype
 
     def _update_traced(self, keys: Tensor, values: Tensor) -> tuple[Any, Any]:
-        state = self.storage.state(self.index)
-        torch.ops.hf_pqcache.append(keys, values, state.counts, state.desc, self.index)
-        self.storage.is_stale = True
-        if self.index in self._steps.decoded:  # the model does with keys what no handle can answer
+        state = self.storage.layers.state(self.index)
+        torch.ops.hf_pqcache.append(keys, values, state.seq_lens, state.layer_ptrs, self.index)
+        self.storage.lengths.is_stale = True
+        if self.index in self._pass.decoded:  # the model does with keys what no handle can answer
             return self.dense_traced(KEY, keys), self.dense_traced(VALUE, values)
         return KVHandle(self, KEY, keys), KVHandle(self, VALUE, values)
 
@@ -141,7 +140,7 @@ class PagedLayer(CacheLayerMixin):
 
         Attention's mask is not seen here, so left padding is stored like any token; the mask hides it.
         """
-        reason = self._steps.decoded[self.index]
+        reason = self._pass.decoded[self.index]
         sides = tuple(side.dense() for side in self._update_eager(keys, values))
         self.commit()
         self.note_decoded(reason)
@@ -153,13 +152,13 @@ class PagedLayer(CacheLayerMixin):
     @torch.compiler.disable
     def _update_eager(self, keys: Tensor, values: Tensor) -> tuple[LazyKV, LazyKV]:
         interface.install(self._config._attn_implementation)
-        self._steps.begin(self.index, keys.shape[2])
-        self._steps.decoded.pop(self.index, None)
+        self._pass.begin(self.index, keys.shape[2])
+        self._pass.decoded.pop(self.index, None)
         try:
-            with self.storage.out_of_memory_guard("the new tokens"):
+            with out_of_memory_as_pqc004("the new tokens"):
                 return self._take(keys, values)
         except BaseException:
-            self._steps.give_up(self.index)
+            self._pass.abort(self.index)
             raise
 
     def _take(self, keys: Tensor, values: Tensor) -> tuple[LazyKV, LazyKV]:
@@ -167,54 +166,54 @@ class PagedLayer(CacheLayerMixin):
         storage.set_batch(keys.shape[0])
         if not self.is_initialized:
             self.open(keys, values)
-        self.batch_size = storage.batch
-        self._before = storage.tokens(self.index)
+        self.batch_size = storage.layers.batch
+        self._before = storage.lengths.tokens(self.index)
         total = self._before + count
         keys, values = storage.fit_dtypes(self.index, keys, values)
         self.dtype = keys.dtype
         if count == 1 and total > 1:
             storage.learn_if_due(self.index, keys, values)
-            storage.reserve(self.index, total)
-            state = storage.state(self.index)
+            storage.reservation.reserve_positions(self.index, total)
+            state = storage.layers.state(self.index)
             with torch.no_grad():
-                torch.ops.hf_pqcache.append(keys, values, state.counts, state.desc, self.index)
+                torch.ops.hf_pqcache.append(keys, values, state.seq_lens, state.layer_ptrs, self.index)
             storage.advance(self.index, 1)
         else:  # attention sees them as they are, gradients included, before they are stored
             self._pending = (keys, values)
-            self._steps.pending.append(self)
-        return LazyKV(self, 0, keys, total), LazyKV(self, 1, values, total)
+            self._pass.pending.append(self)
+        return LazyKV(self, KEY, keys, total), LazyKV(self, VALUE, values, total)
 
     def check_mask(self, mask: Any) -> None:
         """Called with what attention is given in a pass. Raises ValueError if it shows left padding that was not stored."""
-        storage = self.storage
-        if any(storage.starts) and self.index == min(storage.views):  # all layers get the same, or less
-            padding.refuse_shown(mask, storage.starts)
+        left_pad = self.storage.lengths.left_pad
+        if any(left_pad) and self.index == min(self.storage.layers.views):  # all layers get the same, or less
+            padding.refuse_shown(mask, left_pad)
 
     def note_decoded(self, reason: str | None) -> None:
         """Called when attention is reached, or somebody else reads keys: why they are decoded, None if they need not be."""
         if reason is not None:
-            self._steps.decoded.setdefault(self.index, reason)
+            self._pass.decoded.setdefault(self.index, reason)
 
     def abort_pass(self) -> None:
         """After an error in attention: return to the positions before the pass."""
-        self._steps.give_up(self.index, self._before)
+        self._pass.abort(self.index, self._before)
 
     def commit(self, mask: Any = None, positions: Tensor | None = None) -> None:
         """Store the tokens that attention has now seen. `mask`, `positions`: what it was given; they tell left padding."""
         if self._pending is None:
             return
         (keys, values), self._pending = self._pending, None
-        self._steps.pending.remove(self)
-        storage, first = self.storage, self.storage.tokens(self.index)
+        self._pass.pending.remove(self)
+        storage, first = self.storage, self.storage.lengths.tokens(self.index)
         try:
-            with torch.no_grad(), storage.out_of_memory_guard("encoding the new tokens"):
-                if storage.wants_padding(first):
-                    batch, is_generating = keys.shape[0], self._steps.is_generating
+            with torch.no_grad(), out_of_memory_as_pqc004("encoding the new tokens"):
+                if storage.lengths.wants_padding(first):
+                    batch, is_generating = keys.shape[0], self._pass.is_generating
                     hidden = padding.leading_padding(mask, positions, first, keys.shape[2], batch, is_generating)
-                    storage.note_padding(self.index, hidden)
+                    storage.lengths.note_padding(self.index, hidden)
                 storage.append(self.index, keys, values)
         except BaseException:
-            self._steps.give_up(self.index)
+            self._pass.abort(self.index)
             raise
 
     def offload(self) -> None:
@@ -227,7 +226,7 @@ class PagedLayer(CacheLayerMixin):
 
     def _refuse_alone(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
-            "a layer in pages does not change alone: the layers of a cache share page tables and rows. Call reset, crop, "
+            "a layer in pages does not change alone: the layers of a cache share page tables. Call reset, crop, "
             "reorder_cache, batch_repeat_interleave or batch_select_indices on the cache"
         )
 
@@ -247,34 +246,36 @@ class PagedLayer(CacheLayerMixin):
         self._is_traceable, self.is_initialized = other._is_traceable, True
 
     # -- what handles ask ----------------------------------------------------------------------------------------
-    def dense(self, which: int, new: Tensor) -> Tensor:
-        """All keys (0) or values (1), (B, H, n, d): decoded past, then pending new tokens exactly."""
+    def dense(self, which: Which, new: Tensor) -> Tensor:
+        """All keys or values, (B, H, n, d): decoded past, then pending new tokens exactly."""
         if self._pending is None:
             whole = self._decoded(which)
             if torch.is_grad_enabled() and new.requires_grad:  # the newest token is exact; what it came from gets its gradient
                 whole = torch.cat([whole[:, :, : -new.shape[2]], new], dim=2)
             return whole
-        return new if self.storage.tokens(self.index) == 0 else torch.cat([self._decoded(which), new], dim=2)
+        return new if self.storage.lengths.tokens(self.index) == 0 else torch.cat([self._decoded(which), new], dim=2)
 
-    def dense_traced(self, which: int, new: Tensor) -> Tensor:
-        state = self.storage.state(self.index)
+    def dense_traced(self, which: Which, new: Tensor) -> Tensor:
+        state = self.storage.layers.state(self.index)
         total = self.get_max_length()
-        return torch.ops.hf_pqcache.dense(new, state.counts, state.desc, self.index, which, total)
+        return torch.ops.hf_pqcache.dense(new, state.seq_lens, state.layer_ptrs, self.index, which, total)
 
     def attend(
         self, query: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float, value_dim: int
     ) -> Tensor:
         """Attention of one query token (B, Hq, 1, d) over the layer -> (B, 1, Hq, dv)."""
-        state = self.storage.state(self.index)
-        return torch.ops.hf_pqcache.attend(query, state.counts, state.desc, mask, sinks, self.index, scale, softcap, value_dim)
+        state = self.storage.layers.state(self.index)
+        return torch.ops.hf_pqcache.attend(
+            query, state.seq_lens, state.layer_ptrs, mask, sinks, self.index, scale, softcap, value_dim
+        )
 
     # -- what transformers asks ----------------------------------------------------------------------------------
     def get_seq_length(self) -> Any:
         if not self.is_initialized:
             return 0
         if torch.compiler.is_compiling():
-            return self.storage.device_position(self.index) if self.is_compileable else self._length_on_host()
-        return self.storage.tokens(self.index) + self.num_pending
+            return self.storage.layers.device_position(self.index) if self.is_compileable else self._length_on_host()
+        return self.storage.lengths.tokens(self.index) + self.num_pending
 
     @torch.compiler.disable
     def _length_on_host(self) -> Any:
@@ -295,9 +296,9 @@ class PagedLayer(CacheLayerMixin):
             if self.is_initialized:
                 self.storage.before_step(self.index)
             return self.get_max_length(), 0
-        total = self._steps.complete() + query_length
+        total = self._pass.complete() + query_length
         if self.is_initialized and total > query_length:
-            self.storage.reserve(self.index, total)
+            self.storage.reservation.reserve_positions(self.index, total)
         return total, 0
 
     @torch.compiler.disable
@@ -305,4 +306,4 @@ class PagedLayer(CacheLayerMixin):
         return self.get_mask_sizes(query_length)
 
     def get_max_length(self) -> int:
-        return self.storage.max_tokens if self.is_compileable else -1
+        return self.storage.layers.max_tokens if self.is_compileable else -1

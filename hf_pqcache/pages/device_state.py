@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_pqcache.pages.block_pool import LayerView, PageTable
+from hf_pqcache.pages.block_pool import PageTable
+from hf_pqcache.pages.layer_kv import LayerView
 
-#: Columns of a layer's row in the descriptor: what a kernel reads rather than is told, so that a captured graph keeps
+#: Columns of a layer's row of `layer_ptrs`: what a kernel reads rather than is told, so that a captured graph keeps
 #: working when another cache of the same shape takes over the same state, and when a layer learns its centroids.
-DESC_KEY_PAGES, DESC_VALUE_PAGES, DESC_KEY_BOOK, DESC_VALUE_BOOK, DESC_WINDOW_KEYS, DESC_WINDOW_VALUES = range(6)
-DESC_TICKETS, DESC_RECENT_TOKENS, DESC_COLUMNS = 6, 7, 8
+PTR_KEY_PAGES, PTR_VALUE_PAGES, PTR_KEY_BOOK, PTR_VALUE_BOOK, PTR_WINDOW_KEYS, PTR_WINDOW_VALUES = range(6)
+PTR_TICKETS, PTR_RECENT_TOKENS, PTR_COLUMNS = 6, 7, 8
 
 _NEVER = 1 << 30  # recent tokens of a layer without centroids: nothing leaves its window
 
@@ -27,15 +28,15 @@ FLAG_PAGES_EXHAUSTED = 1
 _STATES: weakref.WeakValueDictionary[int, DeviceState] = weakref.WeakValueDictionary()
 
 
-def descriptor_row(view: LayerView, books: Sequence[Tensor] = ()) -> list[int]:
+def layer_row(view: LayerView, books: Sequence[Tensor] = ()) -> list[int]:
     """The 8 numbers that kernels read of a layer. books: its key book, value book and tickets, if it has kernels."""
-    row = [0] * DESC_COLUMNS
+    row = [0] * PTR_COLUMNS
     if view.pages is not None:
-        row[DESC_KEY_PAGES], row[DESC_VALUE_PAGES] = view.pages.bases
-    row[DESC_WINDOW_KEYS], row[DESC_WINDOW_VALUES] = view.window_keys.data_ptr(), view.window_values.data_ptr()
+        row[PTR_KEY_PAGES], row[PTR_VALUE_PAGES] = view.pages.bases
+    row[PTR_WINDOW_KEYS], row[PTR_WINDOW_VALUES] = view.window_keys.data_ptr(), view.window_values.data_ptr()
     if books:
-        row[DESC_KEY_BOOK], row[DESC_VALUE_BOOK], row[DESC_TICKETS] = (book.data_ptr() for book in books)
-    row[DESC_RECENT_TOKENS] = view.config.extended_residual if view.is_coded else _NEVER
+        row[PTR_KEY_BOOK], row[PTR_VALUE_BOOK], row[PTR_TICKETS] = (book.data_ptr() for book in books)
+    row[PTR_RECENT_TOKENS] = view.config.extended_residual if view.is_coded else _NEVER
     return row
 
 
@@ -75,11 +76,11 @@ class DeviceState:
     captured CUDA graphs serve both.
 
     Attributes:
-        counts: int32 (num_layers, batch, 2), tokens of each row in each layer, and how many of them are codes.
-        starts: int32 (batch), left padding of each row.
+        seq_lens: int32 (num_layers, batch, 2), tokens of each row in each layer, and how many of them are in pages.
+        left_pad: int32 (batch), left padding of each row.
         page_table: int32 (num_layers, batch, width), the ids by which each layer's kernels find the rows' pages; -1 where
             unused, and in layers without kernels.
-        desc: int64 (num_layers, 8), addresses; also the key by which ops find this state.
+        layer_ptrs: int64 (num_layers, 8), addresses; also the key by which ops find this state.
         flags: int32 (4).
         views: what each compressed layer of this device holds.
         choices: the engine chosen for attention, and why, of each (layer, query heads per KV head) seen.
@@ -96,18 +97,18 @@ class DeviceState:
             # Normal tensors even under inference_mode: a later run outside of it must be able to write them.
             with torch.inference_mode(False):
                 tensors = {
-                    "counts": torch.zeros(num_layers, batch, 2, dtype=torch.int32, device=device),
-                    "starts": torch.zeros(batch, dtype=torch.int32, device=device),
+                    "seq_lens": torch.zeros(num_layers, batch, 2, dtype=torch.int32, device=device),
+                    "left_pad": torch.zeros(batch, dtype=torch.int32, device=device),
                     "page_table": torch.full((num_layers, batch, width), -1, dtype=torch.int32, device=device),
-                    "desc": torch.zeros(num_layers, DESC_COLUMNS, dtype=torch.int64, device=device),
+                    "layer_ptrs": torch.zeros(num_layers, PTR_COLUMNS, dtype=torch.int64, device=device),
                     "flags": torch.zeros(4, dtype=torch.int32, device=device),
                 }
             for tensor in tensors.values():
                 torch._dynamo.mark_static_address(tensor, guard=False)
-        self.counts = tensors["counts"].zero_()
-        self.starts = tensors["starts"].zero_()
+        self.seq_lens = tensors["seq_lens"].zero_()
+        self.left_pad = tensors["left_pad"].zero_()
         self.page_table = tensors["page_table"].fill_(-1)
-        self.desc = tensors["desc"].zero_()
+        self.layer_ptrs = tensors["layer_ptrs"].zero_()
         self.flags = tensors["flags"].zero_()
         self.device = device
         self.width = width
@@ -115,19 +116,19 @@ class DeviceState:
         self.choices: dict[tuple[int, int], Any] = {}
         self.calls: Counter[tuple[str, str]] = Counter()
         self.before_append: Callable[[int, Sequence[int] | None], None] = lambda layer, lengths: None
-        self._rows = [[0] * DESC_COLUMNS for _ in range(num_layers)]  # of desc
+        self._rows = [[0] * PTR_COLUMNS for _ in range(num_layers)]  # of layer_ptrs
         self._books: dict[int, Sequence[Tensor]] = {}
         self._synced: Hashable = None
         self._columns = 0  # of the page table that are not all -1
-        _STATES[self.desc.data_ptr()] = self
+        _STATES[self.layer_ptrs.data_ptr()] = self
         weakref.finalize(self, _IDLE.put, key, tensors)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.counts, self.starts, self.page_table, self.desc, self.flags))
+        return sum(t.nbytes for t in (self.seq_lens, self.left_pad, self.page_table, self.layer_ptrs, self.flags))
 
     def add_view(self, layer: int, view: LayerView, books: Sequence[Tensor] = ()) -> None:
-        """Register the storage of one layer and publish its row; `books` as in `descriptor_row`."""
+        """Register the storage of one layer and publish its row; `books` as in `layer_row`."""
         self.views[layer], self._books[layer] = view, books
         self._synced = None
         self._publish_rows()
@@ -136,11 +137,11 @@ class DeviceState:
         """Bring addresses that have changed to the device, in one copy."""
         rows = [list(row) for row in self._rows]
         for layer, view in self.views.items():
-            rows[layer] = descriptor_row(view, self._books[layer])
-            view.bases = (rows[layer][DESC_KEY_PAGES], rows[layer][DESC_VALUE_PAGES])
+            rows[layer] = layer_row(view, self._books[layer])
+            view.bases = (rows[layer][PTR_KEY_PAGES], rows[layer][PTR_VALUE_PAGES])
         if rows != self._rows:
             self._rows = rows
-            self.desc.copy_(torch.tensor(rows, dtype=torch.int64), non_blocking=True)
+            self.layer_ptrs.copy_(torch.tensor(rows, dtype=torch.int64), non_blocking=True)
 
     def sync_table(self, table: PageTable) -> None:
         """Bring the page table, and where pages lie, to the device if either has changed since the last time."""
@@ -163,10 +164,10 @@ class DeviceState:
         self.page_table[:, :, :columns].copy_(torch.from_numpy(ids))
         self._columns = used
 
-    def set_starts(self, starts: list[int]) -> None:
-        self.starts.copy_(torch.tensor(starts, dtype=torch.int32), non_blocking=True)
+    def set_left_pad(self, left_pad: Sequence[int]) -> None:
+        self.left_pad.copy_(torch.tensor(left_pad, dtype=torch.int32), non_blocking=True)
 
 
-def state_of(desc: Tensor) -> DeviceState:
-    """The state that `desc` belongs to; its address identifies it, so nothing is read from the device."""
-    return _STATES[desc.data_ptr()]
+def state_of(layer_ptrs: Tensor) -> DeviceState:
+    """The state that `layer_ptrs` belong to; their address identifies it, so nothing is read from the device."""
+    return _STATES[layer_ptrs.data_ptr()]

@@ -19,9 +19,9 @@ from hf_pqcache.backends import cuda_backend, jit, launch
 from hf_pqcache.codebook import pq
 from hf_pqcache.config import PQConfig
 from hf_pqcache.pages import layout
-from hf_pqcache.pages.block_pool import LayerView
 from hf_pqcache.pages.codec import CODED, EXACT
-from hf_pqcache.pages.device_state import descriptor_row
+from hf_pqcache.pages.device_state import layer_row
+from hf_pqcache.pages.layer_kv import LayerView
 from hf_pqcache.pages.slabs import PageSpec, PageStore, Slab
 
 HERE = Path(__file__).parent
@@ -133,15 +133,15 @@ def make_case(
         value_centroids=centroids().to(device),
         window_keys=windows[0].to(device),
         window_values=windows[1].to(device),
-        counts=torch.tensor([[n, config.coded_tokens(n)] for n in lengths], dtype=torch.int32, device=device),
-        starts=torch.tensor(starts or [0] * batch, dtype=torch.int32, device=device),
+        seq_lens=torch.tensor([[n, config.coded_tokens(n)] for n in lengths], dtype=torch.int32, device=device),
+        left_pad=torch.tensor(starts or [0] * batch, dtype=torch.int32, device=device),
         page_table=table.to(device),
         is_coded=is_coded,
         codec=codec,
     )
     geometry, kept = cuda_backend.prepare_layer(view)
     desc = torch.zeros(2, 8, dtype=torch.int64)
-    desc[1] = torch.tensor(descriptor_row(view, kept))  # layer 1 of 2: layer 0 must not be read
+    desc[1] = torch.tensor(layer_row(view, kept))  # layer 1 of 2: layer 0 must not be read
     return Case(view, geometry, desc.to(device), kept)
 
 
@@ -186,7 +186,7 @@ def reference(case: Case, q: Tensor, mask: Tensor | None, sinks: Tensor | None, 
     out = torch.zeros(batch, 1, heads, head_dim, dtype=torch.float64)
     for row in range(batch):
         keys, values = exact(case, row, "key"), exact(case, row, "value")
-        length, start = keys.shape[1], int(case.view.starts[row])
+        length, start = keys.shape[1], int(case.view.left_pad[row])
         if length == 0:
             continue
         query = q[row, :, 0].double().cpu().view(kv_heads, -1, head_dim)
@@ -266,7 +266,7 @@ def attend_emulated(
     rows = q.shape[0] * geometry.kv_heads * splits * group
     partial = torch.full((rows * (2 * max(q.shape[3], 32) + 8),), float("nan"))
     values = cuda_backend.attend_values(
-        q, out, partial, case.desc, 1, case.view.counts, case.view.starts, case.view.page_table, mask, sinks,
+        q, out, partial, case.desc, 1, case.view.seq_lens, case.view.left_pad, case.view.page_table, mask, sinks,
         geometry, splits, scale, softcap,
     )  # fmt: skip
     wavefronts = emulate(plan.spec, "AttendArgs", cuda_backend.ATTEND_ARGS, (splits, *plan.grid[1:]), values)
@@ -287,7 +287,7 @@ def append_emulated(case: Case, k: Tensor, v: Tensor, flags: Tensor) -> None:
     """append.cu or append_paged.cu on the CPU."""
     spec = launch.append_spec(case.geometry.shape, k.dtype == torch.bfloat16)
     view = case.view
-    values = cuda_backend.append_values(k, v, case.desc, 1, view.counts, view.page_table, flags, case.geometry)
+    values = cuda_backend.append_values(k, v, case.desc, 1, view.seq_lens, view.page_table, flags, case.geometry)
     emulate(spec, "AppendArgs", cuda_backend.APPEND_ARGS, launch.append_grid(case.geometry), values)
 
 

@@ -72,22 +72,22 @@ def assert_placed(cache: Any) -> None:
     """What a layer stores and counts is on the layer's device; the page table is the same on both."""
     storage = cache.storage
     devices = [torch.device("cuda", i // 2) for i in range(LAYERS)]
-    assert set(storage.states) == set(devices)
+    assert set(storage.layers.states) == set(devices)
     for layer, device in enumerate(devices):
-        view = storage.views[layer]
+        view = storage.layers.views[layer]
         kept = [
             *(side for slab in view.store.slabs.values() for side in (slab.keys, slab.values)),
             view.window_keys,
             view.window_values,
-            view.counts,
+            view.seq_lens,
             view.page_table,
-            view.starts,
+            view.left_pad,
         ]
         assert {x.device for x in kept} == {device}
-        width = storage.states[device].width
-        expected = torch.from_numpy(view.store.device_ids(storage.table.to_array(width)))
+        width = storage.layers.states[device].width
+        expected = torch.from_numpy(view.store.device_ids(storage.layers.table.to_array(width)))
         assert torch.equal(view.page_table.cpu(), expected)
-        assert torch.equal(storage.states[device].page_table[layer].cpu(), expected)
+        assert torch.equal(storage.layers.states[device].page_table[layer].cpu(), expected)
 
 
 def test_layers_on_two_gpus(folder: Path) -> None:

@@ -120,8 +120,8 @@ def test_writing_exact_pages_does_not_wait_for_the_device(model: Any) -> None:
     shape = (1, KV_HEADS, 100 * 16, HEAD_DIM)
     keys, values = (torch.randn(shape, device="cuda", dtype=model.dtype) for _ in range(2))
     cache.update(keys[:, :, :1], values[:, :, :1], 0)
-    view = cache.storage.views[0]
-    cache.storage.reserve(0, 102 * 16)
+    view = cache.storage.layers.views[0]
+    cache.storage.reservation.reserve_positions(0, 102 * 16)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -33,8 +33,8 @@ def attend(case, q, name, mask=None, sinks=None, scale=0.1, softcap=0.0, max_tok
         q,
         case.desc,
         1,
-        view.counts,
-        view.starts,
+        view.seq_lens,
+        view.left_pad,
         view.page_table,
         mask,
         sinks,
@@ -118,7 +118,7 @@ def test_append_to_exact_pages_step_by_step() -> None:
     for _ in range(20):
         before = view.lengths.tolist()
         k, v = (torch.randn(3, 2, 1, 80).half().cuda() for _ in range(2))
-        cuda_backend.append(k, v, case.desc, 1, view.counts, view.page_table, flags, case.geometry)
+        cuda_backend.append(k, v, case.desc, 1, view.seq_lens, view.page_table, flags, case.geometry)
         for row, length in enumerate(view.lengths.tolist()):
             for which, new in (("key", k), ("value", v)):
                 if length > before[row]:
@@ -202,8 +202,8 @@ def test_consecutive_launches_and_graph_capture() -> None:
                 q,
                 case.desc,
                 1,
-                case.view.counts,
-                case.view.starts,
+                case.view.seq_lens,
+                case.view.left_pad,
                 case.view.page_table,
                 None,
                 None,
@@ -260,7 +260,7 @@ def test_append_step_by_step(shape: tuple[int, int, int]) -> None:
     for _ in range(60):
         k, v = (torch.randn(3, 2, 1, shape[0]).bfloat16().cuda() for _ in range(2))
         before = view.lengths.tolist()
-        cuda_backend.append(k, v, case.desc, 1, view.counts, view.page_table, flags, case.geometry)
+        cuda_backend.append(k, v, case.desc, 1, view.seq_lens, view.page_table, flags, case.geometry)
         stuck = flags[0].item()
         for row, length in enumerate(view.lengths.tolist()):
             coded_before, coded = (view.config.coded_tokens(n) for n in (before[row], before[row] + 1))

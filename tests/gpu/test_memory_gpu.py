@@ -73,8 +73,8 @@ def test_held_by_the_allocator_follows_used(model: Any, kind: str, options: dict
         stats = cache.stats()
         tables = max(tables, stats["bytes"]["tables"])
         held = allocated() - before + tables  # which were there before
-        slab = 2 * (MIN_SLAB + 1) * cache.storage.page_bytes
-        rounding = 4096 * LAYERS * (4 + 2 * len(cache.storage.views[0].store.slabs))
+        slab = 2 * (MIN_SLAB + 1) * cache.storage.layers.page_bytes
+        rounding = 4096 * LAYERS * (4 + 2 * len(cache.storage.layers.views[0].store.slabs))
         assert abs(held - stats["bytes_reserved_device"]) <= rounding + 2 * tables
         assert stats["bytes_reserved"] <= 1.15 * stats["bytes_total"] + slab
     cache.reset()
@@ -99,7 +99,7 @@ def test_compiled_generate_grows_under_one_graph(model: Any, kind: str) -> None:
     assert stats["pages_reserved"] > reserved
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames == 1
     assert first_difference(got, expected) < 0.03  # compiled code rounds elsewhere
-    assert stats["bytes_reserved"] <= 1.15 * stats["bytes_total"] + 2 * (MIN_SLAB + 1) * cache.storage.page_bytes
+    assert stats["bytes_reserved"] <= 1.15 * stats["bytes_total"] + 2 * (MIN_SLAB + 1) * cache.storage.layers.page_bytes
     if kind == "exact":
         assert first_difference(got, generate(model, DynamicCache(config=model.config), ids, 60, **logits)) < 0.03
 
@@ -109,7 +109,7 @@ def test_compiled_generate_past_the_last_page(model: Any, kind: str) -> None:
     """At every length from 1 to 200 tokens past the border: PQC001 before the step, not a token lost or made up."""
     torch.compiler.reset()
     cache = make(model, kind, max_pages=4)
-    config = cache.storage.config
+    config = cache.storage.layers.config
     room = config.sink_tokens + config.extended_residual + 5 * config.page_size - 1
     ids = prompt(room - 30)
     whole = generate(model, cache, ids, 31)  # the last token needs no place
@@ -140,7 +140,7 @@ def test_two_live_caches_in_turn_equal_each_alone(model: Any, kind: str) -> None
     twin = copy.deepcopy(caches[0])
     more = [generate(model, cache, texts[0], 40) for cache in (caches[0], twin)]
     assert torch.equal(*more)
-    assert twin.storage.allocator is caches[0].storage.allocator
+    assert twin.storage.layers.allocator is caches[0].storage.layers.allocator
 
 
 @KINDS

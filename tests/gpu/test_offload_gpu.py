@@ -57,7 +57,7 @@ def test_results_are_those_without(model: Any, kind: str, options: dict[str, Any
     expected = generate(model, make_cache(model, kind), **options)
     cache = make_cache(model, kind, offload=True)
     assert_equal(generate(model, cache, **options), expected)
-    slabs = [slab for view in cache.storage.views.values() for slab in view.store.host.values()]
+    slabs = [slab for view in cache.storage.layers.views.values() for slab in view.store.host.values()]
     assert all(side.is_pinned() for slab in slabs for side in (slab.keys, slab.values))
     assert not cache.is_compileable
     cache.reset()
@@ -91,7 +91,7 @@ def test_the_device_needs_room_for_two_layers(model: Any, kind: str) -> None:
             model(prompt, **cache_kwargs(cache), logits_to_keep=1)
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated() - before)
-        view = cache.storage.views[0]
+        view = cache.storage.layers.views[0]
         layer_bytes = sum(slab.nbytes for slab in view.store.slabs.values())
         del cache, view
     assert used[0] - used[1] == pytest.approx((LAYERS - 2) * layer_bytes, rel=0.1)

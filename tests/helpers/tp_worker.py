@@ -80,14 +80,14 @@ def run(model: Any, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {"greedy": generate(model, cache)}
     stats = cache.stats()
     results["facts"] = {
-        "heads": cache.storage.views[0].window_keys.shape[1],
+        "heads": cache.storage.layers.views[0].window_keys.shape[1],
         "code_bytes": stats["bytes"]["codes"],
         "codebook_bytes": stats["bytes"]["codebooks"],
         "pages": stats["pages_used"],
         "tokens": stats["tokens"],
         "calls": stats["calls"],
     }
-    results["centroids"] = cache.storage.views[0].key_centroids.cpu().clone()
+    results["centroids"] = cache.storage.layers.views[0].key_centroids.cpu().clone()
     cache.reset()
     results["beams, after reset"] = generate(model, cache, num_beams=3, max_new_tokens=FEW)
     published = PagedPQCache.from_pretrained(folder / "codebook", model, **settings, compile=False)
