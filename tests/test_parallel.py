@@ -76,7 +76,7 @@ def test_two_processes_equal_one(name: str, tmp_path: Path, one_thread: None) ->
 def test_collectives_are_not_compiled_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     import hf_pqcache.cache.caches
 
-    monkeypatch.setattr(hf_pqcache.cache, "_kernels_serve", lambda *_: True)
+    monkeypatch.setattr(hf_pqcache.cache.caches, "_kernels_serve", lambda *_: True)
     config = LlamaConfig(**SHAPE)
     assert PagedPQCache(config).is_compileable
     pretend(monkeypatch, rank=0, world=2)
