@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.errors import CacheOutOfMemoryError, PagesExhaustedError
 from hf_pqcache.models.names import cache_kwargs
 from hf_pqcache.pages.block_pool import MIN_SLAB, PageAllocator, PageTable
+from hf_pqcache.pages.device_state import _IdleTensors
 from hf_pqcache.pages.slabs import PLACE_BITS, PageSpec, PageStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -181,6 +183,52 @@ def test_copies_share_the_prefix_and_nothing_else(kind: str) -> None:
     copies.clear()
     gc.collect()
     assert allocator.num_used == 0
+
+
+@KINDS
+def test_a_cache_that_goes_while_another_takes_pages(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may run in the middle of anything: here where the pool grows."""
+    cache, alone = make(kind), make(kind)
+    for one in (cache, alone):
+        feed(one, 400)
+    held = [copy.deepcopy(cache)]
+    feed(held[0], 3000)
+    held[0].crop(-2700)
+    assert cache.storage.layers.allocator.num_reserved > cache.storage.layers.allocator.num_used + 100
+    grow = PageStore.new_slab
+
+    def grow_and_forget(self: PageStore, *args: Any) -> Any:
+        held.clear()
+        gc.collect()
+        return grow(self, *args)
+
+    monkeypatch.setattr(PageStore, "new_slab", grow_and_forget)
+    for one in (cache, alone):
+        feed(one, 3000, seed=1)
+    assert not held
+    assert cache.storage.layers.allocator.num_used == cache.stats()["pages_used"] == alone.stats()["pages_used"]
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, alone.layers, strict=True))
+
+
+def test_tensors_come_back_while_others_are_taken() -> None:
+    """As when the garbage collector finds a cache that is gone in the middle of making another."""
+    idle = _IdleTensors()
+
+    class Key:
+        def __eq__(self, other: object) -> bool:
+            idle.put("late", {})
+            return False
+
+    idle.put("mine", {"mine": torch.ones(1)})
+    idle.put(Key(), {})
+    found: list[Any] = []
+    taking = threading.Thread(target=lambda: found.append(idle.take("mine")), daemon=True)
+    taking.start()
+    taking.join(timeout=20)
+    assert found, "it waits for itself"
+    assert found[0] is not None
+    assert idle.take("late") == {}
+    assert idle.take("mine") is None
 
 
 # -- the allocator by itself ---------------------------------------------------------------------------------------------

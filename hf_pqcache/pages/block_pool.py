@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +45,40 @@ class PageAllocator:
         self._stores: list[PageStore] = []
         self._tables: weakref.WeakSet[PageTable] = weakref.WeakSet()
         self._lock = threading.RLock()  # copies of a cache may live in several threads
+        self._depth = 0  # calls under way in the thread that holds the lock
+        self._gone: deque[PageTable] = deque()
         self.version = 0  # changes with every slab that comes or goes
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with self._lock:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+        self._clear_gone()
+
+    def forget(self, table: PageTable) -> None:
+        """Release the pages of a cache that is gone.
+
+        The garbage collector finds such caches in the middle of anything, a call of ours included: then at its end.
+        """
+        self._gone.append(table)
+        self._clear_gone()
+
+    def _clear_gone(self) -> None:
+        while self._gone and self._lock.acquire(blocking=False):  # or whoever holds it comes here next
+            try:
+                if self._depth or not self._gone:
+                    return
+                self._depth += 1
+                try:
+                    self._gone.popleft().clear()
+                finally:
+                    self._depth -= 1
+            finally:
+                self._lock.release()
 
     @property
     def num_used(self) -> int:
@@ -67,7 +101,7 @@ class PageAllocator:
 
     def attach(self, store: PageStore) -> None:
         """Let `store` hold memory for all pages from now on. Raises torch.OutOfMemoryError, nothing changed."""
-        with self._lock:
+        with self._at_work():
             try:
                 for number, slab in self._slabs.items():
                     store.add(number, store.new_slab(number, slab.size))
@@ -79,7 +113,7 @@ class PageAllocator:
 
     def detach(self, store: PageStore) -> None:
         """Let go of the memory of a store that nobody reads any more."""
-        with self._lock:
+        with self._at_work():
             self._stores.remove(store)
             for number in self._slabs:
                 store.drop(number)
@@ -89,7 +123,7 @@ class PageAllocator:
 
         Raises torch.OutOfMemoryError and takes none if there is no memory for them.
         """
-        with self._lock:
+        with self._at_work():
             missing = count - sum(len(slab.free) for slab in self._slabs.values())
             if missing > 0:
                 self._grow(missing, most)
@@ -102,7 +136,7 @@ class PageAllocator:
 
     def share(self, pages: Iterable[int]) -> None:
         """Add one reference to each page."""
-        with self._lock:
+        with self._at_work():
             for page in pages:
                 if page not in self._references:
                     raise ValueError(f"page {page} is free and cannot be shared")
@@ -110,7 +144,7 @@ class PageAllocator:
 
     def release(self, pages: Iterable[int]) -> None:
         """Drop one reference of each page; a page without any is free, a slab without any page in use goes."""
-        with self._lock:
+        with self._at_work():
             has_empty_slab = False
             for page in pages:
                 if page not in self._references:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -46,21 +46,25 @@ class _IdleTensors:
     MOST = 8
 
     def __init__(self) -> None:
-        self._idle: OrderedDict[int, tuple[Hashable, dict[str, Tensor]]] = OrderedDict()
-        self._lock = threading.Lock()
-        self._next = 0
+        self._idle: deque[tuple[Hashable, dict[str, Tensor]]] = deque(maxlen=self.MOST)
+        self._taking = threading.Lock()
 
     def put(self, key: Hashable, tensors: dict[str, Tensor]) -> None:
-        with self._lock:
-            self._idle[self._next] = (key, tensors)
-            self._next += 1
-            while len(self._idle) > self.MOST:
-                self._idle.popitem(last=False)
+        """Waits for nobody: the garbage collector calls it, and may run in the middle of `take`."""
+        self._idle.append((key, tensors))
 
     def take(self, key: Hashable) -> dict[str, Tensor] | None:
-        with self._lock:
-            found = next((i for i in reversed(self._idle) if self._idle[i][0] == key), None)
-            return None if found is None else self._idle.pop(found)[1]
+        """The last that were put under this key; None if there are none."""
+        passed, found = [], None
+        with self._taking:
+            while self._idle and found is None:
+                newest = self._idle.pop()
+                if newest[0] == key:
+                    found = newest[1]
+                else:
+                    passed.append(newest)
+            self._idle.extend(reversed(passed))
+        return found
 
     def __len__(self) -> int:
         return len(self._idle)

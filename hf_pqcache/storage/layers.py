@@ -71,7 +71,7 @@ class Layers:
     def _own(self, table: PageTable) -> None:
         self.table = table
         # Copies of a cache share pages: one that goes must leave its own to the others.
-        weakref.finalize(self, table.clear).atexit = False
+        weakref.finalize(self, table.allocator.forget, table).atexit = False
 
     def twin(self, written: Sequence[int]) -> Layers:
         """The same layers with windows and tables of their own; each sequence shares its first written[i] pages by count.
