@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from click.testing import CliRunner
 
 from hf_pqcache import demo
 from hf_pqcache.cli import main
-from hf_pqcache.eval.measure.answers import answer, prompt_ids, same_tokens
+from hf_pqcache.cli.commands import _streams
+from hf_pqcache.eval.measure.answers import answer, answers, prompt_ids, same_tokens
 from hf_pqcache.eval.session.caches import CacheSpec
 from hf_pqcache.eval.session.models import load_model
 
@@ -38,6 +40,62 @@ def test_an_answer_is_what_generate_gives(cache: str, loaded: tuple[Any, Any]) -
     assert found.first_s > 0
     assert found.tokens_per_s is not None
     assert found.kv_bytes > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_side_by_side_are_those_that_each_gives_alone(temperature: float, loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    asked = [
+        (prompt_ids(tokenizer, [{"role": "user", "content": text}], use_template=False), CacheSpec.parse(cache, 64))
+        for text, cache in (("The owl is a bird of", "dynamic"), ("Oaks are", "paged-kv"), ("The owl is", "pq"))
+    ]
+    options: dict[str, Any] = {"max_new_tokens": 8, "temperature": temperature, "seed": 3}
+    order: list[int] = []
+    together = answers(model, tokenizer, asked, show=lambda i, piece: order.append(i), **options)
+    alone = [answer(model, tokenizer, *one, **options) for one in asked]
+    assert [x.tokens for x in together] == [x.tokens for x in alone]
+    assert order != sorted(order), "they stream in turn"
+    assert {order.index(i) for i in range(3)} <= set(range(6)), "all have begun before one is done"
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_an_answer_that_fails_ends_the_other(broken: int, loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    ids = prompt_ids(tokenizer, [{"role": "user", "content": "The owl"}], use_template=False)
+
+    def show(i: int, piece: str) -> None:
+        if i == broken:
+            raise KeyError("this one fails")
+
+    with pytest.raises(KeyError, match="this one fails"):
+        answers(model, tokenizer, [(ids, CacheSpec("dynamic"))] * 2, max_new_tokens=8, show=show)
+
+
+def test_in_a_pipe_labelled_lines_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = "generate --model tiny --cache paged-kv --prompt Owls --max-new-tokens 60 --quiet --json answers.json"
+    done = CliRunner().invoke(main, line.split(), catch_exceptions=False)
+    assert max(map(len, done.output.splitlines())) <= 80
+    lines = [line.split(" | ", 1) for line in done.output.splitlines() if " | " in line]
+    labels = [label.strip() for label, _ in lines]
+    assert labels[:4] == ["dynamic", "paged-kv", "dynamic", "paged-kv"]
+    for answered in json.loads(Path("answers.json").read_text())["turns"][0]:
+        told = "".join(text for label, text in lines if label.strip() == answered["cache"])
+        assert "".join(told.split()) == "".join(answered["text"].split())
+
+
+def test_on_a_wide_terminal_texts_stand_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    screen = Console(width=120, height=12, force_terminal=True, file=io.StringIO(), color_system=None)
+    monkeypatch.setattr(_streams._output, "console", lambda: screen)
+    with _streams.side_by_side(["exact", "pq"]) as streams:
+        for i in range(60):
+            streams.show(0, f"left{i} ")
+            streams.show(1, f"right{i} ")
+    *_, last = screen.file.getvalue().split("exact")  # type: ignore[attr-defined]
+    assert any("left1 " in line and "right1 " in line for line in last.splitlines())
+    assert all(f"left{i} " in last and f"right{i} " in last for i in range(60)), "the end shows all, however tall the screen"
 
 
 def test_same_tokens_counts_until_answers_part() -> None:

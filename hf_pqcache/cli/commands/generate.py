@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_pqcache.cli.commands import _options, _output
+from hf_pqcache.cli.commands import _options, _output, _streams
 
 if TYPE_CHECKING:
     from hf_pqcache.eval.measure.answers import Answer
@@ -42,9 +42,10 @@ def command(
     json_file: Path | None,
     **options: Any,
 ) -> None:
-    """Answer a prompt with an exact and a compressed cache, one after the other.
+    """Answer a prompt with an exact and a compressed cache, side by side.
 
-    Texts appear as they are made; tokens a second and bytes follow.
+    Texts appear as they are made, a token of each in turn: in two columns on a terminal of 100 or more, else in lines that
+    take turns. Tokens a second (each by its own clock) and bytes follow.
 
     \b
     Example:  pqcache generate --model tiny --prompt "The owl is" \\
@@ -52,7 +53,7 @@ def command(
     """
     if (prompt is not None) + (prompt_file is not None) + is_chat != 1:
         raise click.UsageError("give one of --prompt TEXT, --file FILE and --chat")
-    from hf_pqcache.eval.measure.answers import answer, prompt_ids
+    from hf_pqcache.eval.measure.answers import answers, prompt_ids
     from hf_pqcache.eval.session.caches import CacheSpec
     from hf_pqcache.models.positions import check_positions
 
@@ -71,29 +72,22 @@ def command(
     histories: list[list[dict[str, str]]] = [[] for _ in specs]
     told: list[list[Answer]] = []
     for turn in [text] if text is not None else _turns():
-        answers = []
+        asked = []
         for spec, history in zip(specs, histories, strict=True):
             history.append({"role": "user", "content": turn})
             ids = prompt_ids(session.tokenizer, history, use_template)
             _check_room(check_positions, ids.shape[1], max_new_tokens, setup.limit)
-            _output.say(click.style(f"\n-- {spec.label} ({ids.shape[1]} tokens before) --", bold=True))
-            found = answer(
-                session.model,
-                session.tokenizer,
-                ids,
-                spec,
-                max_new_tokens=max_new_tokens,
-                show=lambda piece: click.echo(piece, nl=False, err=_output.speaks_beside_json()),
-                temperature=temperature,
-                top_p=top_p,
-                seed=session.seed,
-            )
-            _output.say("")
-            history.append({"role": "assistant", "content": found.text})
-            answers.append(found)
-        _print(answers)
-        told.append(answers)
-    document = {"model": session.model_name, "turns": [[asdict(found) for found in answers] for answers in told]}
+            asked.append((ids, spec))
+        sampling = {"temperature": temperature, "top_p": top_p, "seed": session.seed}
+        _output.say("")
+        with _streams.side_by_side([spec.label for spec in specs]) as streams:
+            options = {"max_new_tokens": max_new_tokens, "show": streams.show, **sampling}
+            found = answers(session.model, session.tokenizer, asked, **options)
+        for one, history in zip(found, histories, strict=True):
+            history.append({"role": "assistant", "content": one.text})
+        _print(found)
+        told.append(found)
+    document = {"model": session.model_name, "turns": [[asdict(one) for one in found] for found in told]}
     _output.write_json(json_file, document)
 
 
