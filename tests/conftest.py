@@ -1,4 +1,4 @@
-"""Fixtures: a stand-in for the Hugging Face Hub on the loopback address, and one thread for tiny models.
+"""Which tests run by default, a stand-in for the Hugging Face Hub on the loopback address, and what makes tests quick.
 
 The stand-in knows the Hub's HTTP interface and none of our files. Repositories live in memory. Failures are ordered in
 advance: `hub.fail("GET /user/repo/resolve", 503, times=2)`.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import json
+import os
 import re
 import threading
 import urllib.parse
@@ -239,6 +241,28 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if is_gpu_only and is_elsewhere else None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that share the tests (`pytest -n 2`) share the processors, too."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: a process a core, few enough for the memory that torch takes in each."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out slow tests, unless they are asked for: with `-m slow`, or by a file's name."""
+    if "slow" in config.option.markexpr or any(".py" in str(name) for name in config.args):
+        return
+    left_out = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark as `cache` whatever runs the tiny models of transformers, but for what would take long."""
     names = vars(getattr(item, "module", None) or object)
@@ -262,6 +286,20 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     yield hub
     hub.close()
+
+
+@pytest.fixture(scope="module")
+def quick_kmeans() -> Iterator[None]:
+    """Two steps of k-means in place of 25, for tests to which it is nothing how good a codebook is."""
+    module = importlib.import_module("hf_pqcache.codebook.calibrate")
+
+    def few_steps(*args: Any, iterations: int, **options: Any) -> Any:
+        return kmeans(*args, iterations=2, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        kmeans = module.kmeans
+        patch.setattr(module, "kmeans", few_steps)
+        yield
 
 
 @pytest.fixture(scope="module")

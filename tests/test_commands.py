@@ -20,7 +20,7 @@ from hf_pqcache import Codebook, demo
 from hf_pqcache.cli import main
 from hf_pqcache.eval.session.results import Results, Row
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_kmeans")
 #: Command -> (a right line, {a wrong line: what its one line says}). Lines run in a folder with what `folder` puts there.
 SHEET: dict[str, tuple[str, dict[str, str]]] = {
     "bench kernel": (
@@ -216,8 +216,6 @@ SHEET: dict[str, tuple[str, dict[str, str]]] = {
 }
 #: Examples that need what a test machine has not: a GPU. They refuse in one line where there is none.
 NEEDS_GPU = ("bench", "bench kernel", "bench generate")
-#: Too long for every day: the idea is tested by tests/test_demo.py, test_tune.py and test_selftest.py.
-SLOW = ("demo", "tune", "selftest", "run")
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +305,7 @@ def test_the_sheet_has_every_command() -> None:
 def test_right(name: str, here: Path) -> None:
     done = run(f"{name} {SHEET[name][0]}")
     assert done.exit_code == 0, done.output
+    assert "--quiet" not in SHEET[name][0] or "--json -" in SHEET[name][0] or not done.stderr, "quiet is quiet"
     said = done.stderr if "--json -" in SHEET[name][0] else done.output
     long = [line for line in said.splitlines() if len(line) > 80]
     assert name == "lm-eval" or not long, long  # its help is the harness's own
@@ -334,8 +333,6 @@ def example(command: click.Command) -> str:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_example_of_the_help_runs_as_printed(name: str, here: Path) -> None:
-    if name in SLOW:
-        pytest.skip("slow: test_slow_examples")
     line = example(COMMANDS[name])
     assert line.startswith("pqcache "), line
     done = run(line.removeprefix("pqcache "))
@@ -344,13 +341,6 @@ def test_the_example_of_the_help_runs_as_printed(name: str, here: Path) -> None:
         assert done.output.startswith("Error: ")
         assert "GPU" in done.output
         return
-    assert done.exit_code == 0, done.output
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_slow_examples(name: str, here: Path) -> None:
-    done = run(example(COMMANDS[name]).removeprefix("pqcache "))
     assert done.exit_code == 0, done.output
 
 
@@ -365,16 +355,16 @@ def test_help_is_whole_and_narrow() -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     program = (
-        "import sys, time\nbegin = time.perf_counter()\n"
+        "import sys, time\n"
         "from click.testing import CliRunner\nfrom hf_pqcache.cli import main\n"
         "for line in ['--help', 'eval --help', 'eval longbench --help', 'run --help', 'plan --help', '--version']:\n"
         "    done = CliRunner().invoke(main, line.split())\n    assert done.exit_code == 0, done.output\n"
         "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'lm_eval', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy\nprint(time.perf_counter() - begin)"
+        "assert not heavy, heavy\nprint(time.process_time())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.5
+    assert float(done.stdout) < 0.5  # seconds of work: others may keep the processor from it
 
 
 def test_json_alone_is_on_the_output(here: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
+import os
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -224,7 +225,7 @@ def _library(spec: jit.KernelSpec, struct: str) -> Any:
     target = Path(tempfile.gettempdir()) / "hf_pqcache_emulator" / f"{key}.so"
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
-        partial = target.with_suffix(f".{id(spec)}")
+        partial = target.with_suffix(f".{os.getpid()}-{id(spec)}")
         command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{HERE}", f"-I{jit.SOURCES}", *spec.options]
         command += [f'-DPQ_SOURCE="{spec.source}"', f"-DPQ_ARGS={struct}", f"-DPQ_ENTRY={spec.entry}"]
         subprocess.run([*command, "-o", str(partial), str(HERE / "emulator.cpp")], check=True)

@@ -37,7 +37,7 @@ def command(
 
     \b
     Example:  pqcache compare --model tiny --caches dynamic,pq:4 --tokens 256 \\
-              --limit 1 --results rows.jsonl
+              --limit 1 --recall-count 4 --results rows.jsonl
     """
     from hf_pqcache.eval.compare import DEFAULT_CACHES, check, compare, markdown, table
     from hf_pqcache.eval.session.texts import text_of

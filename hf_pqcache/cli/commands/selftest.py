@@ -33,7 +33,7 @@ def command(mode: str, phase: int | None, debug: bool, json_file: Path | None) -
     """Check data structures, kernels and generate on this machine, offline; exit 1 if something fails.
 
     \b
-    Example:  pqcache selftest --quick
+    Example:  pqcache selftest --quick --phase 1
     """
     from hf_pqcache.eval import selftest
     from hf_pqcache.eval.selftest.checks import Machine, run_checks

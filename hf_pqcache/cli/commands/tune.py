@@ -96,8 +96,9 @@ def command(
     Shapes are measured by perplexity on a long text and by pass keys, the winner once more by the running cache.
 
     \b
-    Example:  pqcache tune -f tiny --max-loss 0.02 --try-subspaces 32 \\
-              --try-bits 8 --window 1024 --limit 2 --recall-count 1 -o best.yaml
+    Example:  pqcache tune -f tiny --max-loss 0.05 --try-subspaces 32 \\
+              --try-bits 8 --try-residuals 64 --window 768 --limit 1 \\
+              --recall-count 1 --calibration-tokens 2048 -o best.yaml
     """
     from hf_pqcache.eval.measure.recall import ANSWER_TOKENS, check_recall
     from hf_pqcache.eval.search.trials import DEPTHS, Runner, window_of
