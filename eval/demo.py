@@ -17,6 +17,7 @@ from hf_pqcache.demo import MODEL, TEXT, split_text
 from hf_pqcache.eval.measure.lengths import lengths_within
 from hf_pqcache.eval.measure.perplexity import perplexity
 from hf_pqcache.eval.measure.recall import check_recall, recall
+from hf_pqcache.eval.report.naming import format_value
 from hf_pqcache.eval.session.caches import head_dim_of
 from hf_pqcache.eval.session.models import load_config, load_model, load_tokenizer, token_ids
 from hf_pqcache.models.names import cache_kwargs
@@ -54,9 +55,9 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "perplexity": lambda row: f"{row['perplexity']:.3f}",
     "change": lambda row: f"{row['perplexity_change']:+.2%}" if row["codebook_bytes"] else "",
     "recall": lambda row: f"{row['recall']:.0%}",
-    "KV bytes": lambda row: f"{row['kv_bytes']:,}",
+    "KV": lambda row: format_value(row["kv_bytes"], "bytes"),
     "of fp16": lambda row: f"{row['kv_ratio']:.0%}",
-    "codebooks": lambda row: f"{row['codebook_bytes']:,}",
+    "codebooks": lambda row: format_value(row["codebook_bytes"], "bytes") if row["codebook_bytes"] else "",
 }
 
 
@@ -89,6 +90,7 @@ def run_demo(
     text: str | None = None,
     *,
     tokens: int | None = None,
+    limit: int | None = None,
     recall_count: int = 20,
     seed: int = 0,
     progress: bool = True,
@@ -101,6 +103,7 @@ def run_demo(
         text: text to calibrate on (two thirds) and to evaluate on (one third); None is the embedded articles.
         tokens: window of the perplexity, length of the recall prompts and of the sequence whose bytes are counted; None
             means 1024, or what the model can hold.
+        limit: windows of the perplexity; None means all. recall_count: pass keys to ask for.
         note: called with a line for every row as soon as it is there.
 
     Raises ValueError, before the model is loaded, for more tokens than it can hold and for a text that is too short.
@@ -124,7 +127,7 @@ def run_demo(
         out = model.generate(prompt, attention_mask=mask, **cache_kwargs(cache), max_new_tokens=NEW_TOKENS, do_sample=False)
         return str(tokenizer.decode(out[0, tokens:], skip_special_tokens=True))
 
-    measure: dict[str, Any] = {"window": tokens, "progress": progress}
+    measure: dict[str, Any] = {"window": tokens, "max_windows": limit, "progress": progress}
     exact = perplexity(model, tokenizer, held_out, mode="exact", **measure).value
     sample = _cache_bytes(model, prompt, PagedPQCache(model.config))
     fp16_bytes = sample["bytes_fp16"]
@@ -163,7 +166,7 @@ def run_demo(
         kv_bytes = stats["bytes"]["codes"] + stats["bytes"]["window"] // 2
         rows.append(
             DemoRow(
-                cache=f"PQ {bits} bits (M={width // share}, n={num_bits})",
+                cache=f"{bits} bits (M={width // share} n={num_bits})",
                 perplexity=value,
                 perplexity_change=value / exact - 1,
                 recall=recall(

@@ -91,7 +91,7 @@ def show_table(
         taken += widths[heading] + 2
     output.print(title, style="bold", markup=False)
     for part in parts if others else []:
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
         for heading in (first, *part):
             is_text = heading == first or heading in left
             table.add_column(heading, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)

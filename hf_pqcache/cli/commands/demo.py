@@ -11,18 +11,12 @@ from hf_pqcache.cli.commands import _options, _output
 
 
 def _print_demo(result: dict[str, Any]) -> None:
+    from hf_pqcache.eval.demo import COLUMNS
+
     conditions, rows = result["conditions"], result["rows"]
     _output.show_table(
         f"One sequence of {conditions['tokens']} tokens, {conditions['model'].rstrip('/').rsplit('/', 1)[-1]}",
-        {
-            "cache": [row["cache"] for row in rows],
-            "perplexity": [f"{row['perplexity']:.3f}" for row in rows],
-            "change": [f"{row['perplexity_change']:+.2%}" for row in rows],
-            "recall": [f"{row['recall']:.0%}" for row in rows],
-            "KV": [_output.bytes_text(row["kv_bytes"]) for row in rows],
-            "of fp16": [f"{row['kv_ratio']:.0%}" for row in rows],
-            "codebooks": [_output.bytes_text(row["codebook_bytes"]) if row["codebook_bytes"] else "" for row in rows],
-        },
+        {heading: [tell(row) for row in rows] for heading, tell in COLUMNS.items()},
     )
     _output.say(f"…{result['prompt_end']}")
     for row in rows[:2]:
@@ -33,6 +27,8 @@ def _print_demo(result: dict[str, Any]) -> None:
 @click.option("--model", help="Folder, Hub id or model config of a causal LM; the embedded tiny one if absent.")
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Your own text, UTF-8.")
 @click.option("--tokens", type=click.IntRange(min=256), help="Length of a sequence; 1024, or what the model holds, if absent.")
+@click.option("--limit", type=click.IntRange(min=1), help="Perplexity windows; all of the text if absent.")
+@click.option("--recall-count", type=click.IntRange(min=1), default=20, show_default=True, help="Pass keys to ask for.")
 @click.option("--markdown", "markdown_file", type=_options.FILE, help="Also write the table here, as the README has it.")
 @_options.json_option("the result")
 @_options.quiet_option()
@@ -40,6 +36,8 @@ def command(
     model: str | None,
     text: Path | None,
     tokens: int | None,
+    limit: int | None,
+    recall_count: int,
     markdown_file: Path | None,
     json_file: Path | None,
     quiet: bool,
@@ -47,7 +45,8 @@ def command(
     """Compare an exact and a compressed cache on a real small model, offline.
 
     \b
-    Example:  pqcache demo --tokens 512 --json demo.json
+    Example:  pqcache demo --tokens 256 --limit 2 --recall-count 2 \\
+              --json demo.json
     """
     from hf_pqcache.eval import demo as runner
     from hf_pqcache.eval.session.model_config import load_model_config
@@ -55,7 +54,7 @@ def command(
 
     for path in (markdown_file, json_file):
         _output.check_writable(path)
-    options: dict[str, Any] = {"tokens": tokens, "progress": not quiet}
+    options: dict[str, Any] = {"tokens": tokens, "limit": limit, "recall_count": recall_count, "progress": not quiet}
     if not quiet:
         options["note"] = _output.note
     if model is not None:
