@@ -290,11 +290,11 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 @pytest.fixture(scope="module")
 def quick_kmeans() -> Iterator[None]:
-    """Two steps of k-means in place of 25, for tests to which it is nothing how good a codebook is."""
+    """Two steps of k-means in place of 25, on few samples: for tests to which it is nothing how good a codebook is."""
     module = importlib.import_module("hf_pqcache.codebook.calibrate")
 
-    def few_steps(*args: Any, iterations: int, **options: Any) -> Any:
-        return kmeans(*args, iterations=2, **options)
+    def few_steps(samples: torch.Tensor, count: int, *, iterations: int, **options: Any) -> Any:
+        return kmeans(samples[:, : 2 * count], count, iterations=2, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         kmeans = module.kmeans
