@@ -8,6 +8,7 @@ cache over bandwidth), checks our logits against plain torch, then times every c
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -16,12 +17,12 @@ from itertools import pairwise
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from hf_pqcache.backends import dispatch, torch_backend
 from hf_pqcache.cache.base import PagedCache
 from hf_pqcache.cache.caches import PagedPQCache
 from hf_pqcache.codebook.codebook import Codebook, LayerCodebook
@@ -163,19 +164,16 @@ def check_logits(model: Any, tokens: int = 2000, steps: int = 3) -> float:
 
 def _with_torch_attention(model: Any, cache: PagedPQCache, ids: Tensor) -> Tensor:
     """Logits of one step with the plain-torch attention over the same storage; the cache is left as it was."""
-    kernels = dispatch.attend
-
-    def plain(
-        state: Any, layer: int, seq_lens: Tensor, query: Tensor, mask: Any, sinks: Any, scale: float, softcap: float
-    ) -> Tensor:
-        lengths, left_pad = seq_lens[:, 0].tolist(), state.left_pad.tolist()
-        return torch_backend.attend(state.views[layer], query, mask, sinks, scale, softcap, lengths, left_pad)
-
-    dispatch.attend = plain
+    states = list(cache.storage.layers.states.values())
+    chosen = [state.choices for state in states]
     try:
-        logits: Tensor = model(ids, **cache_kwargs(cache)).logits.float()
+        for state in states:
+            state.choices = {}  # to be chosen again
+        with mock.patch.dict(os.environ, HF_PQCACHE_KERNEL="torch"):
+            logits: Tensor = model(ids, **cache_kwargs(cache)).logits.float()
     finally:
-        dispatch.attend = kernels
+        for state, choices in zip(states, chosen, strict=True):
+            state.choices = choices
     cache.crop(-1)
     return logits
 

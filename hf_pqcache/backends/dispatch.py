@@ -1,16 +1,12 @@
-"""Runs what a layer's storage needs on the backend that serves it: CUDA kernels where they can, plain torch elsewhere.
-
-Knows which backends there are and what they need prepared; knows no transformers.
-"""
+"""Which backend serves a layer, CUDA kernels where they can and plain torch elsewhere, and what it needs prepared."""
 
 from __future__ import annotations
 
 import logging
 
-import torch
 from torch import Tensor
 
-from hf_pqcache.backends import cuda_backend, selection, store, torch_backend
+from hf_pqcache.backends import cuda_backend, selection
 from hf_pqcache.pages.device_state import DeviceState
 from hf_pqcache.pages.layer_kv import LayerView
 
@@ -57,11 +53,12 @@ def publish(state: DeviceState, layer: int, view: LayerView) -> None:
     state.add_view(layer, view, () if view.kernels is None else view.kernels.tensors)
 
 
-def _choose(state: DeviceState, layer: int, view: LayerView, query: Tensor) -> selection.Choice:
-    """The backend for attention of `query` over a layer; chosen once, said once in the log."""
+def choose(state: DeviceState, layer: int, query: Tensor) -> selection.Choice:
+    """The backend for attention of `query` (B, Hq, 1, d) over a layer; chosen once, said once in the log."""
+    view = state.views[layer]
     group = query.shape[1] // view.window_keys.shape[1]
-    if (known := state.choices.get((layer, group))) is not None:
-        choice: selection.Choice = known
+    choice: selection.Choice | None = state.choices.get((layer, group))
+    if choice is not None:
         return choice
     choice = _select(view, group)
     if choice not in state.choices.values():
@@ -70,68 +67,3 @@ def _choose(state: DeviceState, layer: int, view: LayerView, query: Tensor) -> s
         logger.log(level, "attention over pages runs on the %s backend: %s", choice.name, choice.reason)
     state.choices[layer, group] = choice
     return choice
-
-
-def attend(
-    state: DeviceState,
-    layer: int,
-    seq_lens: Tensor,
-    query: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    """Attention of query (B, Hq, 1, d) over everything a layer holds -> (B, 1, Hq, dv); see `torch_backend.attend`."""
-    view = state.views[layer]
-    name, _ = _choose(state, layer, view, query)
-    if name == "torch" or view.kernels is None:
-        state.calls["attend", "torch"] += 1
-        return torch_backend.attend(view, query, mask, sinks, scale, softcap, seq_lens[:, 0].tolist(), state.left_pad.tolist())
-    state.calls["attend", name] += 1
-    if view.pages is not None:
-        view.pages.prefetch()
-    geometry = view.kernels.geometry
-    return cuda_backend.attend(
-        query,
-        state.layer_ptrs,
-        layer,
-        seq_lens,
-        state.left_pad,
-        view.page_table,
-        mask,
-        sinks,
-        geometry,
-        scale,
-        softcap,
-        geometry.max_tokens,
-        name,
-    )
-
-
-def append(state: DeviceState, layer: int, seq_lens: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Store one decode step's keys, values (B, H, T, d) of all rows and advance `seq_lens` (B, 2).
-
-    Raises PagesExhaustedError, nothing changed, if there are no pages for them. Launches that are captured in a CUDA graph
-    cannot ask: their pages must be reserved.
-    """
-    view = state.views[layer]
-    if view.kernels is not None and keys.shape[2] == 1:
-        if not (keys.is_cuda and torch.cuda.is_current_stream_capturing()):
-            state.before_append(layer, None)
-        if view.pages is not None:
-            view.pages.prefetch()
-        state.calls["append", "cuda"] += 1
-        geometry = view.kernels.geometry
-        cuda_backend.append(keys, values, state.layer_ptrs, layer, seq_lens, view.page_table, state.flags, geometry)
-        return
-    state.calls["append", "torch"] += 1
-    lengths = seq_lens[:, 0].tolist()
-    after = [length + keys.shape[2] for length in lengths]
-    state.before_append(layer, after)
-    for row, length in enumerate(lengths):
-        store.write_pages(view, row, keys[row], values[row], length)
-    for row, length in enumerate(lengths):
-        store.write_recent_window(view, row, keys[row], values[row], length)
-    # Into what was passed, not into the view's: a compiler that passes a copy copies it back.
-    seq_lens.copy_(view.seq_lens_of(after), non_blocking=True)

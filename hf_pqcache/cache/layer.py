@@ -154,34 +154,31 @@ class PagedLayer(CacheLayerMixin):
         interface.install(self._config._attn_implementation)
         self._pass.begin(self.index, keys.shape[2])
         self._pass.decoded.pop(self.index, None)
+        storage, count = self.storage, keys.shape[2]
         try:
             with out_of_memory_as_pqc004("the new tokens"):
-                return self._take(keys, values)
+                storage.set_batch(keys.shape[0])
+                if not self.is_initialized:
+                    self.open(keys, values)
+                self.batch_size = storage.layers.batch
+                self._before = storage.lengths.tokens(self.index)
+                total = self._before + count
+                keys, values = storage.fit_dtypes(self.index, keys, values)
+                self.dtype = keys.dtype
+                if count == 1 and total > 1:
+                    storage.learn_if_due(self.index, keys, values)
+                    storage.reservation.reserve_positions(self.index, total)
+                    state = storage.layers.state(self.index)
+                    with torch.no_grad():
+                        torch.ops.hf_pqcache.append(keys, values, state.seq_lens, state.layer_ptrs, self.index)
+                    storage.advance(self.index, 1)
+                else:  # attention sees them as they are, gradients included, before they are stored
+                    self._pending = (keys, values)
+                    self._pass.pending.append(self)
+                return LazyKV(self, KEY, keys, total), LazyKV(self, VALUE, values, total)
         except BaseException:
             self._pass.abort(self.index)
             raise
-
-    def _take(self, keys: Tensor, values: Tensor) -> tuple[LazyKV, LazyKV]:
-        storage, count = self.storage, keys.shape[2]
-        storage.set_batch(keys.shape[0])
-        if not self.is_initialized:
-            self.open(keys, values)
-        self.batch_size = storage.layers.batch
-        self._before = storage.lengths.tokens(self.index)
-        total = self._before + count
-        keys, values = storage.fit_dtypes(self.index, keys, values)
-        self.dtype = keys.dtype
-        if count == 1 and total > 1:
-            storage.learn_if_due(self.index, keys, values)
-            storage.reservation.reserve_positions(self.index, total)
-            state = storage.layers.state(self.index)
-            with torch.no_grad():
-                torch.ops.hf_pqcache.append(keys, values, state.seq_lens, state.layer_ptrs, self.index)
-            storage.advance(self.index, 1)
-        else:  # attention sees them as they are, gradients included, before they are stored
-            self._pending = (keys, values)
-            self._pass.pending.append(self)
-        return LazyKV(self, KEY, keys, total), LazyKV(self, VALUE, values, total)
 
     def check_mask(self, mask: Any) -> None:
         """Called with what attention is given in a pass. Raises ValueError if it shows left padding that was not stored."""

@@ -11,8 +11,6 @@ from torch.utils._pytree import tree_leaves
 
 from hf_pqcache.attention import ops
 
-_INSIDE = {"append": ops._append, "attend": ops._attend, "dense": ops._dense}
-
 
 class Allocations(TorchDispatchMode):
     """While active, remembers every storage that is made; `held()` is what of it is still alive."""
@@ -24,7 +22,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "hf_pqcache":
             with self:  # what our own ops allocate
-                return _INSIDE[func._schema.name.split("::")[1]](*args, **(kwargs or {}))
+                return ops.IMPLEMENTATIONS[func._schema.name.split("::")[1]](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
