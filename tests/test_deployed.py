@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def test_an_exact_cache_gives_the_exact_perplexity(tiny: Any, name: str, chunk: 
     common: dict[str, Any] = {"window": 120, "stride": stride, "max_windows": 2, "progress": False}
     expected = perplexity(model, None, ids, **common).value
     spec = CacheSpec(name)
-    assert cache_perplexity(model, ids, lambda n: spec.make(model, n), chunk=chunk, **common) == pytest.approx(
+    assert cache_perplexity(model, ids, lambda n, rows: spec.make(model, n, rows), chunk=chunk, **common) == pytest.approx(
         expected, rel=1e-5
     )
 
@@ -52,9 +53,36 @@ def test_stream_is_what_the_deployed_cache_does_token_by_token(tiny: Any) -> Non
     exact = perplexity(model, None, ids, **common).value
     stream = perplexity(model, None, ids, mode="stream", codebook=book, config=config, **common).value
     spec = CacheSpec("pq", config.to_dict(), book)
-    deployed = cache_perplexity(model, ids, lambda n: spec.make(model, n), chunk=1, prefill=8, **common)
+    deployed = cache_perplexity(model, ids, lambda n, rows: spec.make(model, n, rows), chunk=1, prefill=8, **common)
     assert deployed == pytest.approx(stream, rel=1e-5)
     assert abs(stream / exact - 1) > 1e-3  # otherwise the line above could not fail
+
+
+def test_chunks_in_step_with_pages_see_what_single_tokens_see(tiny: Any) -> None:
+    """Of the tokens of a page all but the last: the figures are the same but for what a page more, once a page, is worth."""
+    model, _, ids = tiny
+    config = PQConfig(page_size=16, sink_tokens=2, extended_residual=20)
+    spec = CacheSpec.parse("kivi:2:g32", head_dim(model), config.replace(page_size=32))
+
+    def run(chunk: int, prefill: int, batch: int = 1) -> float:
+        common: dict[str, Any] = {"window": 250, "max_windows": 3, "progress": False}
+        make = lambda n, rows: spec.make(model, n, rows)  # noqa: E731
+        return math.log(cache_perplexity(model, ids, make, chunk=chunk, prefill=prefill, batch=batch, **common))
+
+    single, exact = run(1, 22), math.log(perplexity(model, None, ids, window=250, max_windows=3, progress=False).value)
+    assert abs(single - exact) > 5e-3
+    assert abs(run(32, 22) - single) < 0.05 * abs(single - exact)
+    assert run(32, 22, batch=3) == pytest.approx(run(32, 22), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dynamic", "kivi:4:g32", "turboquant:3.5", "paged-kv"])
+def test_windows_run_together_as_rows(tiny: Any, name: str) -> None:
+    """Whatever their number: seven, of which the last is shorter and the first has more that is scored."""
+    model, _, ids = tiny
+    spec = CacheSpec.parse(name, head_dim(model), PQConfig(page_size=32, extended_residual=32))
+    common: dict[str, Any] = {"window": 120, "stride": 70, "chunk": 16, "progress": False}
+    found = [cache_perplexity(model, ids[:530], lambda n, r: spec.make(model, n, r), batch=b, **common) for b in (1, 3, 16)]
+    assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
 
 @pytest.mark.parametrize("text", ["quanto:4", "quanto:2", "hqq:4", "hqq:3", "hqq:2", "fp8"])
@@ -70,7 +98,7 @@ def test_peers_run_weigh_and_cost_more_with_fewer_bits(tiny: Any, text: str) -> 
     assert 2 < weigh(cache, model, 200).bits < 8.6  # type: ignore[operator]
     common: dict[str, Any] = {"window": 200, "max_windows": 1, "progress": False}
     exact = perplexity(model, None, ids, **common).value
-    value = cache_perplexity(model, ids, lambda n: spec.make(model, n), chunk=16, **common)
+    value = cache_perplexity(model, ids, lambda n, rows: spec.make(model, n, rows), chunk=16, **common)
     assert value != pytest.approx(exact, rel=1e-6)
     assert value == pytest.approx(exact, rel=0.02 if text in ("quanto:4", "hqq:4", "fp8") else 1.0)
 

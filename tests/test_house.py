@@ -25,7 +25,6 @@ TOO_LONG = {
     "tune.py command",
     "demo.py run_demo",
     "setup.py prepare",
-    "accuracy_study.py study",
 }
 
 

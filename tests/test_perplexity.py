@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     Gemma2Config,
     GptOssConfig,
     LlamaConfig,
@@ -24,12 +22,8 @@ from hf_pqcache.codebook import pq
 from hf_pqcache.codebook.calibrate import compressible_layers, learn_layer
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
-from hf_pqcache.eval.measure.accuracy_study import Setting, bits_per_value, study, table
 from hf_pqcache.eval.measure.perplexity import perplexity, simulated_attention, stream_attention
-
-SHARED = Path(__file__).parents[1].parent / "shared"
-TINY, ARTICLES = SHARED / "models" / "tiny", SHARED / "data" / "text" / "articles.txt"
-needs_tiny = pytest.mark.skipif(not TINY.is_dir(), reason="the tiny trained model is not at ../shared/models/tiny")
+from hf_pqcache.eval.session.bits import bits_per_value
 
 CONFIG = PQConfig(num_subspaces=8, num_bits=4, page_size=16, sink_tokens=2, extended_residual=20)
 SIZES: dict[str, Any] = {
@@ -214,29 +208,3 @@ def test_bits_count_every_side_table() -> None:
     assert bits["table"] == pytest.approx(coded // 64 * 32 / values)
     assert bits["codebook"] == pytest.approx(book.nbytes * 8 / values)
     assert bits["with_codebook"] == pytest.approx(sum(bits[x] for x in ("codes", "window", "table", "codebook")))
-
-
-@needs_tiny
-def test_real_model_loses_little_and_less_with_more_bits() -> None:
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    text = ARTICLES.read_text(encoding="utf-8")
-    cut = len(text) * 2 // 3
-    settings = (Setting("3", 2, 6, 0.0), Setting("1.5", 4, 6, 0.0))
-    result = study(
-        model,
-        tokenizer,
-        text[: cut // 2],
-        text[cut:],
-        window=1024,
-        max_windows=1,
-        num_tokens=4096,
-        objectives=("tail",),
-        settings=settings,
-        progress=False,
-    )
-    # Short articles owe little to far context, so a stream figure is near zero at any bits: order shows in distort.
-    fine, coarse = result["rows"]
-    assert abs(fine["stream"]["change_percent"]) < 2
-    assert 0 < fine["distort"]["change_percent"] < coarse["distort"]["change_percent"]
-    assert "| 3 | 32 | 6 | tail |" in table(result)

@@ -232,6 +232,33 @@ def test_compare_puts_caches_side_by_side(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list((tmp_path / "r.codebooks").iterdir())) == 1
 
 
+def test_compare_draws_loss_against_true_bits_of_several_texts(tmp_path: Path) -> None:
+    """Two texts, one measure; what is there already is neither measured again nor left out of the picture."""
+    (tmp_path / "own.txt").write_text(TEXT.read_text()[:3000])
+    files = {name: tmp_path / name for name in ("bits.png", "table.md", "table.json")}
+    options = ["--caches", "dynamic,kivi:2:g32,int4-token:own", "--measure", "perplexity", "--tokens", "256", "--limit", "1"]
+    options += ["--text", "demo", "--text", str(tmp_path / "own.txt"), "--results", str(tmp_path / "r.jsonl"), "--quiet"]
+    output = ["--plot", files["bits.png"], "--markdown", files["table.md"], "--json", files["table.json"]]
+    command("compare", "--model", str(MODEL), *options, *map(str, output))
+    assert files["bits.png"].read_bytes().startswith(b"\x89PNG")
+    assert "| cache | perplexity | change | own.txt | change | recall |" in files["table.md"].read_text()
+    document = json.loads(files["table.json"].read_text())
+    exact, kivi, own = document["table"]
+    assert (exact["true_bits"], kivi["true_bits"], own["true_bits"]) == (16, 3, 4.5)
+    assert (kivi["recall"], kivi["kv_bytes"], own["cache"]) == (None, None, "int4-token, own window")
+    assert list(kivi["texts"]) == ["demo/test", "own.txt"]
+    assert kivi["texts"]["demo/test"] == [kivi["perplexity"], kivi["change"]]
+    assert {row["metric"] for row in document["rows"]} == {"perplexity"}
+    before = (tmp_path / "r.jsonl").read_text()
+    command("compare", "--model", str(MODEL), *options, *map(str, output))
+    assert (tmp_path / "r.jsonl").read_text() == before
+    for wrong, why in (
+        (["--measure", "speed", "--plot", "x.png"], "add perplexity to --measure"),
+        (["--measure", "taste"], "taste: use some of perplexity, recall, memory, speed"),
+    ):
+        assert why in command("compare", "--model", str(MODEL), *wrong, code=2)
+
+
 def test_bad_input_ends_with_a_message(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["eval", "speed", "--model", str(MODEL), "--cache", "zip"])
     assert result.exit_code == 1

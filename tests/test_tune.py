@@ -17,8 +17,8 @@ from transformers import Gemma3TextConfig, LlamaConfig
 
 from hf_pqcache import Codebook, PagedPQCache, PQConfig
 from hf_pqcache.codebook.codebook import LayerCodebook
-from hf_pqcache.eval.measure.accuracy_study import bits_per_value, cache_bits
 from hf_pqcache.eval.search.tune import Budget, Grid, Search, layer_shapes, tune
+from hf_pqcache.eval.session.bits import bits_per_value, cache_bits
 from hf_pqcache.eval.session.model_config import load_model_config
 from hf_pqcache.eval.session.results import Results
 

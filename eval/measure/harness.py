@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_pqcache.config import PQConfig
-from hf_pqcache.eval.measure.deployed import CHUNK
+from hf_pqcache.eval.measure.deployed import ANSWER_CHUNK
 from hf_pqcache.eval.session.caches import CacheSpec, head_dim
 from hf_pqcache.eval.session.given import check_given
 from hf_pqcache.eval.session.model_config import load_model_config
@@ -71,7 +71,7 @@ class CacheLM(HFLM):
         codebook_revision: str | None = None,
         calibration: str | None = None,
         data_dir: str | None = None,
-        chunk: int = CHUNK,
+        chunk: int = ANSWER_CHUNK,
         **options: Any,
     ) -> None:
         shape = {name: options.pop(name) for name in (*_SHAPE, "calibration_tokens") if name in options}

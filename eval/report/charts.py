@@ -43,7 +43,7 @@ class Chart:
     Attributes:
         name: of its files, unique in a report. title, condition: for people.
         series: points by cache, in the order of x. baseline: value of the exact cache, where it is one number.
-        unit: of y. is_over_tokens: x counts tokens.
+        unit: of y. is_over_tokens: x counts tokens. is_change: y is a change in percent, of any size and either sign.
         names: row.key -> its cache. numbers: cache -> number of its colour, the same in all charts of the same rows; exact
             caches and others are numbered apart.
     """
@@ -57,6 +57,7 @@ class Chart:
     series: dict[str, list[Point]]
     baseline: float | None = None
     is_over_tokens: bool = False
+    is_change: bool = False
     names: dict[str, str] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
 
@@ -133,6 +134,41 @@ def perplexity_charts(rows: Sequence[Row]) -> list[Chart]:
                 )
             )
     return charts
+
+
+def loss_charts(rows: Sequence[Row]) -> list[Chart]:
+    """What each cache loses of the exact one's perplexity against its true bits, one chart for each model, text and window.
+
+    True bits are those of an old token: codes, scales and offsets; what stays exact beside them is left out, for all caches
+    alike. Only running caches count, and only where the exact one was run as well.
+    """
+    found: list[Chart] = []
+    for (model, task, _), members in grouped(rows, {"perplexity"}, without=HOW).items():
+        run = [row for row in members if row.settings.get("mode") in ("cache", "exact")]
+        exact = next((row.value for row in run if row.cache == "dynamic"), None)
+        series: dict[str, list[Point]] = defaultdict(list)
+        for row in run:
+            bits = row.provenance.get("code_bits")
+            if exact and not is_exact(row) and isinstance(bits, int | float) and math.isfinite(row.value):
+                own = ", own window" if row.cache_config.get("window") == "own" else ""
+                series[row.cache + own].append(Point(bits, 100 * (row.value / exact - 1), row))
+        if series:
+            found.append(
+                Chart(
+                    name=_slug("loss", model, task, len(found)),
+                    title=f"{task}, {model}",
+                    condition=condition_text(run[0], HOW | UNREAD),
+                    x_label="true bits a value: codes, scales and offsets",
+                    y_label="change of the perplexity",
+                    unit="percent",
+                    series={name: sorted(points, key=lambda point: point.x) for name, points in series.items()},
+                    baseline=0.0,
+                    is_change=True,
+                    names={row.key: name for name, points in series.items() for row in [point.row for point in points]},
+                    numbers={name: i for i, name in enumerate(series)},
+                )
+            )
+    return found
 
 
 def length_charts(rows: Sequence[Row], metrics: Iterable[str] = LENGTH_METRICS) -> list[Chart]:

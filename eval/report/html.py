@@ -36,6 +36,7 @@ def items(rows: Sequence[Row]) -> list[plots.Item]:
     """Everything that can be drawn of these rows."""
     rows = naming.told_apart(rows)
     return [
+        *charts.loss_charts(rows),
         *charts.perplexity_charts(rows),
         *charts.length_charts(rows),
         *charts.recall_maps(rows),
@@ -137,11 +138,12 @@ def conditions(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def _sections(rows: Sequence[Row]) -> list[tuple[str, str, list[plots.Item]]]:
     """(heading, how to read it, drawings) of every kind of drawing that the rows allow."""
-    bits = charts.perplexity_charts(rows)
+    loss, bits = charts.loss_charts(rows), charts.perplexity_charts(rows)
     time = charts.length_charts(rows, ["tpot", "ttft", "throughput"])
     memory = charts.length_charts(rows, ["peak_bytes", "reserved_bytes", "kv_bytes"])
     recall = charts.recall_maps(rows)
     sections: list[tuple[str, str, list[plots.Item]]] = [
+        ("Loss against true bits", "Lower and further left is better. Bits count codes, scales and offsets.", [*loss]),
         ("Quality against memory", "Lower and further left is better. Bits count codes, exact window and tables.", [*bits]),
         ("Time against length", "Lower is better for times, higher for throughput.", [*time]),
         ("Memory against length", "Lower is better.", [*memory]),

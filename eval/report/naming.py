@@ -37,6 +37,7 @@ _SHORT = {
     "q_group_size": "group",
     "group_size": "group",
     "residual_length": "recent",
+    "group": "group",
 }
 #: Always told of a cache, even where all caches of the file agree.
 _TOLD = {"num_subspaces", "num_bits", "nbits"}
@@ -45,7 +46,7 @@ _UNTOLD = {"max_pages", "learn_tokens", "backend"}
 #: Settings that belong to a cache, not to the condition that it was measured under.
 _OF_CACHE = {"calibrated_on", "merged", "codebook_of"}
 #: Settings that say how a perplexity was computed, not of what.
-HOW = {"mode", "chunk"}
+HOW = {"mode", "chunk", "prefill"}
 #: Settings that keep measurements apart and that nobody wants to read.
 UNREAD = {"text_sha256", "contexts_sha256", "harness_version"}
 

@@ -11,7 +11,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +172,26 @@ def _stage(index: int) -> str:
     return f"heat-{(10, 3, 8, 1, 6, 4, 9, 2)[index % 8]}"
 
 
+def side_by_side(charts: Sequence[Chart]) -> bytes:
+    """A PNG of charts of the same caches, beside each other under one legend."""
+    with mpl.rc_context(style(LIGHT)):
+        figure = Figure(figsize=(_WIDTH * len(charts), 3.8), layout="constrained")
+        for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+            _fill_chart(axes, chart, LIGHT)
+            if len(charts) > 1:
+                axes.set_title(f"{chart.title}, {chart.unit}", loc="left", size=9, color=LIGHT["muted"])
+        _add_legend(figure, max(charts, key=lambda chart: len(chart.series)), LIGHT)
+        label = charts[0].y_label
+        title = f"{label[0].upper()}{label[1:]}" + (f", {charts[0].title}" if len(charts) == 1 else "")
+        return png(figure, title, charts[0].condition)
+
+
 def _draw_chart(chart: Chart, colours: Mapping[str, str]) -> tuple[Figure, list[str]]:
     figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
-    axes = figure.add_subplot()
+    return figure, _fill_chart(figure.add_subplot(), chart, colours)
+
+
+def _fill_chart(axes: Any, chart: Chart, colours: Mapping[str, str]) -> list[str]:
     tips: list[str] = []
     values = [point.y for points in chart.series.values() for point in points]
     scale, unit = _binary_unit(max(values)) if chart.unit == "bytes" else (1.0, chart.unit)
@@ -196,7 +213,7 @@ def _draw_chart(chart: Chart, colours: Mapping[str, str]) -> tuple[Figure, list[
     if chart.baseline is not None:
         axes.axhline(chart.baseline, color=colours["muted"], linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
-            f"exact cache {chart.baseline:.4g}",
+            "exact cache" if chart.is_change else f"exact cache {chart.baseline:.4g}",
             (1, chart.baseline),
             xycoords=("axes fraction", "data"),
             xytext=(0, -4),
@@ -210,6 +227,8 @@ def _draw_chart(chart: Chart, colours: Mapping[str, str]) -> tuple[Figure, list[
         axes.set_yscale("log", base=2)
     else:
         axes.set_ylim(bottom=0, top=1.08 * max(values) / scale or 1)
+    if chart.is_change:  # of 0.1 and of 50 percent in one picture
+        axes.set_yscale("symlog", linthresh=0.1, linscale=0.5)
     if chart.is_over_tokens:
         lengths = sorted({point.x for points in chart.series.values() for point in points})
         token_axis(axes, lengths)
@@ -219,7 +238,7 @@ def _draw_chart(chart: Chart, colours: Mapping[str, str]) -> tuple[Figure, list[
     axes.set_title(f"{chart.y_label}, {unit}" if unit else chart.y_label, loc="left", size=9, color=colours["muted"])
     axes.grid(axis="x", visible=False)
     axes.margins(x=0.06, y=0.12)
-    return figure, tips
+    return tips
 
 
 def _look(chart: Chart, point: Point, colours: Mapping[str, str]) -> tuple[str, str]:

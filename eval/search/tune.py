@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.codebook.samples import compressible_layers
 from hf_pqcache.config import PQConfig
-from hf_pqcache.eval.measure.accuracy_study import cache_bits
+from hf_pqcache.eval.session.bits import cache_bits
 from hf_pqcache.eval.session.results import Row
 from hf_pqcache.models.shapes import kv_shape, layer_configs
 

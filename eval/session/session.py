@@ -60,6 +60,11 @@ class Session:
     def model_fingerprint(self) -> str:
         return self.fingerprint or weights_fingerprint(self.model)
 
+    @property
+    def code_bits(self) -> float | None:
+        """Bits of each number of an old token under the cache, see `CacheSpec.true_bits`."""
+        return self.cache.true_bits(self.model.config, 8 * self.model.dtype.itemsize)
+
     def say(self, text: str) -> None:
         """Tell what goes on, above the progress bars, unless they are not wanted either."""
         if self.progress:
@@ -108,7 +113,8 @@ class Session:
         values = run()
         if len(values) != len(rows):
             raise ValueError(f"{rows[0].task} yields {len(values)} figures, {len(rows)} were announced")
-        origin = provenance(self.device, seconds=round(time.perf_counter() - begin, 3), **self.notes)
+        seconds = round(time.perf_counter() - begin, 3)
+        origin = provenance(self.device, seconds=seconds, code_bits=self.code_bits, **self.notes)
         bits = true_bits() if callable(true_bits) else true_bits
         done = [
             replace(row, value=float(value), true_bits=bits, provenance=origin) for row, value in zip(rows, values, strict=True)

@@ -11,6 +11,12 @@ from hf_pqcache.demo import split_text
 from hf_pqcache.eval import tasks
 from hf_pqcache.eval.session.model_config import DEMO
 
+#: What pass keys are classically hidden in (Mohtashami and Jaggi 2023, "Landmark Attention", section 4.2): nothing in it
+#: looks like a key, so that small models find them, too.
+NOISE = "noise"
+_NOISE = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_NOISE_TIMES = 8000
+
 
 def read_text(path: str | Path) -> str:
     """Contents of a UTF-8 text file, plain or .xz. Raises ValueError, naming the file, for anything else."""
@@ -27,7 +33,7 @@ def read_text(path: str | Path) -> str:
 
 
 def text_of(source: str, data_dir: str | Path | None = None, *, is_calibration: bool = False) -> tuple[str, str]:
-    """(text, what rows call it) of a file (plain or .xz), "demo", "task/split" or a text task's name.
+    """(text, what rows call it) of a file (plain or .xz), "demo", "noise", "task/split" or a text task's name.
 
     "demo" is the embedded articles: two thirds of them for calibration, the rest for evaluation. A task's bare name is its
     test split; for calibration its training split, or, where that is not there, its validation split: never its test
@@ -42,6 +48,8 @@ def text_of(source: str, data_dir: str | Path | None = None, *, is_calibration: 
     if source == DEMO:
         calibration, held_out = split_text(demo.TEXT.read_text(encoding="utf-8"))
         return (calibration, DEMO) if is_calibration else (held_out, f"{DEMO}/test")
+    if source == NOISE and not is_calibration:
+        return _NOISE * _NOISE_TIMES, NOISE
     name, _, split = source.partition("/")
     try:
         task = tasks.get(name)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_pqcache.eval.measure.accuracy_study import bits_per_value
-from hf_pqcache.eval.measure.deployed import CHUNK, cache_perplexity
+from hf_pqcache.eval.measure.deployed import CHUNK, PREFILL, cache_perplexity
 from hf_pqcache.eval.measure.perplexity import perplexity
 from hf_pqcache.eval.session import hub_data
-from hf_pqcache.eval.session.caches import CacheSpec
+from hf_pqcache.eval.session.bits import bits_per_value
+from hf_pqcache.eval.session.caches import CacheSpec, kv_numbers_per_token
 from hf_pqcache.eval.session.models import token_ids
 from hf_pqcache.eval.session.results import Row
 from hf_pqcache.eval.session.session import Session
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 #: "cache" runs the real cache; the others are those of `perplexity`, which simulates it.
 MODES = ("exact", "distort", "stream", "cache")
+#: Windows that run together on a GPU: so many at most, and no more than fill so many bytes as exact keys and values.
+_WINDOWS, _WINDOW_BYTES = 16, 4 << 30
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,18 @@ def check_perplexity(
     return found
 
 
+def _windows_at_once(session: Session, window: int) -> int:
+    """On a CPU, and where rows share a scale (fp8) or centroids (pq that learns), one."""
+    if (
+        session.device.type == "cpu"
+        or session.cache.name == "fp8"
+        or (session.cache.name == "pq" and session.cache.codebook is None)
+    ):
+        return 1
+    size = kv_numbers_per_token(session.model) * session.model.dtype.itemsize * window
+    return max(1, min(_WINDOWS, _WINDOW_BYTES // size)) if size else 1
+
+
 def run_perplexity(
     session: Session,
     name: str,
@@ -148,7 +162,7 @@ def run_perplexity(
     Args:
         mode: exact (dynamic caches only), distort, stream (pq with a codebook only) or cache. None means exact for a
             dynamic cache, stream for pq with a codebook, and cache for every other.
-        chunk: tokens of a step in mode cache, CHUNK if None; in the others it must be None.
+        chunk: tokens of a step in mode cache after the first, CHUNK if None; in the others it must be None.
         limit: windows to measure; None measures the whole text.
         settings: more of the row's settings.
 
@@ -158,7 +172,7 @@ def run_perplexity(
     simulated = spec.name == "pq" and book is not None
     mode = mode_of(spec, simulated, mode, chunk)
     settings |= {"window": window, "stride": stride or window, "mode": mode, "limit": limit}
-    settings |= {"chunk": chunk or CHUNK} if mode == "cache" else {}
+    settings |= {"chunk": chunk or CHUNK, "prefill": PREFILL} if mode == "cache" else {}
     data = text.numpy().tobytes() if isinstance(text, torch.Tensor) else text.encode()
     settings["text_sha256"] = hashlib.sha256(data).hexdigest()[:16]
     row = session.row(name, version, "perplexity", **settings)
@@ -169,7 +183,8 @@ def run_perplexity(
             raise ValueError(f"{name} has {ids.numel()} tokens, less than a window of {window}: use a longer text")
         common: dict[str, Any] = {"window": window, "stride": stride, "max_windows": limit, "progress": session.progress}
         if mode == "cache":
-            return [cache_perplexity(model, ids, lambda n: spec.make(model, n), chunk=chunk or CHUNK, **common)]
+            steps: dict[str, Any] = {"chunk": chunk or CHUNK, "prefill": PREFILL, "batch": _windows_at_once(session, window)}
+            return [cache_perplexity(model, ids, lambda n, rows: spec.make(model, n, rows), **steps, **common)]
         config = spec.config if simulated else None
         return [perplexity(model, None, ids, mode=mode, codebook=book, config=config, **common).value]  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from hf_pqcache.eval.harness_tasks import FOLDER as OWN_TASKS
-from hf_pqcache.eval.measure.deployed import CHUNK
+from hf_pqcache.eval.measure.deployed import ANSWER_CHUNK
 from hf_pqcache.eval.session.results import Row, provenance
 from hf_pqcache.eval.session.session import Session
 
@@ -33,7 +33,7 @@ class HarnessTask:
         num_fewshot: int | None = None,
         limit: float | None = None,
         batch_size: int = 1,
-        chunk: int = CHUNK,
+        chunk: int = ANSWER_CHUNK,
         use_chat: bool = False,
         gen_kwargs: Mapping[str, Any] | None = None,
         samples: str | Path | None = None,

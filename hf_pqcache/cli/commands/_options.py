@@ -314,3 +314,15 @@ def lengths_option(default: str) -> Decorator:
 
 def text_option(what: str) -> Decorator:
     return click.option("--text", default="demo", show_default=True, help=f"{what}: a file, demo, or task/split.")
+
+
+def texts_option(what: str) -> Decorator:
+    """The same several times, as `texts`."""
+    return click.option(
+        "--text",
+        "texts",
+        multiple=True,
+        default=("demo",),
+        show_default=True,
+        help=f"{what}: a file, demo, or task/split; may be given several times.",
+    )

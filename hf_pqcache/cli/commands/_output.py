@@ -135,9 +135,14 @@ def save_json(path: Path, document: Any) -> bool:
 
 def save_text(path: Path, text: str) -> bool:
     """Write a file, its folder included -> whether a file of that name was replaced."""
+    return save_bytes(path, text.encode())
+
+
+def save_bytes(path: Path, data: bytes) -> bool:
+    """The same of a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     was_there = path.exists()
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(data)
     return was_there
 
 

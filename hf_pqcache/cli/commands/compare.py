@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,54 +14,68 @@ from hf_pqcache.cli.commands import _options, _output, _unfinished
 
 @click.command()
 @_options.model_options
-@click.option("--caches", type=_options.Words(), help="Comma-separated, e.g. dynamic,hqq:3,pq:3; the standard ten if absent.")
-@_options.text_option("To evaluate on")
+@click.option("--caches", type=_options.Words(), help="Comma-separated, e.g. dynamic,kivi:4,pq:3; the standard ones if absent.")
+@_options.texts_option("To evaluate on")
+@click.option("--measure", "measures", type=_options.Words(), help="Of perplexity, recall, memory, speed; all if absent.")
 @click.option("--tokens", type=click.IntRange(min=64), help="Length of everything; 2048, or what the model holds, if absent.")
 @click.option("--limit", type=click.IntRange(min=1), default=4, show_default=True, help="Perplexity windows.")
-@click.option("--chunk", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens a step of the perplexity.")
+@click.option("--chunk", type=click.IntRange(min=1), help="Tokens a step of the perplexity; 64, a page, if absent.")
 @click.option("--recall-count", type=click.IntRange(min=0), default=20, show_default=True, help="Pass keys to ask for.")
+@click.option("--filler", help="Text to hide pass keys in: a file, demo, noise, task/split; the first --text if absent.")
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True, help="Tokens to time.")
 @click.option("--markdown", "markdown_file", type=_options.FILE, help="Also write the table here.")
+@click.option("--plot", type=_options.FILE, help="Draw loss against true bits here (PNG; needs matplotlib).")
 def command(
     caches: list[str] | None,
-    text: str,
+    texts: tuple[str, ...],
+    measures: list[str] | None,
     tokens: int | None,
     limit: int,
-    chunk: int,
+    chunk: int | None,
     recall_count: int,
+    filler: str | None,
     new_tokens: int,
     markdown_file: Path | None,
+    plot: Path | None,
     json_file: Path | None,
     **options: Any,
 ) -> None:
     """Perplexity, recall, bytes and speed of a model under every cache, side by side.
 
+    True bits count codes and every scale and offset; "with window" adds the tokens that stay exact. All caches but those of
+    transformers keep the same tokens exact; a name that ends in :own has the window of its authors.
+
     \b
-    Example:  pqcache compare --model tiny --caches dynamic,pq:4 --tokens 256 \\
-              --limit 1 --recall-count 4 --results rows.jsonl
+    Example:  pqcache compare --model tiny --caches dynamic,kivi:4,pq:4 --tokens 256 \\
+              --limit 1 --measure perplexity --plot bits.png --results rows.jsonl
     """
-    from hf_pqcache.eval.compare import DEFAULT_CACHES, check, compare, markdown, table
+    from hf_pqcache.eval.compare import DEFAULT_CACHES, MEASURES, check, compare, markdown, picture, table
     from hf_pqcache.eval.session.texts import text_of
 
-    evaluated, name = text_of(text, options["data_dir"])
-    setup = _options.setup_of(options, caches or DEFAULT_CACHES, [json_file, markdown_file])
-    length = check(setup, evaluated, tokens=tokens, recall_count=recall_count, new_tokens=new_tokens)
+    measures, data_dir = measures or [*MEASURES], options["data_dir"]
+    _check_measures(measures, MEASURES, plot)
+    named = {name: text for text, name in (text_of(text, data_dir) for text in texts)}
+    setup = _options.setup_of(options, caches or DEFAULT_CACHES, [json_file, markdown_file, plot])
+    count = recall_count if "recall" in measures else 0
+    hidden_in = None if filler is None else text_of(filler, data_dir)[0]
+    length = check(setup, named, tokens=tokens, recall_count=count, new_tokens=new_tokens, filler=hidden_in)
     session = setup.open()
     lines, rows = compare(
         session,
         setup.specs,
         lambda spec: setup.ready(session, spec),
-        evaluated,
-        name,
+        named,
+        measures=measures,
         tokens=length,
         windows=limit,
         chunk=chunk,
-        recall_count=recall_count,
+        recall_count=count,
         new_tokens=new_tokens,
+        filler=hidden_in,
     )
     failed = [line for line in lines if line.note]
     _output.show_table(
-        f"{session.model_name}, {length} tokens, {session.device_name}, {session.model.dtype}, text {name}",
+        f"{session.model_name}, {length} tokens, {session.device_name}, {session.model.dtype}, text {', '.join(named)}",
         table(lines),
         notes=[f"{line.cache}: {line.note}" for line in failed],
     )
@@ -68,7 +83,16 @@ def command(
     if markdown_file is not None:
         _output.say(_output.written(markdown_file, _output.save_text(markdown_file, markdown(lines))))
     _output.write_json(json_file, {"table": [asdict(x) for x in lines], "rows": [row.to_dict() for row in rows]})
+    if plot is not None:
+        _output.say(_output.written(plot, _output.save_bytes(plot, picture(rows))))
     if failed:
         raise click.ClickException(
             f"{len(failed)} of {len(lines)} caches were not measured: {', '.join(x.cache for x in failed)}"
         )
+
+
+def _check_measures(measures: Sequence[str], known: Sequence[str], plot: Path | None) -> None:
+    if unknown := sorted({*measures} - {*known}):
+        raise click.BadParameter(f"{', '.join(unknown)}: use some of {', '.join(known)}", param_hint="--measure")
+    if plot is not None and "perplexity" not in measures:
+        raise click.UsageError("--plot draws perplexities: leave it out, or add perplexity to --measure")

@@ -45,7 +45,7 @@ def _task(function: Callable[..., Any]) -> click.Command:
 
 def _windows(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--chunk", type=click.IntRange(min=1), help="Tokens a step, in mode cache only; 16 if absent."),
+        click.option("--chunk", type=click.IntRange(min=1), help="Tokens a step, in mode cache only; 64 if absent."),
         click.option("--mode", type=click.Choice(["exact", "distort", "stream", "cache"]), help="The cache's own if absent."),
         click.option("--limit", type=click.IntRange(min=1), help="Windows to measure; all if absent."),
         click.option("--stride", type=click.IntRange(min=1), help="The next window starts so many tokens later."),

@@ -78,9 +78,7 @@ def command(
     title = f"{session.model_name}: {len(configs)} shapes, bytes of {length:,} tokens"
     _output.show_table(title, table(found), notes=["change: of a perplexity relative, of a score its difference, to exact"])
     if plot is not None:
-        was_there = plot.exists()
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        plot.write_bytes(picture(found, title, f"{session.device_name}, {session.model.dtype}"))
-        _output.say(_output.written(plot, was_there))
+        drawn = picture(found, title, f"{session.device_name}, {session.model.dtype}")
+        _output.say(_output.written(plot, _output.save_bytes(plot, drawn)))
     lines = [{**asdict(line), "cache": line.label} for line in found.lines]
     _output.write_json(json_file, {"lines": lines, "rows": [row.to_dict() for row in found.rows]})
