@@ -87,13 +87,12 @@ def test_equals_dynamic_cache_while_nothing_is_coded(name: str, padded: bool, im
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_fused_decode_equals_decoding_codes_and_calling_sdpa(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same cache with the fused path refused decodes every key and value and calls the model's own attention."""
-    from hf_pqcache.attention.interface import Dispatcher
-
+    """With a function in place of torch's attention, the same cache decodes every key and value for whatever it computes."""
     model, inputs = build(name), prompt(3 if padded else 1, 90, padded)
     fused = PagedPQCache(model.config, **SMALL)
     got = generate(model, fused, inputs)
-    monkeypatch.setattr(Dispatcher, "_why_decoded", lambda *args: "refused")
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: sdpa(*args, **kwargs))
     plain = PagedPQCache(model.config, **SMALL)
     torch.testing.assert_close(got, generate(model, plain, inputs), rtol=1e-4, atol=2e-3)
     assert fused.stats()["calls"]["attend/torch"] > 0

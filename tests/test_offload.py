@@ -96,14 +96,14 @@ def test_the_device_holds_the_pages_of_two_layers(kind: str) -> None:
 def transfers(cache: Any, monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]) -> list[int]:
     """Places of the layers whose pages came to the device during `action`."""
     seen = []
-    whole = offload._Group._copy
+    whole = offload.StagingGroup.load
 
     def copy_and_note(self: Any, place: int) -> None:
         seen.append(place)
         whole(self, place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(offload._Group, "_copy", copy_and_note)
+        patch.setattr(offload.StagingGroup, "load", copy_and_note)
         action()
     return seen
 
@@ -172,14 +172,14 @@ class Device:
         self.queue.append(lambda: MOVE(*args))
 
 
-MOVE = offload._move
+MOVE = offload.copy_slabs
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
-    monkeypatch.setattr(offload, "_new_stream", lambda _: device)
-    monkeypatch.setattr(offload, "_move", device.move)
+    monkeypatch.setattr(offload, "new_stream", lambda _: device)
+    monkeypatch.setattr(offload, "copy_slabs", device.move)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     return device

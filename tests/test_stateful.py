@@ -457,7 +457,7 @@ def _forget_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _bring_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that takes over the staging pool finds the pages of the layer before."""
-    monkeypatch.setattr(offload._Group, "_copy", lambda self, place: setattr(self.staging[0], "owner", place))
+    monkeypatch.setattr(offload.StagingGroup, "load", lambda self, place: setattr(self.staging[0], "owner", place))
 
 
 PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]] = {

@@ -42,11 +42,11 @@ def runs(pages: Iterable[int]) -> list[slice]:
     return [slice(numbers[i], numbers[j - 1] + 1) for i, j in pairwise([0, *ends, len(numbers)]) if i < j]
 
 
-def _new_stream(device: torch.device) -> Any:
+def new_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def _move(targets: Sequence[Tensor], sources: Sequence[Tensor], places: slice) -> None:
+def copy_slabs(targets: Sequence[Tensor], sources: Sequence[Tensor], places: slice) -> None:
     """Queue copies of the same places of two slabs, keys and values, on the current stream."""
     for target, source in zip(targets, sources, strict=True):
         target[places].copy_(source[places], non_blocking=True)
@@ -61,13 +61,13 @@ class _Staging:
         self.arrival: Any = None  # event: the pages on their way are there
 
 
-class _Group:
+class StagingGroup:
     """Layers of one device whose pages are alike: they share staging pools, in the order in which they were opened."""
 
     def __init__(self, device: torch.device, references: Callable[[int], int]) -> None:
         self.device = device
         self.references = references
-        self.stream = _new_stream(device)
+        self.stream = new_stream(device)
         self.staging = [_Staging() for _ in range(NUM_STAGING)]
         self.layers: list[HostedStore] = []
 
@@ -93,38 +93,38 @@ class _Group:
         if staging.arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(staging.arrival)
         if staging.owner != place:
-            self._copy(place)
+            self.load(place)
         following = (place + 1) % len(self.layers)
         other = self.staging_of(following)
         if other is staging or other.owner == following:
             return
         if self.stream is None:
-            self._copy(following)
+            self.load(following)
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            self._copy(following)
+            self.load(following)
             other.arrival = self.stream.record_event()
 
-    def _copy(self, place: int) -> None:
+    def load(self, place: int) -> None:
         """Bring a layer's pages, as far as somebody still refers to them."""
         layer = self.layers[place]
         layer.kept = {page for page in layer.kept if self.references(page)}
-        self._move(layer, layer.kept, to_device=True)
+        self._transfer(layer, layer.kept, to_device=True)
         self.staging_of(place).owner = place
 
     def write_back(self, place: int, pages: Sequence[int]) -> None:
         if self.staging_of(place).owner != place:
             raise RuntimeError(f"pages {pages} were written while another layer's pages were on the device")
-        self._move(self.layers[place], pages, to_device=False)
+        self._transfer(self.layers[place], pages, to_device=False)
         self.layers[place].kept.update(pages)
 
-    def _move(self, layer: HostedStore, pages: Iterable[int], to_device: bool) -> None:
+    def _transfer(self, layer: HostedStore, pages: Iterable[int], to_device: bool) -> None:
         for run in runs(pages):
             number, place = run.start >> PLACE_BITS, run.start & (MAX_SLAB - 1)
             there, here = ((slab.keys, slab.values) for slab in (layer.slabs[number], layer.host[number]))
             target, source = (there, here) if to_device else (here, there)
-            _move(target, source, slice(place, place + run.stop - run.start))
+            copy_slabs(target, source, slice(place, place + run.stop - run.start))
 
 
 class HostedStore(PageStore):
@@ -135,7 +135,7 @@ class HostedStore(PageStore):
         kept: the pages that they hold.
     """
 
-    def __init__(self, group: _Group, keys: PageSpec, values: PageSpec, max_id: int) -> None:
+    def __init__(self, group: StagingGroup, keys: PageSpec, values: PageSpec, max_id: int) -> None:
         super().__init__(keys, values, group.device, max_id)
         self.group, self.place = group, len(group.layers)
         self.slabs = group.staging_of(self.place).slabs
@@ -195,11 +195,11 @@ class Offload:
 
     def __init__(self, references: Callable[[int], int]) -> None:
         self._references = references
-        self._groups: dict[Hashable, _Group] = {}
+        self._groups: dict[Hashable, StagingGroup] = {}
 
     def new_store(self, keys: PageSpec, values: PageSpec, device: torch.device, max_id: int) -> HostedStore:
         """The store of one more layer; the order of calls is that of the layers' turns."""
         key = (device, keys, values)
         if key not in self._groups:
-            self._groups[key] = _Group(device, self._references)
+            self._groups[key] = StagingGroup(device, self._references)
         return HostedStore(self._groups[key], keys, values, max_id)

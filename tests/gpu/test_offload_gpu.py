@@ -68,13 +68,13 @@ def test_results_are_those_without(model: Any, kind: str, options: dict[str, Any
 def test_late_transfers_are_waited_for(model: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every transfer starts some milliseconds late: whoever does not wait for it reads the pages of another layer."""
     expected = generate(model, make_cache(model, kind), max_new_tokens=20)
-    whole = offload._Group._copy
+    whole = offload.StagingGroup.load
 
     def copy_late(self: Any, place: int) -> None:
         torch.cuda._sleep(5_000_000)
         whole(self, place)
 
-    monkeypatch.setattr(offload._Group, "_copy", copy_late)
+    monkeypatch.setattr(offload.StagingGroup, "load", copy_late)
     assert_equal(generate(model, make_cache(model, kind, offload=True), max_new_tokens=20), expected)
 
 
