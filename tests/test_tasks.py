@@ -252,6 +252,12 @@ def test_compare_draws_loss_against_true_bits_of_several_texts(tmp_path: Path) -
     before = (tmp_path / "r.jsonl").read_text()
     command("compare", "--model", str(MODEL), *options, *map(str, output))
     assert (tmp_path / "r.jsonl").read_text() == before
+    command("compare", "--model", str(MODEL), *options, "--outliers", "30")
+    planted = Results(tmp_path / "r.jsonl").rows[len(before.splitlines()) :]
+    assert {row.settings["outliers"] for row in planted} == {30}
+    assert planted[0].value == pytest.approx(exact["perplexity"], rel=1e-3)  # bfloat16
+    assert planted[-1].cache == "int4-token"
+    assert planted[-1].value > 1.05 * planted[1].value
     for wrong, why in (
         (["--measure", "speed", "--plot", "x.png"], "add perplexity to --measure"),
         (["--measure", "taste"], "taste: use some of perplexity, recall, memory, speed"),

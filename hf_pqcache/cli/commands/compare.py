@@ -22,6 +22,11 @@ from hf_pqcache.cli.commands import _options, _output, _unfinished
 @click.option("--chunk", type=click.IntRange(min=1), help="Tokens a step of the perplexity; 64, a page, if absent.")
 @click.option("--recall-count", type=click.IntRange(min=0), default=20, show_default=True, help="Pass keys to ask for.")
 @click.option("--filler", help="Text to hide pass keys in: a file, demo, noise, task/split; the first --text if absent.")
+@click.option(
+    "--outliers",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Multiply two channels of the keys by this, and divide the queries': same model, keys like Qwen2.5's.",
+)
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True, help="Tokens to time.")
 @click.option("--markdown", "markdown_file", type=_options.FILE, help="Also write the table here.")
 @click.option("--plot", type=_options.FILE, help="Draw loss against true bits here (PNG; needs matplotlib).")
@@ -34,6 +39,7 @@ def command(
     chunk: int | None,
     recall_count: int,
     filler: str | None,
+    outliers: float | None,
     new_tokens: int,
     markdown_file: Path | None,
     plot: Path | None,
@@ -50,6 +56,7 @@ def command(
               --limit 1 --measure perplexity --plot bits.png --results rows.jsonl
     """
     from hf_pqcache.eval.compare import DEFAULT_CACHES, MEASURES, check, compare, markdown, picture, table
+    from hf_pqcache.eval.session.outliers import plant_outliers
     from hf_pqcache.eval.session.texts import text_of
 
     measures, data_dir = measures or [*MEASURES], options["data_dir"]
@@ -60,6 +67,9 @@ def command(
     hidden_in = None if filler is None else text_of(filler, data_dir)[0]
     length = check(setup, named, tokens=tokens, recall_count=count, new_tokens=new_tokens, filler=hidden_in)
     session = setup.open()
+    if outliers is not None:
+        plant_outliers(session.model, outliers)
+        session.loading["outliers"] = outliers  # a setting of every row
     lines, rows = compare(
         session,
         setup.specs,
