@@ -110,6 +110,18 @@ def test_freed_pages_are_used_again_at_once(kind: str) -> None:
 
 
 @KINDS
+def test_a_fork_leaves_its_source_the_pages_reserved_for_it(kind: str) -> None:
+    cache = make(kind)
+    cache.allocate_sequence("a", initial_len=500)
+    fill(cache, "a", 100)
+    reserved = cache.sequence_stats("a")["pages"]
+    cache.fork_sequence("a", "b")
+    assert cache.sequence_stats("a")["pages"] == reserved
+    assert cache.sequence_stats("b")["pages"] == cache.sequence_stats("b")["shared_pages"] == 1
+    assert cache.stats()["pages_used"] == reserved
+
+
+@KINDS
 def test_a_fork_shares_its_prefix_and_goes_its_own_way(kind: str) -> None:
     cache = make(kind)
     cache.allocate_sequence("a")
