@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import pqcache
 
 from hf_pqcache import demo
 from hf_pqcache.eval import tasks
-from hf_pqcache.eval.measure import questions, ruler
+from hf_pqcache.eval.measure import questions, ruler, ruler_qa
 from hf_pqcache.eval.measure.questions import Question
+from hf_pqcache.eval.session import models
 from hf_pqcache.eval.session.models import load_model
 from hf_pqcache.eval.session.results import Results
 from hf_pqcache.eval.session.session import Session
@@ -77,6 +80,11 @@ def test_longbench_v2_reads_the_letter(text: str, expected: float) -> None:
         ("longbook_choice_eng", ["two"], "A", 0),
         ("code_run", [-7], "-7", 1),
         ("math_find", [3.5], "3.50 is it", 1),
+        ("math_calc", [1, 4, 8, -2], "[1, 4, 7, -2]", 0.5),
+        ("math_calc", [1, 4], "1, 4, 9", 1),
+        ("math_calc", [1, 4], "none", 0),
+        ("longbook_qa_chn", ["猫头鹰"], "猫头鹰", 1),
+        ("longbook_qa_chn", ["猫头鹰"], "水", 0),
         ("longbook_qa_eng", ["the old owl", "an owl"], "owl", 1),
     ],
 )
@@ -113,6 +121,92 @@ def test_rows_have_groups_and_standard_errors_and_are_found_again(
     assert rows[0].provenance["stderr"] == pytest.approx(33.333, rel=1e-3)
     assert "stderr" not in rows[2].provenance
     assert tasks.get("longbench-v2").run(session, **options) == rows
+
+
+SQUAD = {
+    "data": [
+        {
+            "paragraphs": [
+                {
+                    "context": f"The animal of town {i} is animal number {i}. " + "It is a town like any other. " * 3,
+                    "qas": [
+                        {"question": f"Which animal has town {i}?", "answers": [{"text": f"animal number {i}"}]},
+                        {"question": "What is not said?", "answers": []},
+                    ],
+                }
+            ]
+        }
+        for i in range(40)
+    ]
+}
+HOTPOT = [
+    {
+        "question": f"Which town is larger, {i} or {i + 1}?",
+        "answer": f"town {i}",
+        "context": [[f"Town {n}", [f"Town {n} is large.", " So is its river."]] for n in (i, i + 1)],
+    }
+    for i in range(40)
+]
+
+
+@pytest.mark.parametrize(("task", "file", "data"), [("qa_1", "squad.json", SQUAD), ("qa_2", "hotpotqa.json", HOTPOT)])
+def test_rulers_questions_stand_among_documents_of_others(
+    task: str, file: str, data: Any, loaded: tuple[Any, Any], tmp_path: Path
+) -> None:
+    (tmp_path / file).write_text(json.dumps(data))
+    make = ruler_qa.make(ruler_qa.corpus(task, tmp_path))
+    first, second = ruler.fitted(task, make, loaded[1], 500, 2, 0)
+    assert 400 <= len(loaded[1](first.prompt)["input_ids"]) <= 500
+    assert first != second
+    assert any(answer.lower() in first.prompt.lower() for answer in first.answers)
+    documents = [part.split("\n\n")[0] for part in first.prompt.split(":\n")[1:]]
+    assert len(documents) == len(set(documents)) > 3
+    whole = make(random.Random(0), 10_000, "").prompt  # more documents than there are
+    assert whole.count("Document ") == (40 if task == "qa_1" else 41)
+    session = Session(*loaded, model_name="tiny", progress=False)
+    (row,) = tasks.get(f"ruler/{task}").run(session, lengths=[300], limit=2, data_dir=tmp_path)
+    assert (row.metric, row.settings["length"]) == ("string_match_part", 300)
+    assert "stderr" in row.provenance
+
+
+def test_rulers_questions_are_answered_by_any_of_the_answers() -> None:
+    assert ruler_qa.score("It is an OWL.", ("owl", "bat")) == 1
+    assert ruler_qa.score("nothing", ("owl", "bat")) == 0
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '[{"question": 1}]', "no json"])
+def test_a_file_of_another_form_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "squad.json").write_text(text)
+    with pytest.raises(ValueError, match=r"squad\.json does not hold the questions of qa_1"):
+        ruler_qa.corpus("qa_1", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("ruler --tasks qa_1", "rajpurkar/squad_v2"),
+        ("ruler --tasks vt,qa_2", "hotpotqa/hotpot_qa"),
+        ("longbench-v2", "LongBench-v2"),
+        ("infinitebench --tasks math_calc --max-new-tokens 8", "InfiniteBench"),
+        ("longbench --tasks qasper", "LongBench"),
+    ],
+)
+def test_without_the_hub_it_is_one_line_before_weights_are_loaded(
+    line: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("weights were loaded")
+
+    ruler_qa.corpus.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_pqcache.codebook.hub.is_reachable", lambda: False)
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    failed = pqcache("eval", *line.split(), "--model", "tiny", "--cache", "dynamic", "--quiet")
+    assert failed.exit_code == 1, failed.output
+    (told,) = failed.output.strip().splitlines()
+    assert named in told
+    assert "--data-dir" in told
 
 
 def test_ruler_runs_at_several_lengths(loaded: tuple[Any, Any]) -> None:

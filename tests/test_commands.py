@@ -420,7 +420,8 @@ def test_a_full_disk_is_a_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def full(self: Path, *args: Any, **kwargs: Any) -> int:
         raise OSError(28, "No space left on device", str(self))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    for write in ("write_text", "write_bytes"):
+        monkeypatch.setattr(Path, write, full)
     done = run("list caches --json full.json")
     assert done.exit_code == 1
     assert done.output.splitlines()[-1] == "Error: full.json: no space left on the device"

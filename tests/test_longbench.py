@@ -137,6 +137,15 @@ def test_longbench_e_is_also_scored_by_length(tmp_path: Path, loaded: tuple[Any,
     assert whole == pytest.approx((2 * groups[0] + groups[1] + 2 * groups[2]) / 5)
 
 
+def test_a_share_of_the_examples_and_the_standard_error(tmp_path: Path, loaded: tuple[Any, Any], data_dir: Path) -> None:
+    whole, *_ = run(tmp_path, loaded, "qasper_e", data_dir)
+    some, *_ = run(tmp_path, loaded, "qasper_e", data_dir, limit=0.5)
+    one, *_ = run(tmp_path, loaded, "qasper_e", data_dir, limit=1)
+    assert [row.settings["examples"] for row in (whole, some, one)] == [5, 3, 1]
+    assert whole.provenance["stderr"] >= 0
+    assert "stderr" not in one.provenance
+
+
 def test_answers_are_greedy_and_samsum_ends_at_a_line_end(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     ids = torch.tensor([tokenizer("The pass key for garden is 48213.\n")["input_ids"]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +117,43 @@ REFUSED: list[tuple[str, str]] = [
     ("run --model MODEL --dataset ptb_text_only --data-dir DIR -p baseline tuning", "unknown stages"),
     ("calibrate --model MODEL --max-pages 3", "o such option"),
     ("tune --model MODEL --max-loss 0.1 -M 8", "o such option"),
+    # Options that nothing would heed.
+    ("eval memory --model MODEL --cache dynamic --lengths 64 --data-dir DIR", "--data-dir does nothing"),
+    ("eval speed --model MODEL --cache dynamic --lengths 64 --data-dir DIR", "--data-dir does nothing"),
+    ("eval breakdown --model MODEL --cache dynamic --data-dir DIR", "--data-dir does nothing"),
+    ("eval recall --model MODEL --cache dynamic --lengths 64 --data-dir DIR", "--data-dir does nothing"),
+    ("eval ruler --model MODEL --cache dynamic --lengths 200 --tasks vt --data-dir DIR", "--data-dir does nothing"),
+    ("eval memory --model MODEL --codebook CB --lengths 64 --data-dir DIR", "--data-dir does nothing"),
+    ("calibrate --model MODEL --data-dir DIR", "--data-dir does nothing"),
+    ("calibrate --model MODEL --calibration LONG --data-dir DIR", "--data-dir does nothing"),
+    ("compare --model MODEL --caches dynamic --tokens 64 --data-dir DIR", "--data-dir does nothing"),
+    ("compare --model MODEL --caches dynamic --tokens 64 --text LONG --data-dir DIR", "--data-dir does nothing"),
+    ("generate --model MODEL --cache dynamic --prompt Owls --data-dir DIR", "--data-dir does nothing"),
+    ("tune --model MODEL --max-loss 0.1 --data-dir DIR", "--data-dir does nothing"),
+    ("sweep --model MODEL --tasks demo,recall --data-dir DIR", "--data-dir does nothing"),
+    ("sweep --model MODEL --tasks ruler/vt --data-dir DIR", "--data-dir does nothing"),
+    ("sweep --model MODEL --tasks demo --recall-count 3", "--recall-count does nothing"),
+    ("sweep --model MODEL --tasks recall --window 64", "--window does nothing"),
+    ("tune --model MODEL --max-loss 0.1 --recall-count 0 --max-recall-loss 0.2", "--max-recall-loss does nothing"),
+    ("generate --model MODEL --cache dynamic --prompt Owls --no-exact", "--no-exact does nothing"),
+    ("generate --model MODEL --cache dynamic --prompt Owls --top-p 0.5", "--top-p does nothing"),
+    ("generate --model MODEL --cache dynamic --prompt Owls --results rows.jsonl", "generate has none"),
+    ("eval memory --model MODEL --cache dynamic --lengths 64 --force", "--force measures again"),
+    ("eval memory --model MODEL --cache dynamic --lengths 64 --revision main", "--revision is of a Hub repository"),
+    ("plan MODEL --tokens 64 --revision main", "--revision is of a Hub repository"),
+    ("eval memory --model MODEL --cache dynamic --device cpu --device-map auto", "give one of the two"),
+    ("run --model MODEL --dataset ptb_text_only --data-dir DIR --no-paged", "--no-paged"),
+    ("run --model MODEL --dataset ptb_text_only --data-dir DIR -p sampling --limit 1", "--limit does nothing"),
+    ("run --model MODEL --dataset ptb_text_only --data-dir DIR -p training --breakdown", "--breakdown does nothing"),
+    ("run --model MODEL --dataset ptb_text_only --data-dir DIR -p baseline --keep-samples", "--keep-samples does nothing"),
+    ("publish CB --repo a/b --license mit --dry-run out --private", "--private does nothing"),
+    ("publish CB --repo a/b --license mit --dry-run out --revision main", "--revision does nothing"),
+    ("publish CB --repo a/b --license mit --dry-run out --create-pr", "--create-pr does nothing"),
+    ("compare --model MODEL --caches dynamic --tokens 64 --measure memory --limit 2", "--limit does nothing"),
+    ("compare --model MODEL --caches dynamic --tokens 64 --measure perplexity --recall-count 2", "--recall-count does nothing"),
+    ("compare --model MODEL --caches dynamic --tokens 64 --measure recall --new-tokens 4", "--new-tokens does nothing"),
+    ("eval longbench --model MODEL --cache dynamic --limit 1.5", "a share of them between 0 and 1"),
+    ("eval ruler --model MODEL --cache dynamic --lengths 200 --tasks qa_1 --data-dir DIR", "holds no squad.json"),
     # Lengths, depths and windows that mean nothing.
     ("eval recall --model MODEL --cache dynamic --lengths 8", "take"),
     ("eval recall --model MODEL --cache dynamic --lengths 64 --depths 7", "from 0 to 1"),
@@ -225,6 +264,23 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[t
             yield from commands(command, (*path, name))
         elif command is not None:
             yield (*path, name), command
+
+
+def test_no_command_takes_an_option_that_its_code_does_not_look_at() -> None:
+    """Every argument of a command's function is read in it, or handed on with all others."""
+    folder = Path(importlib.import_module("hf_pqcache.cli.commands").__file__ or "").parent
+    seen = 0
+    for path in sorted(folder.glob("[a-z]*.py")):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef) or not function.decorator_list:
+                continue
+            given = [*function.args.args, *function.args.kwonlyargs]
+            read = {node.id for part in function.body for node in ast.walk(part) if isinstance(node, ast.Name)}
+            # `quiet` does its work while the command line is parsed; `get` and `setup` come from us.
+            unread = {argument.arg for argument in given} - read - {"quiet", "get", "setup", "ctx", "param"}
+            assert not unread, f"{path.name}: {function.name} takes {sorted(unread)} and does nothing with it"
+            seen += 1
+    assert seen > 20
 
 
 def test_no_option_has_a_default_that_hides_whether_it_was_given() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -15,6 +15,8 @@ from hf_pqcache.eval.session import distributed
 from hf_pqcache.eval.session.results import Row
 from hf_pqcache.eval.session.session import Session
 from hf_pqcache.models.names import cache_kwargs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,11 @@ class Question:
     group: str = ""
 
 
-def first_of(questions: Sequence[Question], limit: float | None) -> list[Question]:
+def first_of(examples: Sequence[T], limit: float | None) -> list[T]:
     """The first `limit` of them; of a number below 1 that share, one at least."""
     if limit is None:
-        return list(questions)
-    return list(questions[: max(1, math.ceil(limit * len(questions)))] if limit < 1 else questions[: int(limit)])
+        return list(examples)
+    return list(examples[: max(1, math.ceil(limit * len(examples)))] if limit < 1 else examples[: int(limit)])
 
 
 def token_ids(tokenizer: Any, text: str, max_tokens: int | None, use_chat: bool) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """RULER's synthetic tasks (Hsieh et al. 2024, arXiv 2404.06654, section 3), generated here: no download. Knows no cache.
 
-Needles in a haystack (single, several keys, values or queries), variable tracking, common and frequent words. Question
-answering over SQuAD and HotpotQA, RULER's other two tasks, needs their data and is left out.
+Needles in a haystack (single, several keys, values or queries), variable tracking, common and frequent words. Its question
+answering, which needs data, is in `ruler_qa`.
 """
 
 from __future__ import annotations
@@ -55,11 +55,17 @@ class Example:
     answers: tuple[str, ...]
 
 
+#: Makes an example of so many units of filler, of a text where it takes one.
+Make = Callable[[random.Random, int, str], Example]
+#: Where doubling ends for a task that runs out of filler.
+MOST_UNITS = 1 << 20
+
+
 @dataclass(frozen=True)
 class Kind:
     """One task: how an example is made of so many units of filler, and the tokens of its answer."""
 
-    make: Callable[[random.Random, int, str], Example]
+    make: Make
     new_tokens: int
     about: str
 
@@ -182,9 +188,14 @@ def examples(task: str, tokenizer: Any, tokens: int, count: int, seed: int, text
     """
     if task not in KINDS:
         raise ValueError(f"RULER has no task {task!r} here; use one of {', '.join(KINDS)}")
+    return fitted(task, KINDS[task].make, tokenizer, tokens, count, seed, text)
+
+
+def fitted(task: str, make: Make, tokenizer: Any, tokens: int, count: int, seed: int, text: str = "") -> list[Example]:
+    """`examples` of a task by how it is made."""
 
     def made(units: int, index: int) -> Example:
-        return KINDS[task].make(random.Random(f"{task} {seed} {index}"), units, text)
+        return make(random.Random(f"{task} {seed} {index}"), units, text)
 
     def fits(units: int, index: int) -> bool:
         return len(tokenizer(made(units, index).prompt, verbose=False)["input_ids"]) <= tokens
@@ -194,7 +205,7 @@ def examples(task: str, tokenizer: Any, tokens: int, count: int, seed: int, text
         low, high = 1, 2
         if not fits(low, index):
             raise ValueError(f"{task} at {tokens} tokens: even its shortest prompt is longer; use a greater length")
-        while fits(high, index):
+        while high <= MOST_UNITS and fits(high, index):
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2

@@ -14,7 +14,21 @@ from hf_pqcache.eval.search.sweep import Run, perplexity_run, recall_run
 from hf_pqcache.eval.session.models import token_ids
 from hf_pqcache.eval.session.results import Row
 from hf_pqcache.eval.session.session import Session
-from hf_pqcache.eval.session.setup import Setup, text_of
+from hf_pqcache.eval.session.setup import Setup
+from hf_pqcache.eval.session.texts import is_data_set, text_of
+
+
+def is_text(name: str) -> bool:
+    """Whether a task's name means the perplexity of a text."""
+    is_task = name in tasks.registry() and hasattr(tasks.get(name), "check")
+    return not (is_task or name == "recall" or name.partition("/")[0] == "harness")
+
+
+def reads_data_set(name: str) -> bool:
+    """Whether a task reads a data set that may lie in a folder."""
+    if is_text(name):
+        return is_data_set(name)
+    return name in tasks.registry() and getattr(tasks.get(name), "reads_data", True) and name != "recall"
 
 
 def prepare_runs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hf_pqcache.codebook.codebook import Codebook
@@ -22,6 +23,12 @@ FLAGS = {
 _SHAPED = {"pq": tuple(FLAGS), "paged-kv": ("page_size", "max_pages"), **dict.fromkeys(quantizers.METHODS, WINDOW)}
 #: What a codebook recommends beside its codes.
 RECOMMENDED = ("page_size", "extended_residual", "sink_tokens")
+
+
+def check_data_dir(data_dir: Path | None, *, is_read: bool) -> None:
+    """Raises ValueError if a folder of data sets was given and none of them is read."""
+    if data_dir is not None and not is_read:
+        raise ValueError("--data-dir does nothing here, where no data set is read: leave it out, or name a data set's text")
 
 
 def check_given(

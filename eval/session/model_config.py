@@ -162,6 +162,8 @@ def load_model_config(name_or_path: str | os.PathLike[str], overrides: Mapping[s
         raise ValueError(f"{name}: unknown settings {unknown}; known ones are {known}")
     if not values.get("model"):
         raise ValueError(f"the model config {name!r} leaves the model open: give its folder or Hub id (--model)")
+    if (overrides or {}).get("revision") is not None and Path(values["model"]).exists():
+        raise ValueError(f"--revision is of a Hub repository, and {values['model']} lies here: leave --revision out")
     optional = {field.name for field in fields(ModelConfig) if field.default is None}
     try:
         return ModelConfig(**{key: value for key, value in values.items() if value is not None or key in optional})

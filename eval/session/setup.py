@@ -16,12 +16,12 @@ from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.session import distributed
 from hf_pqcache.eval.session.caches import CacheSpec, check_name, head_dim, head_dim_of
-from hf_pqcache.eval.session.given import RECOMMENDED, check_given
+from hf_pqcache.eval.session.given import RECOMMENDED, check_data_dir, check_given
 from hf_pqcache.eval.session.model_config import DEMO, ModelConfig, load_model_config, stated_settings
 from hf_pqcache.eval.session.models import check_device, load_config, load_model, load_tokenizer, public_name, token_ids
 from hf_pqcache.eval.session.results import Results, Row
 from hf_pqcache.eval.session.session import Session
-from hf_pqcache.eval.session.texts import text_of
+from hf_pqcache.eval.session.texts import is_data_set, text_of
 from hf_pqcache.models.identity import dtype_name, folder_fingerprint, is_of_model, model_fingerprint
 from hf_pqcache.models.positions import max_positions
 
@@ -209,6 +209,7 @@ def prepare(
     learns: bool = False,
     needs_text: bool = True,
     data_dir: Path | None = None,
+    reads_data: bool = True,
     device: str | None = None,
     results: Path | None = None,
     force: bool = False,
@@ -226,7 +227,7 @@ def prepare(
         caches: names and bits, see `CacheSpec.parse`; for pq without bits the model config decides the shape.
         overrides: settings of the model config that win over its file. One that none of the caches has is refused.
         codebook: folder or Hub repository; without one a pq cache is calibrated. learns: also where the model config has one.
-        needs_text: whether the text to calibrate on will be read.
+        needs_text: whether the text to calibrate on will be read. reads_data: whether some other data set will be.
         calibration: text to do that on, see `text_of`; None is the model config's.
         device: see `load_model`. loading: more of its arguments; dtype, quantization, attn_implementation, ...
         results: JSONL file. Codebooks made here are kept in a folder beside it.
@@ -255,6 +256,7 @@ def prepare(
     limit = max_positions(hf_config)
     learning = replace(learning, window=min(learning.window, limit or learning.window))
     needs_text = needs_text and book is None and any(spec.name == "pq" for spec in specs)
+    check_data_dir(data_dir, is_read=reads_data or (needs_text and is_data_set(learning.source)))
     if needs_text:
         _ = learning.text  # found, or refused now
     if width := head_dim_of(hf_config):

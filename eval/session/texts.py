@@ -32,6 +32,11 @@ def read_text(path: str | Path) -> str:
         ) from error
 
 
+def is_data_set(source: str) -> bool:
+    """Whether `text_of` looks for it on the Hub, or in a folder of data sets."""
+    return not Path(source).is_file() and source not in (DEMO, NOISE)
+
+
 def text_of(source: str, data_dir: str | Path | None = None, *, is_calibration: bool = False) -> tuple[str, str]:
     """(text, what rows call it) of a file (plain or .xz), "demo", "noise", "task/split" or a text task's name.
 

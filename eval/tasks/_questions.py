@@ -67,7 +67,8 @@ class QuestionTask:
     ) -> int:
         """Tokens of a prompt, as `run` takes them, for a model that holds `context` tokens (None: without an end).
 
-        Raises FileNotFoundError if data_dir lacks the examples, ValueError for what the model or its tokenizer cannot do.
+        Raises FileNotFoundError if data_dir lacks the examples, OSError without it and without the Hub, ValueError for what the
+        model or its tokenizer cannot do.
         """
         if data_dir is not None:
             self._file(data_dir)
@@ -75,7 +76,9 @@ class QuestionTask:
             raise ValueError("the model's tokenizer has no chat template: leave --chat out")
         new = min(self.new_tokens, max_new_tokens or self.new_tokens)
         found = max_tokens or max(2, (context or 131072) - new - TEMPLATE)
-        check_positions(found + new, context, f"{self.name} with {new} new tokens", "the prompt's length")
+        check_positions(found + new, context, f"{self.name} with {new} new tokens", "--max-length or --max-new-tokens")
+        if data_dir is None:
+            self.load()
         return found
 
     def run(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from hf_pqcache.eval.measure.longbench_scores import qa_f1, rouge
+from hf_pqcache.eval.measure.longbench_scores import qa_f1, qa_f1_zh, rouge
 from hf_pqcache.eval.measure.questions import Question
 from hf_pqcache.eval.session import hub_data
 from hf_pqcache.eval.tasks._questions import QuestionTask
@@ -23,6 +23,17 @@ def _contains(prediction: str, question: Question) -> float:
 def _first_number(prediction: str, question: Question) -> float:
     found = re.search(r"-?\d+(\.\d+)?", prediction.replace(",", ""))
     return float(found is not None and any(float(found[0]) == float(answer) for answer in question.answers))
+
+
+def _first_values(prediction: str, question: Question) -> float:
+    """Share of the values that come in their order before the first wrong one."""
+    found = re.findall(r"-?\d+", prediction)
+    right = 0
+    for value, answer in zip(found, question.answers, strict=False):
+        if int(value) != int(answer):
+            break
+        right += 1
+    return right / len(question.answers)
 
 
 def _letter(prediction: str, question: Question) -> float:
@@ -52,6 +63,12 @@ KINDS: dict[str, tuple[str, Score, str, int]] = {
         "qa_f1",
         40,
     ),
+    "longbook_qa_chn": (
+        "阅读以下书籍然后回答问题。\n\n{context}\n\n问题：{input}\n请尽量简短地回答。\n答案：",
+        partial(_best, qa_f1_zh),
+        "qa_f1_zh",
+        40,
+    ),
     "longbook_choice_eng": (_CHOICES, _letter, "accuracy", 40),
     "longbook_sum_eng": ("Summarize the following book.\n\n{context}\n\nSummary:", partial(_best, rouge), "rouge", 1200),
     "longdialogue_qa_eng": (
@@ -67,6 +84,13 @@ KINDS: dict[str, tuple[str, Score, str, int]] = {
         _first_number,
         "accuracy",
         5,
+    ),
+    "math_calc": (
+        "Let us calculate the intermediate values of an expression.\n\nExpression: 1 + 3 + 4\nValues: [1, 4, 8]\n\n"
+        "Expression: 8 - 3 + 2 - 4\nValues: [8, 5, 7, 3]\n\nExpression: {context}\nValues:",
+        _first_values,
+        "accuracy",
+        30_000,
     ),
     "math_find": ("{prefix}\n\n{context}\n\n{input}", _first_number, "accuracy", 3),
 }

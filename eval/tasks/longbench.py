@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from hf_pqcache.eval.measure import longbench
 from hf_pqcache.eval.measure.journal import Journal
 from hf_pqcache.eval.measure.longbench_scores import first_line, score
-from hf_pqcache.eval.session import distributed
+from hf_pqcache.eval.measure.questions import first_of, stderr
+from hf_pqcache.eval.session import distributed, hub_data
 from hf_pqcache.eval.session.results import Row
 from hf_pqcache.eval.session.session import Session
 from hf_pqcache.models.positions import check_positions, max_positions
@@ -46,18 +47,18 @@ class LongBenchTask:
         session: Session,
         *,
         data_dir: str | Path | None = None,
-        limit: int | None = None,
+        limit: float | None = None,
         max_tokens: int | None = None,
         max_new_tokens: int | None = None,
         use_chat: bool | None = None,
     ) -> list[Row]:
-        """Score 0 to 100 over the examples; of an _e set also the scores by length.
+        """Score 0 to 100 over the examples and its standard error; of an _e set also the scores by length.
 
         Every prediction is journalled beside the results; a run that was killed goes on where it stopped. Several
         processes (`accelerate launch`) share the examples.
 
         Args:
-            limit: first examples only.
+            limit: first examples only; below 1 a share of them.
             max_tokens: of a prompt, its middle is cut out beyond; None means what the model's context leaves.
             max_new_tokens: upper bound to the official length of an answer; None means none.
             use_chat: wrap prompts in the model's chat template where the official runs do; None means if it has one.
@@ -67,7 +68,7 @@ class LongBenchTask:
         asked: dict[str, Any] = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens, "use_chat": use_chat}
         max_tokens = self.check(max_positions(session.model.config), session.tokenizer, data_dir=data_dir, **asked)
         chat = bool(getattr(session.tokenizer, "chat_template", None)) if use_chat is None else use_chat
-        data = longbench.examples(self.dataset, data_dir)[:limit]
+        data = first_of(longbench.examples(self.dataset, data_dir), limit)
         digest = hashlib.sha256("\0".join(x["context"] for x in data).encode()).hexdigest()[:16]
         settings: dict[str, Any] = {"examples": len(data), "contexts_sha256": digest}
         settings |= {"max_tokens": max_tokens, "max_new_tokens": new_tokens, "chat": chat}
@@ -76,14 +77,17 @@ class LongBenchTask:
         groups = LENGTHS_E if self.dataset.endswith("_e") else {}
         rows = [row, *(replace(row, settings={**row.settings, "length": name}) for name in groups)]
 
+        parts: list[list[float]] = []
+
         def run() -> list[float]:
             texts = self._predict(session, data, row.key, max_tokens, new_tokens, chat)
             scores = [self._score(described.metric, example, texts[i]) for i, example in enumerate(data)]
             ranges = [(0, 1 << 60), *groups.values()]
-            chosen = [[s for s, x in zip(scores, data, strict=True) if a <= int(x["length"]) < b] for a, b in ranges]
-            return [100 * sum(part) / len(part) if part else float("nan") for part in chosen]
+            for a, b in ranges:
+                parts.append([100 * s for s, x in zip(scores, data, strict=True) if a <= int(x["length"]) < b])
+            return [sum(part) / len(part) if part else float("nan") for part in parts]
 
-        return session.measure(rows, run)
+        return session.measure(rows, run, errors=lambda: [stderr(part) for part in parts])
 
     def check(
         self,
@@ -91,20 +95,23 @@ class LongBenchTask:
         tokenizer: Any,
         *,
         data_dir: str | Path | None = None,
-        limit: int | None = None,
+        limit: float | None = None,
         max_tokens: int | None = None,
         max_new_tokens: int | None = None,
         use_chat: bool | None = None,
     ) -> int:
         """Tokens of a prompt, as `run` takes them for the same options and a model that holds `context` tokens.
 
-        Raises ImportError without the harness, FileNotFoundError if data_dir lacks the examples, ValueError for a prompt
+        Raises ImportError without the harness, FileNotFoundError if data_dir lacks the examples, OSError without it and without
+        the Hub, ValueError for a prompt
         that the model cannot hold and for use_chat without a template.
         """
-        new_tokens = longbench.spec(self.dataset).max_new_tokens
-        new_tokens = min(new_tokens, max_new_tokens or new_tokens)
+        described = longbench.spec(self.dataset)
+        new_tokens = min(described.max_new_tokens, max_new_tokens or described.max_new_tokens)
         if data_dir is not None:
             longbench.examples_file(self.dataset, data_dir)
+        else:
+            hub_data.load(described.path, described.config, split="test")
         if use_chat and not getattr(tokenizer, "chat_template", None):
             raise ValueError("the model's tokenizer has no chat template: leave --chat out")
         found = max_tokens or self.room(context or 2048)

@@ -1,15 +1,15 @@
-"""RULER's synthetic tasks (Hsieh et al. 2024), made here for any tokenizer and length: no download."""
+"""RULER (Hsieh et al. 2024) for any tokenizer and length: synthetic tasks, made here, and questions over documents."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_pqcache import demo
-from hf_pqcache.eval.measure import questions, ruler
+from hf_pqcache.eval.measure import questions, ruler, ruler_qa
 from hf_pqcache.eval.measure.lengths import lengths_within
 from hf_pqcache.eval.session.results import Row
 from hf_pqcache.eval.session.session import Session
@@ -24,6 +24,10 @@ class RulerTask:
     def name(self) -> str:
         return f"ruler/{self.kind}"
 
+    @property
+    def reads_data(self) -> bool:
+        return self.kind in ruler_qa.SOURCES
+
     def check(
         self,
         context: int | None,
@@ -36,8 +40,11 @@ class RulerTask:
     ) -> list[int]:
         """The lengths of prompt and answer together, as `run` takes them, for a model that holds `context` tokens.
 
-        Raises ValueError for a length that the model cannot hold.
+        Raises ValueError for a length that the model cannot hold; for questions FileNotFoundError if data_dir lacks them,
+        OSError without the Hub.
         """
+        if self.reads_data:
+            ruler_qa.corpus(self.kind, data_dir)
         asked = lengths if lengths is not None else None if max_tokens is None else (max_tokens,)
         return lengths_within(context, asked, 0, self.name, offered=(4096,))
 
@@ -55,30 +62,38 @@ class RulerTask:
 
         Args:
             lengths: tokens of prompt and answer together; `max_tokens` is another name for them.
+            data_dir: folder with the plain files of questions; None asks the Hub.
             limit: examples; None is 20. text: haystack of the tasks that hide needles in text; None is the articles.
         """
         given = lengths if lengths is not None else [max_tokens] if isinstance(max_tokens, int) else max_tokens
-        kind, count = ruler.KINDS[self.kind], int(limit or 20)
-        haystack = text or demo.TEXT.read_text(encoding="utf-8").replace("<|endoftext|>", " ")
-        digest = hashlib.sha256(haystack.encode()).hexdigest()[:16]
+        make, most, score, metric = self._recipe(data_dir)
+        haystack, count = text or demo.TEXT.read_text(encoding="utf-8").replace("<|endoftext|>", " "), int(limit or 20)
+        digest = hashlib.sha256(("" if self.reads_data else haystack).encode()).hexdigest()[:16]
         rows: list[Row] = []
         for tokens in given or (4096,):
-            row = session.row(self.name, self.version, "string_match", length=tokens, examples=count, text_sha256=digest)
+            row = session.row(self.name, self.version, metric, length=tokens, examples=count, text_sha256=digest)
             if not session.force and row.key in session.results:
                 rows.append(session.results[row.key])
                 continue
-            new_tokens = min(kind.new_tokens, max(8, tokens // 8))
-            made = ruler.examples(self.kind, session.tokenizer, tokens - new_tokens, count, session.seed, haystack)
+            new_tokens = min(most, max(8, tokens // 8))
+            made = ruler.fitted(self.kind, make, session.tokenizer, tokens - new_tokens, count, session.seed, haystack)
             asked = [questions.Question(example.prompt, example.answers) for example in made]
             rows += questions.measure(
                 session,
                 row,
                 asked,
-                lambda prediction, question: ruler.score(prediction, question.answers),
+                lambda prediction, question: score(prediction, question.answers),
                 max_tokens=None,
                 new_tokens=new_tokens,
             )
         return rows
 
+    def _recipe(self, data_dir: Path | None) -> tuple[ruler.Make, int, Callable[[str, tuple[str, ...]], float], str]:
+        """(how examples are made, most tokens of an answer, how that is scored, what the score is called)."""
+        if self.reads_data:
+            return ruler_qa.make(ruler_qa.corpus(self.kind, data_dir)), ruler_qa.NEW_TOKENS, ruler_qa.score, "string_match_part"
+        kind = ruler.KINDS[self.kind]
+        return kind.make, kind.new_tokens, ruler.score, "string_match"
 
-tasks = tuple(RulerTask(kind) for kind in ruler.KINDS)
+
+tasks = tuple(RulerTask(kind) for kind in (*ruler.KINDS, *ruler_qa.SOURCES))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_pqcache.cli.commands import _output, _rows, _unfinished
+from hf_pqcache.cli.commands import _output, _rows, _types, _unfinished
 
 if TYPE_CHECKING:
     from hf_pqcache.eval.session.setup import Setup
@@ -22,124 +20,6 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 #: Names of `hf_pqcache.eval.session.models.QUANTIZATIONS`.
 QUANTIZATIONS = ("bnb-4bit", "bnb-8bit", "hqq-4bit", "hqq-8bit", "quanto-int4", "quanto-int8", "torchao-int8")
-_DEVICE = re.compile(r"(auto|cpu|(cuda|mps|xpu|hpu|npu|mlu)(:\d+)?)")
-
-
-class Lengths(click.ParamType):
-    """1K,2K,512 as a list of positive ints."""
-
-    name = "lengths"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        if isinstance(value, list):
-            return value
-        words = str(value).replace(" ", "").split(",")
-        try:
-            found = [int(word[:-1]) * 1024 if word[-1:] in ("k", "K") else int(word) for word in words]
-        except ValueError:
-            self.fail(f"{value!r}: give lengths like 512,1K,32K", param, ctx)
-        if not found or min(found) < 1:
-            self.fail(f"{value!r}: give one length or more, each of at least 1 token, like 512,1K,32K", param, ctx)
-        return list(dict.fromkeys(found))
-
-
-class Length(click.ParamType):
-    """128K or 131072 as an int."""
-
-    name = "tokens"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = [value] if isinstance(value, int) else Lengths().convert(value, param, ctx)
-        if len(found) != 1:
-            self.fail(f"{value!r}: give one length like 2048 or 128K", param, ctx)
-        return found[0]
-
-
-class Limit(click.ParamType):
-    """100 examples, or 0.1: a tenth of them."""
-
-    name = "limit"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            found = float(value)
-        except ValueError:
-            found = -1.0
-        if not (0 < found < 1 or (found >= 1 and found.is_integer())):
-            self.fail(f"{value!r}: give a number of examples, or a share of them between 0 and 1", param, ctx)
-        return found if found < 1 else int(found)
-
-
-class Numbers(click.ParamType):
-    """0,0.25,1 as a list of numbers of one kind.
-
-    Args:
-        kind: int or float. low, high: bounds, included.
-    """
-
-    name = "numbers"
-
-    def __init__(self, kind: type[int] | type[float], low: float, high: float) -> None:
-        self.kind, self.low, self.high = kind, low, high
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
-        if isinstance(value, list):
-            return value
-        try:
-            found = list(dict.fromkeys(self.kind(word) for word in str(value).split(",")))
-        except ValueError:
-            found = []
-        if not found or not all(self.low <= x <= self.high for x in found):
-            kind = "whole numbers" if self.kind is int else "numbers"
-            self.fail(f"{value!r}: give {kind} from {self.low:g} to {self.high:g}, separated by commas", param, ctx)
-        return found
-
-
-class Words(click.ParamType):
-    """one,two as a list of words."""
-
-    name = "words"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
-        found = value if isinstance(value, list) else [word.strip() for word in str(value).split(",")]
-        if not all(found):
-            self.fail(f"{value!r}: give names separated by commas, none of them empty", param, ctx)
-        return list(dict.fromkeys(found))
-
-
-class Device(click.ParamType):
-    name = "device"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not _DEVICE.fullmatch(str(value)):
-            self.fail(f"{value!r} is no device; use cpu, cuda, cuda:1, mps or auto", param, ctx)
-        return str(value)
-
-
-class Settings(click.ParamType):
-    """name=value,... or a JSON object, as a dict; values are read as JSON where they are."""
-
-    name = "settings"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
-        if isinstance(value, dict):
-            return value
-        if value.lstrip().startswith("{"):
-            try:
-                return dict(json.loads(value))
-            except ValueError as error:
-                self.fail(f"{value!r} is no JSON object: {error}", param, ctx)
-        pairs = [word.partition("=") for word in value.split(",") if word.strip()]
-        if not all(name.strip() and sign for name, sign, _ in pairs):
-            self.fail(f"{value!r}: give name=value,name=value or a JSON object", param, ctx)
-        return {name.strip(): _value(text.strip()) for name, _, text in pairs}
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _json_to(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -168,7 +48,7 @@ def quiet_option() -> Decorator:
 
 LOADING = (
     click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Of the model's numbers."),
-    click.option("--device", type=Device(), help="cpu, cuda, cuda:1, auto; the GPU if there is one."),
+    click.option("--device", type=_types.Device(), help="cpu, cuda, cuda:1, auto; the GPU if there is one."),
     click.option("--device-map", help="Spread the weights over devices: auto, balanced, sequential, or JSON."),
     click.option("--revision", help="Commit, branch or tag of the model; the model config's if absent."),
     click.option("--attn-implementation", help="sdpa, eager, flash_attention_2, ...; transformers' choice if absent."),
@@ -179,7 +59,7 @@ LOADING = (
         help=f"Quantize the weights as they are loaded: {', '.join(QUANTIZATIONS)}.",
     ),
     click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model."),
-    click.option("--model-kwargs", type=Settings(), help="More arguments of from_pretrained: name=value,... or JSON."),
+    click.option("--model-kwargs", type=_types.Settings(), help="More arguments of from_pretrained: name=value,... or JSON."),
 )
 _MODEL = (
     click.option("-f", "--config", "model_config", help="A model config: its name, or a YAML file."),
@@ -266,21 +146,33 @@ def loading_of(options: dict[str, Any]) -> dict[str, Any]:
     found = {name: options.pop(name) for name in ("dtype", "device", "attn_implementation", "quantization")}
     found |= {"trust_remote_code": options.pop("trust_remote_code"), "model_kwargs": options.pop("model_kwargs") or {}}
     device_map = options.pop("device_map")
+    if device_map is not None and found["device"] is not None:
+        raise click.UsageError("--device and --device-map both say where the model goes; give one of the two")
     if device_map is not None:
-        found["device_map"] = Settings().convert(device_map, None, None) if "{" in device_map else device_map
+        found["device_map"] = _types.Settings().convert(device_map, None, None) if "{" in device_map else device_map
     return found
 
 
-def setup_of(options: dict[str, Any], caches: Sequence[str], outputs: Sequence[Path | None] = (), **more: Any) -> Setup:
+def setup_of(
+    options: dict[str, Any],
+    caches: Sequence[str],
+    outputs: Sequence[Path | None] = (),
+    *,
+    reads_data: bool = False,
+    **more: Any,
+) -> Setup:
     """What is known before a model is loaded, from the values of `session_options`, which are taken out of `options`.
 
-    outputs: files and folders that will be written: whether they can be is found out now.
+    outputs: files and folders that will be written: whether they can be is found out now. reads_data: whether the command
+    reads a data set beside the text to calibrate on. more: of `prepare`.
     """
     shape = ("num_subspaces", "num_bits", "page_size", "max_pages", "extended_residual", "sink_tokens", "calibration_tokens")
     overrides = {name: options.pop(name, None) for name in (*shape, "revision")}
     name, model = options.pop("model_config"), options.pop("model")
     if name is None and model is None:
         raise click.UsageError("which model? Give -f with a model config, or --model with a folder or a Hub id")
+    if options["force"] and options["results"] is None:
+        raise click.UsageError("--force measures again what is in --results: give that, or leave --force out")
     loading, is_quiet = loading_of(options), options.pop("quiet")
     for path in (*outputs, options["results"]):
         _output.check_writable(path)
@@ -294,6 +186,7 @@ def setup_of(options: dict[str, Any], caches: Sequence[str], outputs: Sequence[P
         codebook=options.pop("codebook", None),
         calibration=options.pop("calibration"),
         data_dir=options.pop("data_dir"),
+        reads_data=reads_data,
         results=options.pop("results"),
         force=options.pop("force"),
         progress=not is_quiet,
@@ -307,9 +200,24 @@ def setup_of(options: dict[str, Any], caches: Sequence[str], outputs: Sequence[P
     return setup
 
 
+def was_given(name: str) -> bool:
+    """Whether the command line has an option, its default aside."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source not in (None, click.core.ParameterSource.DEFAULT)
+
+
+def refuse_unused(when: str, names: Mapping[str, str]) -> None:
+    """Raise UsageError for an option (parameter: as the command line has it) that was given and does nothing `when`."""
+    for name, flag in names.items():
+        if was_given(name):
+            raise click.UsageError(f"{flag} does nothing {when}: leave it out")
+
+
 def lengths_option(default: str) -> Decorator:
     """--lengths 1K,2K,4K as a list of ints, None where the model decides."""
-    return click.option("--lengths", type=Lengths(), help=f"Tokens, 512,1K,32K; if absent, of {default} what the model holds.")
+    return click.option(
+        "--lengths", type=_types.Lengths(), help=f"Tokens, 512,1K,32K; if absent, of {default} what the model holds."
+    )
 
 
 def text_option(what: str) -> Decorator:

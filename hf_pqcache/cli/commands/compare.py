@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from hf_pqcache.cli.commands import _options, _output, _unfinished
+from hf_pqcache.cli.commands import _options, _output, _types, _unfinished
 
 
 @click.command()
 @_options.model_options
-@click.option("--caches", type=_options.Words(), help="Comma-separated, e.g. dynamic,kivi:4,pq:3; the standard ones if absent.")
+@click.option("--caches", type=_types.Words(), help="Comma-separated, e.g. dynamic,kivi:4,pq:3; the standard ones if absent.")
 @_options.texts_option("To evaluate on")
-@click.option("--measure", "measures", type=_options.Words(), help="Of perplexity, recall, memory, speed; all if absent.")
+@click.option("--measure", "measures", type=_types.Words(), help="Of perplexity, recall, memory, speed; all if absent.")
 @click.option("--tokens", type=click.IntRange(min=64), help="Length of everything; 2048, or what the model holds, if absent.")
 @click.option("--limit", type=click.IntRange(min=1), default=4, show_default=True, help="Perplexity windows.")
 @click.option("--chunk", type=click.IntRange(min=1), help="Tokens a step of the perplexity; 64, a page, if absent.")
@@ -52,17 +52,19 @@ def command(
     transformers keep the same tokens exact; a name that ends in :own has the window of its authors.
 
     \b
-    Example:  pqcache compare --model tiny --caches dynamic,kivi:4,pq:4 --tokens 256 \\
-              --limit 1 --measure perplexity --plot bits.png --results rows.jsonl
+    Example:  pqcache compare --model tiny --caches dynamic,kivi:4,pq:4 \\
+              --tokens 256 --limit 1 --measure perplexity --plot bits.png \\
+              --results rows.jsonl
     """
     from hf_pqcache.eval.compare import DEFAULT_CACHES, MEASURES, check, compare, markdown, picture, table
     from hf_pqcache.eval.session.outliers import plant_outliers
-    from hf_pqcache.eval.session.texts import text_of
+    from hf_pqcache.eval.session.texts import is_data_set, text_of
 
     measures, data_dir = measures or [*MEASURES], options["data_dir"]
     _check_measures(measures, MEASURES, plot)
     named = {name: text for text, name in (text_of(text, data_dir) for text in texts)}
-    setup = _options.setup_of(options, caches or DEFAULT_CACHES, [json_file, markdown_file, plot])
+    reads_data = any(is_data_set(source) for source in (*texts, *((filler,) if filler else ())))
+    setup = _options.setup_of(options, caches or DEFAULT_CACHES, [json_file, markdown_file, plot], reads_data=reads_data)
     count = recall_count if "recall" in measures else 0
     hidden_in = None if filler is None else text_of(filler, data_dir)[0]
     length = check(setup, named, tokens=tokens, recall_count=count, new_tokens=new_tokens, filler=hidden_in)
@@ -83,11 +85,10 @@ def command(
         new_tokens=new_tokens,
         filler=hidden_in,
     )
-    failed = [line for line in lines if line.note]
     _output.show_table(
         f"{session.model_name}, {length} tokens, {session.device_name}, {session.model.dtype}, text {', '.join(named)}",
         table(lines),
-        notes=[f"{line.cache}: {line.note}" for line in failed],
+        notes=[f"{line.cache}: {line.note}" for line in lines if line.note],
     )
     _unfinished.finished()
     if markdown_file is not None:
@@ -95,10 +96,8 @@ def command(
     _output.write_json(json_file, {"table": [asdict(x) for x in lines], "rows": [row.to_dict() for row in rows]})
     if plot is not None:
         _output.say(_output.written(plot, _output.save_bytes(plot, picture(rows))))
-    if failed:
-        raise click.ClickException(
-            f"{len(failed)} of {len(lines)} caches were not measured: {', '.join(x.cache for x in failed)}"
-        )
+    if failed := [line.cache for line in lines if line.note]:
+        raise click.ClickException(f"{len(failed)} of {len(lines)} caches were not measured: {', '.join(failed)}")
 
 
 def _check_measures(measures: Sequence[str], known: Sequence[str], plot: Path | None) -> None:
@@ -106,3 +105,10 @@ def _check_measures(measures: Sequence[str], known: Sequence[str], plot: Path | 
         raise click.BadParameter(f"{', '.join(unknown)}: use some of {', '.join(known)}", param_hint="--measure")
     if plot is not None and "perplexity" not in measures:
         raise click.UsageError("--plot draws perplexities: leave it out, or add perplexity to --measure")
+    unused = {
+        "perplexity": {"limit": "--limit", "chunk": "--chunk"},
+        "recall": {"recall_count": "--recall-count", "filler": "--filler"},
+        "speed": {"new_tokens": "--new-tokens"},
+    }
+    for measure in sorted({*unused} - {*measures}):
+        _options.refuse_unused(f"without {measure} among what is measured", unused[measure])

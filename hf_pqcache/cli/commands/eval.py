@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from hf_pqcache.cli.commands import _options, _output, _rows
+from hf_pqcache.cli.commands import _options, _output, _types
 from hf_pqcache.cli.commands._groups import Group
+from hf_pqcache.cli.commands._tasks import reads_data, task_of
 
 
 @click.group(cls=Group)
@@ -21,26 +22,7 @@ def command() -> None:
     """
 
 
-def _task(function: Callable[..., Any]) -> click.Command:
-    """A subcommand: options of a session, and one function (task registry, setup, **options) -> (session -> rows).
-
-    What the function itself does comes before the model is loaded: it is there to refuse what would fail or mean nothing.
-    """
-
-    def call(json_file: Path | None, **options: Any) -> None:
-        from hf_pqcache.eval import tasks
-
-        cache, data_dir = options.pop("cache"), options["data_dir"]
-        setup = _options.setup_of(options, [cache], [json_file])
-        run = function(tasks.get, setup, data_dir=data_dir, **options)
-        session = setup.ready(setup.open(), setup.specs[0])
-        rows = run(session)
-        _rows.finish(rows, json_file, f"{session.model_name}, {session.cache.label}, {session.device_name}")
-
-    call.__doc__ = function.__doc__
-    call.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
-    name = function.__name__.replace("_", "-")
-    return command.command(name)(_options.session_options(call))
+_task = task_of(command)
 
 
 def _windows(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,6 +53,7 @@ def _perplexity(task: Any, setup: Any, *, window: int | None, data_dir: Any, **o
     default="wikitext-2-raw-v1",
     show_default=True,
 )
+@reads_data()
 def wikitext(get: Any, setup: Any, *, dataset: str, **options: Any) -> Any:
     """Perplexity of WikiText.
 
@@ -83,6 +66,7 @@ def wikitext(get: Any, setup: Any, *, dataset: str, **options: Any) -> Any:
 
 @_task
 @_windows
+@reads_data()
 def ptb(get: Any, setup: Any, **options: Any) -> Any:
     """Perplexity of the Penn Treebank (Mikolov's form).
 
@@ -95,9 +79,9 @@ def ptb(get: Any, setup: Any, **options: Any) -> Any:
 
 @_task
 @click.option(
-    "--tasks", "names", default="all", type=_options.Words(), show_default=True, help="all, e, or names: qasper,lcc,trec_e"
+    "--tasks", "names", default="all", type=_types.Words(), show_default=True, help="all, e, or names: qasper,lcc,trec_e"
 )
-@click.option("--limit", type=click.IntRange(min=1), help="First examples of each task only.")
+@click.option("--limit", type=_types.Limit(), help="First examples of each task only, or a share such as 0.1.")
 @click.option(
     "--max-length", "max_tokens", type=click.IntRange(min=2), help="Tokens of a prompt; the rest of the context if absent."
 )
@@ -105,6 +89,7 @@ def ptb(get: Any, setup: Any, **options: Any) -> Any:
 @click.option(
     "--chat/--no-chat", "use_chat", default=None, help="Chat template where the official runs have one; if the model has one."
 )
+@reads_data()
 def longbench(get: Any, setup: Any, *, names: list[str], max_tokens: int | None, data_dir: Any, **options: Any) -> Any:
     """LongBench; `accelerate launch -m hf_pqcache eval longbench ...` shares the examples among processes.
 
@@ -127,17 +112,17 @@ def longbench(get: Any, setup: Any, *, names: list[str], max_tokens: int | None,
 
 @_task
 @click.option(
-    "--tasks", "names", type=_options.Words(), required=True, help="Tasks, groups or tags of lm-evaluation-harness: piqa,mmlu"
+    "--tasks", "names", type=_types.Words(), required=True, help="Tasks, groups or tags of lm-evaluation-harness: piqa,mmlu"
 )
 @click.option("--include-path", type=_options.FOLDER, help="Folder with more task files.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples shown first; the task's own number if absent.")
-@click.option("--limit", type=_options.Limit(), help="First examples of each task only, or a share such as 0.1.")
+@click.option("--limit", type=_types.Limit(), help="First examples of each task only, or a share such as 0.1.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--chunk", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens of an answer scored at once.")
 @click.option("--chat/--no-chat", "use_chat", default=False, help="Wrap prompts in the model's chat template.")
-@click.option("--gen-kwargs", type=_options.Settings(), help="Of generation: max_gen_toks=16384 for AIME and MATH.")
+@click.option("--gen-kwargs", type=_types.Settings(), help="Of generation: max_gen_toks=16384 for AIME and MATH.")
 @click.option("--log-samples", "samples", type=_options.NEW_FOLDER, help="Folder for every prompt, answer and score.")
-def harness(get: Any, setup: Any, *, data_dir: Any, names: list[str], **options: Any) -> Any:
+def harness(get: Any, setup: Any, *, names: list[str], **options: Any) -> Any:
     """Any task of lm-evaluation-harness; `pqcache lm-eval` is its own command line.
 
     \b
@@ -156,7 +141,7 @@ def _questions(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--max-length", "max_tokens", type=click.IntRange(min=2), help="Of a prompt; what the model holds if absent."
         ),
-        click.option("--limit", type=_options.Limit(), help="First examples only, or a share such as 0.1."),
+        click.option("--limit", type=_types.Limit(), help="First examples only, or a share such as 0.1."),
     ):
         function = option(function)
     return function
@@ -175,6 +160,7 @@ def _ask(tasks: list[Any], setup: Any, **options: Any) -> Any:
 
 @_task
 @_questions
+@reads_data()
 def longbench_v2(get: Any, setup: Any, **options: Any) -> Any:
     """LongBench v2: four choices over long texts, by difficulty and length.
 
@@ -188,8 +174,9 @@ def longbench_v2(get: Any, setup: Any, **options: Any) -> Any:
 @_task
 @_questions
 @click.option(
-    "--tasks", "names", default="all", type=_options.Words(), show_default=True, help="all, or passkey,kv_retrieval,..."
+    "--tasks", "names", default="all", type=_types.Words(), show_default=True, help="all, or passkey,kv_retrieval,..."
 )
+@reads_data()
 def infinitebench(get: Any, setup: Any, *, names: list[str], **options: Any) -> Any:
     """InfiniteBench: retrieval, books, dialogue, code over 100K tokens.
 
@@ -205,10 +192,13 @@ def infinitebench(get: Any, setup: Any, *, names: list[str], **options: Any) -> 
 
 @_task
 @_options.lengths_option("4K")
-@click.option("--tasks", "names", default="all", type=_options.Words(), show_default=True, help="all, or niah_single_1,vt,...")
+@click.option(
+    "--tasks", "names", default="all", type=_types.Words(), show_default=True, help="all, or niah_single_1,vt,qa_1,..."
+)
 @click.option("--count", "limit", type=click.IntRange(min=1), default=20, show_default=True, help="Examples of each cell.")
+@reads_data(lambda options: any(name.startswith("qa_") for name in options["names"]))
 def ruler(get: Any, setup: Any, *, names: list[str], lengths: list[int] | None, limit: int, data_dir: Any) -> Any:
-    """RULER's synthetic tasks, made for your lengths, offline.
+    """RULER, made for your lengths: all its synthetic tasks, offline; qa_1 and qa_2 over SQuAD and HotpotQA.
 
     \b
     Example:  pqcache eval ruler --model tiny --tasks niah_single_1,vt \\
@@ -217,8 +207,9 @@ def ruler(get: Any, setup: Any, *, names: list[str], lengths: list[int] | None, 
     from hf_pqcache.eval.measure.ruler import KINDS
 
     tasks = [get(f"ruler/{name}") for name in (list(KINDS) if names == ["all"] else names)]
-    chosen = tasks[0].check(setup.limit, lengths=lengths)
-    return lambda session: [row for task in tasks for row in task.run(session, lengths=chosen, limit=limit)]
+    (chosen, *_) = [task.check(setup.limit, lengths=lengths, data_dir=data_dir) for task in tasks]
+    options = {"lengths": chosen, "limit": limit, "data_dir": data_dir}
+    return lambda session: [row for task in tasks for row in task.run(session, **options)]
 
 
 @_task
@@ -226,7 +217,7 @@ def ruler(get: Any, setup: Any, *, names: list[str], lengths: list[int] | None, 
 @click.option("--new-tokens", type=click.IntRange(min=2), default=64, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
-def speed(get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, new_tokens: int, **options: Any) -> Any:
+def speed(get: Any, setup: Any, *, lengths: list[int] | None, new_tokens: int, **options: Any) -> Any:
     """Time to the first token, time per token, tokens per second.
 
     \b
@@ -243,7 +234,7 @@ def speed(get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, new
 @_task
 @_options.lengths_option("1K to 128K")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
-def memory(get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, batch: int) -> Any:
+def memory(get: Any, setup: Any, *, lengths: list[int] | None, batch: int) -> Any:
     """Bytes of the cache, and the allocator's peak on CUDA.
 
     \b
@@ -256,11 +247,17 @@ def memory(get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, ba
     return lambda session: get("memory").run(session, lengths=chosen, batch=batch)
 
 
+def _is_text_of_data_set(options: dict[str, Any]) -> bool:
+    from hf_pqcache.eval.session.texts import is_data_set
+
+    return is_data_set(options["text"])
+
+
 @_task
 @_options.lengths_option("1K and 2K")
 @click.option(
     "--depths",
-    type=_options.Numbers(float, 0, 1),
+    type=_types.Numbers(float, 0, 1),
     default="0,0.25,0.5,0.75,1",
     show_default=True,
     help="Where: 0 first, 1 last.",
@@ -268,6 +265,7 @@ def memory(get: Any, setup: Any, *, data_dir: Any, lengths: list[int] | None, ba
 @click.option("--count", type=click.IntRange(min=1), default=4, show_default=True, help="Pass keys for every cell.")
 @_options.text_option("Filler")
 @click.option("--plot", type=_options.FILE, help="Draw recall over depth and length here (PNG; needs matplotlib).")
+@reads_data(_is_text_of_data_set)
 def recall(
     get: Any,
     setup: Any,
@@ -314,7 +312,7 @@ def recall(
 @click.option("--tokens", type=click.IntRange(min=2), help="Of the prompt; 2048, or what the model holds, if absent.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=16, show_default=True)
-def breakdown(get: Any, setup: Any, *, data_dir: Any, tokens: int | None, steps: int, batch: int) -> Any:
+def breakdown(get: Any, setup: Any, *, tokens: int | None, steps: int, batch: int) -> Any:
     """Where the time of a decode step goes.
 
     \b

@@ -59,6 +59,10 @@ def command(
 
     text = prompt if prompt_file is None else _read(prompt_file)
     cache = options.pop("cache")
+    if temperature == 0:
+        _options.refuse_unused("at temperature 0, where nothing is sampled", {"top_p": "--top-p"})
+    if cache == "dynamic":
+        _options.refuse_unused("beside --cache dynamic, which is the exact one", {"no_exact": "--no-exact"})
     for name in ("results", "force"):
         if options[name]:
             raise click.UsageError(f"--{name} keeps figures of tasks; generate has none")

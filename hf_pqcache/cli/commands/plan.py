@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from hf_pqcache.cli.commands import _options, _output
+from hf_pqcache.cli.commands import _options, _output, _types
 
 _FITTED = ("dynamic", "pq:4", "pq:3", "pq:2", "pq")
 
 
 @click.command()
 @click.argument("model")
-@click.option("--tokens", type=_options.Length(), default="128K", show_default=True, help="Of each sequence: 131072 or 128K.")
+@click.option("--tokens", type=_types.Length(), default="128K", show_default=True, help="Of each sequence: 131072 or 128K.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
 @_options.apply_shape
 @click.option("--revision", help="Commit, branch or tag of the model.")

@@ -46,6 +46,9 @@ def command(
     from hf_pqcache.eval.publish import publish
     from hf_pqcache.eval.session.model_config import load_model_config
 
+    if dry_run is not None:
+        flags = {"private": "--private", "revision": "--revision", "create_pr": "--create-pr"}
+        _options.refuse_unused("with --dry-run, which asks the Hub nothing", flags)
     config = load_model_config(model_config) if model_config is not None else None
     settings: dict[str, Any] | None = None if config is None else {name: getattr(config, name) for name in _SETTINGS}
     was_there = dry_run is not None and dry_run.is_dir() and any(dry_run.iterdir())

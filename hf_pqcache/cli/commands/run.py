@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class _SeveralWords(click.Command):
 @click.option("-p", "stages", multiple=True, help="Stages: baseline sampling training evaluation; all if absent.")
 @click.option("-m", "--merge", is_flag=True, help="One codebook for all layers and heads, as MILLION has it; less accurate.")
 @click.option("--half", is_flag=True, help="Run the model in float16.")
-@click.option("--paged", is_flag=True, help="Taken for MILLION's sake: the cache is always paged.")
+@click.option("--paged/--no-paged", default=True, help="As MILLION has it; the cache is always paged, --no-paged is refused.")
 @click.option("--keep-samples", is_flag=True, help="Leave the sampled keys and values on disk: gigabytes for a large model.")
 @click.option("--breakdown", is_flag=True, help="Also measure the stages of a decode step.")
 @click.option("--window", type=click.IntRange(min=2), help="Tokens of a perplexity window; the model config's if absent.")
@@ -60,12 +61,13 @@ def command(
               --nbits 4 -m --half --paged --page_size 64 --extended_residual 128 \\
               --limit 1 --breakdown -p baseline sampling training evaluation
     """
-    from hf_pqcache.cache.footprint import plan_memory
     from hf_pqcache.eval.pipeline import STAGES, Pipeline
     from hf_pqcache.eval.session.caches import head_dim_of
     from hf_pqcache.eval.tasks import get
     from hf_pqcache.eval.tasks._text import check_perplexity
 
+    if not paged:
+        raise click.UsageError("--no-paged: this cache has no other form; leave it out")
     if half and options["dtype"] not in ("auto", "float16"):
         raise click.UsageError(f"--half is float16 and --dtype says {options['dtype']}; give one of the two")
     if half:
@@ -76,11 +78,12 @@ def command(
     options["results"] = options["results"] or folder / "results.jsonl"
     options["calibration"] = options["calibration"] or dataset
     chosen_stages = stages or STAGES
-    if unknown := [stage for stage in chosen_stages if stage not in STAGES]:
-        raise click.UsageError(f"unknown stages {unknown}; use {' '.join(STAGES)}")
+    _check_stages(chosen_stages, STAGES)
     task = get(dataset)
     needs_text = not {"sampling", "training"}.isdisjoint(chosen_stages)
-    setup = _options.setup_of(options, ["pq"], [folder, json_file], merge=merge, learns=True, needs_text=needs_text)
+    setup = _options.setup_of(
+        options, ["pq"], [folder, json_file], merge=merge, learns=True, needs_text=needs_text, reads_data=True
+    )
     chosen = check_perplexity(task, setup, window=window, stride=stride, data_dir=setup.learning.data_dir)
     shape = setup.config.pq_config
     shape = shape.replace(num_subspaces=shape.subspaces(head_dim_of(setup.hf_config)))
@@ -99,8 +102,25 @@ def command(
     )
     rows = pipeline.run(chosen_stages)
     _rows.finish(rows, json_file, f"{session.model_name} on {dataset}")
-    planned = plan_memory(session.model.config, tokens=chosen, pq_config=shape, dtype_bytes=session.model.dtype.itemsize)
+    _tell_savings(session.model, chosen, shape)
+    _output.say(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+def _check_stages(chosen: Sequence[str], known: Sequence[str]) -> None:
+    """Raises UsageError for an unknown stage, and for options of stages that will not run."""
+    if unknown := [stage for stage in chosen if stage not in known]:
+        raise click.UsageError(f"unknown stages {unknown}; use {' '.join(known)}")
+    if {"baseline", "evaluation"}.isdisjoint(chosen):
+        flags = {"window": "--window", "stride": "--stride", "limit": "--limit", "breakdown": "--breakdown"}
+        _options.refuse_unused("without the stages baseline and evaluation", flags)
+    if "sampling" not in chosen:
+        _options.refuse_unused("without the stage sampling", {"keep_samples": "--keep-samples"})
+
+
+def _tell_savings(model: Any, tokens: int, shape: Any) -> None:
+    from hf_pqcache.cache.footprint import plan_memory
+
+    planned = plan_memory(model.config, tokens=tokens, pq_config=shape, dtype_bytes=model.dtype.itemsize)
     saved = planned.saved("pq") / planned["dynamic"].total
     kept = _output.bytes_text(planned["pq"].total), _output.bytes_text(planned["dynamic"].total)
-    _output.say(f"bytes of {chosen:,} tokens, codebook included: {kept[0]} of {kept[1]}, {saved:.1%} saved")
-    _output.say(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    _output.say(f"bytes of {tokens:,} tokens, codebook included: {kept[0]} of {kept[1]}, {saved:.1%} saved")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hf_pqcache.cli.commands import _options, _output
+from hf_pqcache.cli.commands import _options, _output, _types
 
 
 @click.command()
@@ -17,16 +17,16 @@ from hf_pqcache.cli.commands import _options, _output
     "-M",
     "--num-subspaces",
     "subspaces",
-    type=_options.Numbers(int, 8, 1024),
+    type=_types.Numbers(int, 8, 1024),
     help="A half and a quarter of head_dim if absent.",
 )
 @click.option(
-    "--nbits", "--num-bits", "bits", type=_options.Numbers(int, 4, 8), default="8,6", show_default=True, help="Of a code."
+    "--nbits", "--num-bits", "bits", type=_types.Numbers(int, 4, 8), default="8,6", show_default=True, help="Of a code."
 )
 @click.option(
     "--extended-residual",
     "windows",
-    type=_options.Numbers(int, 1, 1 << 20),
+    type=_types.Numbers(int, 1, 1 << 20),
     default="128",
     show_default=True,
     help="Recent tokens.",
@@ -34,12 +34,12 @@ from hf_pqcache.cli.commands import _options, _output
 @click.option(
     "--tasks",
     "names",
-    type=_options.Words(),
+    type=_types.Words(),
     default="demo,recall",
     show_default=True,
     help="Texts (demo, a file, task/split), recall, longbench/..., ruler/..., harness/...",
 )
-@click.option("--tokens", type=_options.Length(), help="Of recall, and of the bytes; 2048, or what the model holds, if absent.")
+@click.option("--tokens", type=_types.Length(), help="Of recall, and of the bytes; 2048, or what the model holds, if absent.")
 @click.option("--window", type=click.IntRange(min=2), help="Tokens of a perplexity window; as --tokens if absent.")
 @click.option("--limit", type=click.IntRange(min=1), default=4, show_default=True, help="Windows and examples of each task.")
 @click.option("--recall-count", type=click.IntRange(min=1), default=20, show_default=True, help="Pass keys to ask for.")
@@ -64,11 +64,16 @@ def command(
               --tokens 512 --limit 1 --recall-count 2 --plot sweep.png
     """
     from hf_pqcache.eval.search.sweep import grid, picture, sweep, table
-    from hf_pqcache.eval.search.sweep_tasks import prepare_runs
+    from hf_pqcache.eval.search.sweep_tasks import is_text, prepare_runs, reads_data_set
     from hf_pqcache.eval.session.caches import head_dim_of
 
     data_dir = options["data_dir"]
-    setup = _options.setup_of(options, ["pq"], [json_file, plot], learns=True)
+    if "recall" not in names:
+        _options.refuse_unused("without the task recall", {"recall_count": "--recall-count"})
+    if not any(is_text(name) for name in names):
+        _options.refuse_unused("without a text among the tasks", {"window": "--window"})
+    reads_data = any(reads_data_set(name) for name in names)
+    setup = _options.setup_of(options, ["pq"], [json_file, plot], learns=True, reads_data=reads_data)
     configs = grid(setup.config.pq_config, head_dim_of(setup.hf_config), subspaces or [], bits, windows)
     runs, length = prepare_runs(
         setup, names, tokens=tokens, window=window, limit=limit, recall_count=recall_count, data_dir=data_dir

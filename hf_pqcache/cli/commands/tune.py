@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hf_pqcache.cli.commands import _options, _output, _unfinished
+from hf_pqcache.cli.commands import _options, _output, _types, _unfinished
 
 
 def _print_search(search: Any, tokens: int, budget: str) -> None:
@@ -61,14 +61,14 @@ def _print_search(search: Any, tokens: int, budget: str) -> None:
 )
 @click.option("--limit", type=click.IntRange(min=1), default=4, show_default=True, help="Perplexity windows.")
 @click.option("--recall-count", type=click.IntRange(min=0), default=4, show_default=True, help="Pass keys at each of 5 depths.")
-@click.option("--try-subspaces", type=_options.Numbers(int, 8, 1024), help="Subspaces to try, e.g. 32,64.")
-@click.option("--try-bits", type=_options.Numbers(int, 4, 8), default="8,6,4", show_default=True, help="Bits of a code to try.")
+@click.option("--try-subspaces", type=_types.Numbers(int, 8, 1024), help="Subspaces to try, e.g. 32,64.")
+@click.option("--try-bits", type=_types.Numbers(int, 4, 8), default="8,6,4", show_default=True, help="Bits of a code to try.")
 @click.option(
-    "--try-page-sizes", type=_options.Numbers(int, 16, 512), default="32,64,128", show_default=True, help="Page sizes to try."
+    "--try-page-sizes", type=_types.Numbers(int, 16, 512), default="32,64,128", show_default=True, help="Page sizes to try."
 )
 @click.option(
     "--try-residuals",
-    type=_options.Numbers(int, 1, 1 << 20),
+    type=_types.Numbers(int, 1, 1 << 20),
     default="64,128,256",
     show_default=True,
     help="Recent windows to try.",
@@ -106,13 +106,21 @@ def command(
     from hf_pqcache.eval.search.tune import Budget, Grid, layer_shapes, tune
     from hf_pqcache.eval.session.caches import CacheSpec
     from hf_pqcache.eval.session.models import token_ids
-    from hf_pqcache.eval.session.texts import text_of
+    from hf_pqcache.eval.session.texts import is_data_set, text_of
     from hf_pqcache.models.positions import check_positions
 
+    if not recall_count:
+        _options.refuse_unused("where no pass key is asked for", {"max_recall_loss": "--max-recall-loss"})
     was_there = output.exists()
     budget = Budget(max_ratio, max_loss, max_recall_loss)
     evaluated, name = text_of(text or "demo", options["data_dir"])
-    setup = _options.setup_of(options, ["pq"], [output, output.with_suffix(".codebook"), json_file], learns=True)
+    setup = _options.setup_of(
+        options,
+        ["pq"],
+        [output, output.with_suffix(".codebook"), json_file],
+        learns=True,
+        reads_data=is_data_set(text or "demo"),
+    )
     config, length = setup.config, tokens or setup.limit or setup.window
     check_positions(length, setup.limit, "a sequence whose bytes count", "--tokens")
     chosen = window or window_of(setup, evaluated, told_twice=text is None)
