@@ -10,27 +10,21 @@ from typing import Any
 import harness
 import pytest
 import torch
+from on_kernels import kernels_on_cpu
 from tiny_models import SMALL, build, codebook_of, padded
 from transformers import DynamicCache
 
 from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.backends import jit, launch, selection
+from hf_pqcache.backends import selection
 from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is built with g++")
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels serve CPU tensors, as if they lay on an H200."""
-    monkeypatch.delenv("HF_PQCACHE_KERNEL", raising=False)
-    monkeypatch.setattr(selection, "_why_no_cuda", lambda *_: None)
-    monkeypatch.setattr(launch, "device_of", lambda _: harness.EMULATED)
-    monkeypatch.setattr(jit, "load", harness.EmulatedKernel)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
-    selection._select.cache_clear()
-    yield
-    selection._select.cache_clear()
+def kernels() -> Iterator[None]:
+    with kernels_on_cpu(harness.EmulatedKernel):
+        yield
 
 
 @pytest.fixture(scope="module")
