@@ -91,6 +91,25 @@ def test_calibrate_makes_a_codebook_of_the_model_it_is_given(
     assert a.metadata["model"] == b.metadata["model"] == "ckpt"
 
 
+def test_a_model_of_the_hub_is_its_commit(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two commits in the Hub's local cache, read without a network: main is the second one."""
+    commits = ["1" * 40, "2" * 40]
+    repository = tmp_path / "hub" / "models--user--tiny"
+    for seed, commit in enumerate(commits):
+        save(llama(seed), repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commits[1])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("hf_pqcache.codebook.hub.is_reachable", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    for revision in ((), ("--revision", commits[0]), ("--revision", commits[1]), ("--revision", "main")):
+        evaluated("user/tiny", tmp_path / "rows.jsonl", data_dir, "--cache", "dynamic", *revision)
+    rows = Results(tmp_path / "rows.jsonl").rows
+    assert [row.model_fingerprint for row in rows] == [f"commit:{commits[1]}", f"commit:{commits[0]}"]
+    assert rows[0].value != rows[1].value
+    assert {row.model for row in rows} == {"user/tiny"}
+
+
 def test_weights_changed_in_place_are_other_weights(data_dir: Path, tmp_path: Path) -> None:
     model = llama(2)
     folder = save(model, tmp_path / "ckpt")

@@ -102,7 +102,7 @@ class CacheLM(HFLM):
             learning = Calibration.of(config, data_dir=data_dir, **more)
             spec = CacheSpec.parse(cache, head_dim(self.model), config.pq_config)
             book = codebook or (None if ":" in cache else config.codebook)
-            fingerprint = model_fingerprint(self.model, config.source)
+            fingerprint = model_fingerprint(self.model, config.source, config.revision)
             session = Session(self.model, self.tokenizer, public_name(config.source), fingerprint=fingerprint)
             self.spec = with_codebook(session, spec, learning, book, codebook_revision or config.codebook_revision)
 

@@ -187,7 +187,7 @@ class Setup:
             seed=self.seed,
             notes=self.notes,
             loading={name: self.loading[name] for name in LOADING_SETTINGS if self.loading.get(name)},
-            fingerprint=fingerprint or model_fingerprint(model, source),
+            fingerprint=fingerprint or model_fingerprint(model, source, self.config.revision),
             show=self.show,
         )
 

@@ -32,15 +32,23 @@ _SAVED = {"_name_or_path", "transformers_version"}
 _PASSING = {*_SAVED, "name_or_path", "_commit_hash", "dtype", "torch_dtype", "architectures"}
 
 
-def model_fingerprint(model: Any, source: str | os.PathLike[str] | None = None) -> str:
+def model_fingerprint(model: Any, source: str | os.PathLike[str] | None = None, revision: str | None = None) -> str:
     """The fingerprint of a model that was loaded from `source`, a folder or a Hub id; None: of the model as it is.
 
     With a source the model must be as it was loaded: what has been trained since is not seen.
     """
     if source is not None and os.path.isdir(source):
         return folder_fingerprint(source)
-    commit = getattr(model.config, "_commit_hash", None)
-    return f"commit:{commit}" if source is not None and commit else weights_fingerprint(model)
+    commit = None if source is None or os.path.exists(source) else _commit(os.fspath(source), revision)
+    return f"commit:{commit}" if commit else weights_fingerprint(model)
+
+
+def _commit(repo_id: str, revision: str | None) -> str | None:
+    """The commit that a revision of a repository is in the Hub's local cache, where loading has just put it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None  # .../snapshots/<commit>/config.json
 
 
 def folder_fingerprint(folder: str | os.PathLike[str]) -> str:
