@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,27 @@ def test_nothing_is_left_of_a_command_that_ends(model: str, tmp_path: Path, monk
     assert pqcache(*LINES["memory"], "--model", model, "--device", "cpu", "--batch", "0").exit_code == 2
     assert pqcache(*LINES["memory"][:-1], "100000", "--model", model, "--device", "cpu").exit_code == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", [(), ("--json", "rows.json"), ("--json", "-")], ids=["nowhere", "a file", "the output"])
+@pytest.mark.parametrize("kind", ["kernel", "generate"])
+def test_ctrl_c_keeps_the_rows_of_a_benchmark(
+    kind: str, to: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"kind": "decode", "shape": "llama-3.1-8b", "tokens": tokens, "cache": "pq"} for tokens in (1024, 2048)]
+
+    def measured(*args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
+        yield from rows
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"hf_pqcache.eval.bench.{kind}.bench_{kind}", measured)
+    stopped = pqcache("bench", kind, *to)
+    assert stopped.exit_code == 130
+    (kept,) = tmp_path.glob("*.json")
+    assert json.loads(kept.read_text()) == rows
+    assert f"2 rows are in {kept.name}" in stopped.output
+    assert stopped.output.splitlines()[-1].startswith("Error: stopped by Ctrl-C")
 
 
 def test_quiet_shows_the_table_only(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

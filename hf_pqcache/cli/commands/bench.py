@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,11 @@ class _GenerateCase(click.ParamType):
 def _collect(
     rows: Iterable[dict[str, Any]], json_file: Path | None, show: Callable[[dict[str, Any]], None] = lambda row: None
 ) -> list[dict[str, Any]]:
-    """All rows, shown as they come. The file holds those so far: a run that is killed keeps what it measured."""
-    collected = []
+    """All rows, shown as they come. The file holds those so far: a run that is killed keeps what it measured.
+
+    One that Ctrl-C ends keeps it without a file, too, in a spare one of the current folder.
+    """
+    collected: list[dict[str, Any]] = []
     try:
         for row in rows:
             show(row)
@@ -67,8 +71,14 @@ def _collect(
             if json_file not in (None, _output.STDOUT):
                 _output.save_json(json_file, collected)
     except KeyboardInterrupt:
-        if collected and json_file not in (None, _output.STDOUT):
-            _output.note(f"{len(collected)} rows are in {json_file}; give the cases that are missing as --case to go on")
+        kept = json_file
+        if kept is None or kept == _output.STDOUT:
+            kept = Path(f"pqcache-unfinished-{os.getpid()}.json")
+            if collected:
+                _output.save_json(kept, collected)
+        if collected:
+            rows_are = "1 row is" if len(collected) == 1 else f"{len(collected)} rows are"
+            _output.note(f"{rows_are} in {kept}; give the cases that are missing as --case to go on")
         raise
     except RuntimeError as error:  # no GPU, wrong results: the machine's fault or the kernels', not the command line's
         raise click.ClickException(str(error)) from error
