@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval import quantizers
 from hf_pqcache.eval.quantizers.integers import PerChannel, PerToken
+from hf_pqcache.eval.quantizers.kvquant import DenseAndSparse
 from hf_pqcache.eval.quantizers.packing import pack, unpack
 from hf_pqcache.eval.quantizers.turboquant import Turbo, levels
 from hf_pqcache.eval.session.caches import CacheSpec, check_name, weigh
@@ -22,7 +23,16 @@ from hf_pqcache.eval.session.given import check_given
 from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NAMES = ("kivi:4", "kivi:3:g32", "kivi:2:own", "turboquant:4", "turboquant:3.5", "turboquant:2.5:own", "int4-token")
+NAMES = (
+    "kivi:4",
+    "kivi:3:g32",
+    "kivi:2:own",
+    "turboquant:4",
+    "turboquant:3.5",
+    "turboquant:2.5:own",
+    "int4-token",
+    "kvquant:3",
+)
 CPU = torch.device("cpu")
 SMALL = PQConfig(page_size=16, extended_residual=16)
 
@@ -84,6 +94,20 @@ def test_turboquant_has_the_distortion_of_its_paper(bits: int, published: float)
 def test_lloyd_max_levels_of_many_channels_are_those_of_a_gaussian() -> None:
     """Max 1960, table I: 2 bits, levels 0.4528 and 1.510."""
     assert (levels(4096, 2, CPU) * 64).tolist() == pytest.approx([-1.510, -0.4528, 0.4528, 1.510], rel=2e-3)
+
+
+@pytest.mark.parametrize("is_per_channel", [True, False])
+def test_one_number_in_a_hundred_is_exact_and_widens_no_range(is_per_channel: bool) -> None:
+    x = torch.randn(2, 3, 128, 64, generator=torch.Generator().manual_seed(0))
+    loud = torch.randperm(64 * 64, generator=torch.Generator().manual_seed(1))[:40]
+    spoilt = x.unflatten(2, (2, 64)).flatten(3).index_fill(3, loud, 100.0).unflatten(3, (64, 64)).flatten(2, 3)
+    made = DenseAndSparse(4, is_per_channel)
+    decoded = made.decode(made.encode(spoilt, ()), (), 64)
+    assert (decoded[spoilt == 100] == 100).all()
+    error, usual = (decoded - spoilt).square().mean(), (made.decode(made.encode(x, ()), (), 64) - x).square().mean()
+    assert error < 1.3 * usual  # of its own outliers few are left out now
+    even = PerChannel(4) if is_per_channel else PerToken(4)
+    assert usual < 0.8 * (even.decode(even.encode(x, ()), (), 64) - x).square().mean()
 
 
 def test_outlier_channels_get_the_higher_bits() -> None:
@@ -246,7 +270,7 @@ def test_names_of_methods_are_read_and_bad_ones_refused() -> None:
     ):
         with pytest.raises(ValueError, match=why):
             check_name(text)
-    assert set(quantizers.METHODS) == {"kivi", "turboquant", "int4-token"}
+    assert set(quantizers.METHODS) == {"kivi", "turboquant", "kvquant", "int4-token"}
 
 
 def test_options_of_a_window_are_for_all_that_share_it() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_pqcache.eval.quantizers.cache import QuantizedSide, Quantizer, ReferenceQuantizedCache, Window
 from hf_pqcache.eval.quantizers.integers import PerChannel, PerToken
+from hf_pqcache.eval.quantizers.kvquant import BLOCK, DenseAndSparse
 from hf_pqcache.eval.quantizers.turboquant import Turbo
 
 #: Tokens or numbers of a group that share a scale.
@@ -66,7 +67,16 @@ _TURBO = Method(
     lambda group: (Window(), Window()),
     has_groups=False,
 )
-METHODS = {"kivi": _KIVI, "turboquant": _TURBO, "int4-token": _INT4}
+#: Its authors quantize every token as it comes; here, a block of tokens at a time.
+_KVQUANT = Method(
+    "after KVQuant (Hooper et al. 2024): uneven levels, 1 % of the numbers exact; without its calibration",
+    (4, 3, 2),
+    lambda bits, group: DenseAndSparse(bits, True),
+    lambda bits, group: DenseAndSparse(bits, False),
+    lambda group: (Window(1, 0, BLOCK), Window(1, 0, BLOCK)),
+    has_groups=False,
+)
+METHODS = {"kivi": _KIVI, "turboquant": _TURBO, "kvquant": _KVQUANT, "int4-token": _INT4}
 
 
 def settings_of(name: str, bits: float | None, options: tuple[str, ...], window: dict[str, int]) -> dict[str, Any]:

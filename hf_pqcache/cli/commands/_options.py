@@ -96,7 +96,7 @@ _CACHE = (
         default="pq",
         show_default=True,
         help="dynamic, static, quanto[:4|2], hqq[:8|4|3|2|1], fp8, pq[:4|3|2], paged-kv, kivi[:4|3|2], "
-        "turboquant[:4|3.5|3|2.5|2], int4-token; the number is bits a value (`pqcache list caches`).",
+        "turboquant[:4|3.5|3|2.5|2], kvquant[:4|3|2], int4-token; the number is bits a value (`pqcache list caches`).",
     ),
     CODEBOOK,
 )
