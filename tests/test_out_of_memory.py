@@ -18,7 +18,7 @@ from hf_pqcache.codebook.codebook import LayerCodebook
 from hf_pqcache.errors import CacheOutOfMemoryError
 from hf_pqcache.models.names import cache_kwargs
 
-LAYERS, HEADS, HEAD_DIM = 3, 2, 16
+LAYERS, HEADS, HEAD_DIM = 2, 2, 16
 CONFIG = LlamaConfig(
     num_hidden_layers=LAYERS,
     hidden_size=64,
