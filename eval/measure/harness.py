@@ -23,7 +23,7 @@ from hf_pqcache.eval.measure.deployed import ANSWER_CHUNK
 from hf_pqcache.eval.session.caches import CacheSpec, head_dim
 from hf_pqcache.eval.session.given import check_given
 from hf_pqcache.eval.session.model_config import load_model_config
-from hf_pqcache.eval.session.models import public_name
+from hf_pqcache.eval.session.models import load_model, public_name
 from hf_pqcache.eval.session.session import Session
 from hf_pqcache.eval.session.setup import Calibration, with_codebook
 from hf_pqcache.models.identity import model_fingerprint
@@ -81,7 +81,11 @@ class CacheLM(HFLM):
         if isinstance(pretrained, str):
             config = load_model_config(pretrained, shape)
             pretrained = config.source
-            options.setdefault("revision", config.revision or "main")
+            if pretrained.endswith(".gguf"):  # the harness would keep its weights packed
+                wanted = {name: options.pop(name) for name in ("dtype", "device") if name in options}
+                pretrained, options["tokenizer"] = load_model(pretrained, **wanted)
+            else:
+                options.setdefault("revision", config.revision or "main")
         super().__init__(pretrained=pretrained, **options)
         if self.backend != "causal":
             raise ValueError(f"a KV cache under test needs a causal model, got a {self.backend} one")
