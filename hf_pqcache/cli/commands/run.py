@@ -107,14 +107,9 @@ def command(
 
 
 def _check_stages(chosen: Sequence[str], known: Sequence[str]) -> None:
-    """Raises UsageError for an unknown stage, and for options of stages that will not run."""
+    """Raises UsageError for an unknown stage. Options of stages that are left out are none: one line serves them in turn."""
     if unknown := [stage for stage in chosen if stage not in known]:
         raise click.UsageError(f"unknown stages {unknown}; use {' '.join(known)}")
-    if {"baseline", "evaluation"}.isdisjoint(chosen):
-        flags = {"window": "--window", "stride": "--stride", "limit": "--limit", "breakdown": "--breakdown"}
-        _options.refuse_unused("without the stages baseline and evaluation", flags)
-    if "sampling" not in chosen:
-        _options.refuse_unused("without the stage sampling", {"keep_samples": "--keep-samples"})
 
 
 def _tell_savings(model: Any, tokens: int, shape: Any) -> None:
