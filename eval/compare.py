@@ -12,7 +12,7 @@ from hf_pqcache.eval import tasks
 from hf_pqcache.eval.measure.lengths import lengths_within
 from hf_pqcache.eval.measure.recall import ANSWER_TOKENS, check_recall
 from hf_pqcache.eval.report.naming import format_value
-from hf_pqcache.eval.session.caches import CacheSpec, head_dim
+from hf_pqcache.eval.session.caches import CacheSpec
 from hf_pqcache.eval.session.models import token_ids
 from hf_pqcache.eval.session.results import Row
 from hf_pqcache.eval.session.session import Session
@@ -101,7 +101,7 @@ def compare(
     Perplexity is that of the running cache (mode cache), for ours too: no simulation takes part.
 
     Args:
-        ready: the session under a cache, its codebook made or found; see `Setup.ready`.
+        ready: the session under a cache; see `Setup.ready`.
         texts: to evaluate on, by name: windows of `tokens` tokens each.
         measures: which of MEASURES.
         tokens: window of the perplexity, length of the recall prompts and of the sequence that is weighed and timed.
@@ -141,7 +141,7 @@ def _line(session: Session, texts: Sequence[str], rows: Sequence[Row], exact: Se
     tpot = next((row.value for row in exact if row.metric == "tpot"), None)
     grid = [row.value for row in rows if row.task == "recall"]
     return Line(
-        cache=_name(session.cache, session.model),
+        cache=session.cache.label,
         perplexity=perplexity,
         change=change,
         texts=changes,
@@ -154,13 +154,6 @@ def _line(session: Session, texts: Sequence[str], rows: Sequence[Row], exact: Se
         tpot_ms=values.get("tpot"),
         slowdown=values["tpot"] / tpot if tpot and "tpot" in values else None,
     )
-
-
-def _name(spec: CacheSpec, model: Any) -> str:
-    """The cache's label; of ours also the bits of a code for each value, by which it is compared."""
-    if spec.name != "pq":
-        return spec.label
-    return f"pq {spec.config.bits_per_value(head_dim(model)):g} bits ({spec.label.removeprefix('pq ')})"
 
 
 def _measure(

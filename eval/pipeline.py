@@ -18,7 +18,7 @@ from hf_pqcache.config import PQConfig
 from hf_pqcache.eval import tasks
 from hf_pqcache.eval.measure.breakdown import STEPS, WARM_UP
 from hf_pqcache.eval.measure.lengths import lengths_within
-from hf_pqcache.eval.session.caches import CacheSpec
+from hf_pqcache.eval.session.caches import CacheSpec, codes_of, codes_text, head_dim_of
 from hf_pqcache.eval.session.given import RECOMMENDED
 from hf_pqcache.eval.session.results import Row
 from hf_pqcache.eval.session.session import Session
@@ -36,7 +36,7 @@ class Pipeline:
     Attributes:
         session: model and results; its cache is not looked at.
         config: shape of the compressed cache.
-        calibration: text and numbers of the sample, and whether one codebook serves all.
+        calibration: text and numbers of the sample, and whether keys and values are normalised or coded as MILLION does.
         dataset: name of a task with a text.
         folder: where the stages meet.
         window, stride, limit: of the perplexity; see `run_perplexity`.
@@ -123,16 +123,17 @@ class Pipeline:
 
     def _train(self, samples: Callable[[], Samples]) -> None:
         """Learn codebook/, unless it is there already, learnt as asked."""
-        asked = {**self.calibration.asked(self.session, self.config), "merged": self.calibration.merge}
+        asked = self.calibration.asked(self.session, self.config)
         folder = self.folder / "codebook"
         if (folder / "codebook.json").is_file() and not self.session.force:
             book = Codebook.from_pretrained(folder)
-            if _has(book.metadata, asked) and self._fits(book):
+            is_same = _has(book.metadata, asked) and book.settings.get("page_size") == self.config.page_size
+            if is_same and self._fits(book):
                 return
         book = learn(
             samples(),
             self.config,
-            merge=self.calibration.merge,
+            normalise=self.calibration.normalise,
             seed=self.calibration.seed,
             device=self.session.device,
             progress=self.session.progress,
@@ -141,7 +142,9 @@ class Pipeline:
         replace(book, metadata={**book.metadata, **asked}, settings=settings).save_pretrained(folder)
 
     def _fits(self, book: Codebook) -> bool:
-        return (book.num_bits, book.num_subspaces) == (self.config.num_bits, self.config.num_subspaces)
+        width = head_dim_of(self.session.model.config)
+        is_same = not width or codes_of(book, width) == codes_of(self.config, width)
+        return is_same and book.is_normalised == self.calibration.normalise
 
     def _codebook(self) -> Codebook:
         """The codebook of the folder. Raises FileNotFoundError or ValueError unless it is this model's and of this shape."""
@@ -153,16 +156,20 @@ class Pipeline:
         again = "run sampling and training again, or use another --output"
         if is_of_model(book.metadata, self.session.model, self.session.fingerprint or None) is False:
             raise ValueError(f"the codebook in {self.folder} was learnt from other weights than this model's: {again}")
-        if not self._fits(book) or bool(book.metadata.get("merged")) != self.calibration.merge:
-            raise ValueError(
-                f"the codebook in {self.folder} has M={book.num_subspaces}, nbits={book.num_bits}, merged="
-                f"{bool(book.metadata.get('merged'))}; expected M={self.config.num_subspaces}, nbits={self.config.num_bits}, "
-                f"merged={self.calibration.merge}: {again}"
+        if not self._fits(book):
+            width = head_dim_of(self.session.model.config)
+            found, wanted = (
+                f"{codes_text(codes_of(source, width)) if width else 'codes'}, {'' if is_normalised else 'not '}normalised"
+                for source, is_normalised in ((book, book.is_normalised), (self.config, self.calibration.normalise))
             )
+            raise ValueError(f"the codebook in {self.folder} is {found}; expected {wanted}: {again}")
         return book
 
     def evaluation(self) -> list[Row]:
-        """Perplexity under the codebook, as deployed (stream) and as MILLION reports it (distort), and the breakdown."""
+        """Perplexity under the codebook, as deployed (stream) and as MILLION reports it (distort), and the breakdown.
+
+        No cache here runs MILLION's codes; the breakdown is that of ours, of the same shape.
+        """
         return self._measure(CacheSpec("pq", self.config.to_dict(), self._codebook()), ("stream", "distort"))
 
     def _measure(self, spec: CacheSpec, modes: Sequence[str]) -> list[Row]:
@@ -171,6 +178,8 @@ class Pipeline:
         data_dir = self.calibration.data_dir
         rows = [task.run(session, split="test", data_dir=data_dir, mode=mode, **options) for mode in modes]
         if self.with_breakdown:
+            if spec.codebook is not None and not spec.codebook.is_normalised:
+                session = session.with_cache(replace(spec, codebook=None))
             limit = max_positions(session.model.config)
             tokens = lengths_within(limit, None, WARM_UP + STEPS, "a breakdown", offered=(self.window,))[0]
             rows += tasks.get("breakdown").run(session, tokens=tokens, steps=STEPS)

@@ -8,11 +8,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hf_pqcache import __version__
 from hf_pqcache.codebook import hub
 from hf_pqcache.codebook.codebook import Codebook
+from hf_pqcache.config import OPERATING_POINTS, PQConfig, Side
 from hf_pqcache.eval import tasks
 from hf_pqcache.eval.report import naming, summary
 from hf_pqcache.eval.report.html import conditions, items, read_rows
@@ -29,7 +30,7 @@ from functools import lru_cache
 
 from transformers import GenerationMixin
 
-from hf_pqcache import Codebook, PagedPQCache
+from hf_pqcache import Codebook, PagedPQCache, PQConfig
 
 REPOSITORY = "{repo_id}"
 NAMES = ("cache", "past_key_values")  # of the argument: since transformers 5.24, and before
@@ -50,7 +51,7 @@ def generate(model, codebook=REPOSITORY, revision=None, cache_options=None, **kw
     cache = next((cache for cache in given if cache is not None), None)
     if cache is None:
         book = load(codebook, revision)
-        cache = PagedPQCache(model.config, book, book.config, **(cache_options or {{}}))
+        cache = PagedPQCache(model.config, book, PQConfig(**book.settings), **(cache_options or {{}}))
     known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     kwargs[next((name for name in NAMES if name in known), NAMES[0])] = cache
     return model.generate(**kwargs)
@@ -80,11 +81,16 @@ def publish(
         private, revision, create_pr: of the repository, see `hub.upload`.
 
     Raises:
-        ValueError, FileNotFoundError: a broken codebook or results file, no repository id, or rows of other codebooks.
+        ValueError, FileNotFoundError: a broken codebook or results file, no repository id, rows of other codebooks, or a
+            codebook that no cache takes.
         What huggingface_hub raises: no access, no connection.
     """
     hub.check_repo_id(repo_id)
     codebook = Codebook.from_pretrained(Path(folder))
+    if not codebook.is_normalised:
+        raise ValueError(
+            f"{folder} holds MILLION's codebook, for comparison: no cache takes it; publish one of `pqcache calibrate`"
+        )
     if settings is not None:
         codebook = replace(codebook, settings=settings)
     paths = list(results)
@@ -95,6 +101,15 @@ def publish(
         files = write_repository(codebook, repo_id, rows, temporary, license=license)
         options: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr}
         return hub.upload(temporary, repo_id, **options), files
+
+
+def worth(folder: str | Path) -> str:
+    """What speaks against publishing the codebook in `folder`, by what its calibration measured; "" if nothing does."""
+    facts = Codebook.from_pretrained(Path(folder)).metadata
+    own, shipped = facts.get("held_out_loss"), facts.get("held_out_loss_shipped")
+    if not isinstance(own, float) or not isinstance(shipped, float) or own < shipped:
+        return ""
+    return f"it loses {own:+.2%} on held-out text, the codebook that every cache has {shipped:+.2%}: nobody needs it"
 
 
 def write_repository(codebook: Codebook, repo_id: str, rows: Sequence[Row], folder: str | Path, *, license: str) -> list[str]:
@@ -125,12 +140,8 @@ def write_repository(codebook: Codebook, repo_id: str, rows: Sequence[Row], fold
 
 def facts(codebook: Codebook) -> dict[str, Any]:
     """What the card's first table says."""
-    shapes = {layer.head_dims for layer in codebook.layers.values()}
     own = {
-        "layers": len(codebook.layers),
-        "subspaces (M)": codebook.num_subspaces or "half of head_dim",
-        "bits a code": codebook.num_bits,
-        "bits a value": " / ".join(f"{codebook.config.bits_per_value(dk):g}" for dk, _ in sorted(shapes)),
+        **{f"{which}s": _codes_text(codebook, which) for which in get_args(Side)},
         "bytes": f"{codebook.nbytes:,}",
         "fingerprint": codebook.fingerprint[:16],
         "recommended": naming.settings_text(codebook.settings) or "the defaults",
@@ -138,8 +149,14 @@ def facts(codebook: Codebook) -> dict[str, Any]:
     return {**codebook.metadata, **own}
 
 
+def _codes_text(codebook: Codebook, which: Side) -> str:
+    _, centroids, width = codebook.side(which).shape
+    bits = centroids.bit_length() - 1
+    return f"a code of {bits} bits for {width} numbers, {bits / width:g} bits a number without scales"
+
+
 def model_config(codebook: Codebook, repo_id: str) -> ModelConfig:
-    """A model config that uses the published codebook; only what the codebook itself knows, no local path."""
+    """A model config that uses the published codebook, which decides the codes; only what it knows itself, no local path."""
     known = {
         "calibration_tokens": "tokens",
         "calibration_seed": "seed",
@@ -147,10 +164,11 @@ def model_config(codebook: Codebook, repo_id: str) -> ModelConfig:
         "calibration_text": "source",
     }
     made = {key: codebook.metadata[name] for key, name in known.items() if name in codebook.metadata}
+    key, value = ((x.shape[2], x.shape[1].bit_length() - 1) for x in (codebook.keys, codebook.values))
+    points = {sides: bits for bits, sides in OPERATING_POINTS.items()}
     return ModelConfig(
         model=str(codebook.metadata.get("model") or "unknown"),
-        num_subspaces=codebook.num_subspaces,
-        num_bits=codebook.num_bits,
+        bits=points.get((key, value), PQConfig.bits),
         codebook=repo_id,
         **codebook.settings,
         **made,

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from reprlib import repr as short
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+Side = Literal["key", "value"]
 
 #: Codes are indices of one byte at most; fewer than 16 centroids describe a subspace too coarsely to be of use.
 MIN_BITS, MAX_BITS = 4, 8
+#: bits -> numbers that one code stands for and bits of that code, of keys and of values. Keys need them more: their errors
+#: move scores, which the softmax blows up (eval/RESULTS.md has the splits that were measured).
+OPERATING_POINTS = {4: ((2, 8), (2, 8)), 3: ((2, 7), (2, 5)), 2: ((2, 5), (4, 6))}
 #: Most tokens that a pool may have room for: kernels count them in 32 bits.
 MAX_TOKENS = (1 << 31) - 1
+
+
+class CodeShape(NamedTuple):
+    """How keys, or values, of a layer are coded: num_subspaces codes of num_bits bits for each vector."""
+
+    num_subspaces: int
+    num_bits: int
 
 
 @dataclass(frozen=True)
@@ -18,38 +29,43 @@ class PQConfig:
     """Shape of a product-quantized cache.
 
     Attributes:
-        num_subspaces: M, the number of parts that a head vector is cut into (Jégou et al. 2011, section II-B). A
-            divisor of head_dim from 8 to head_dim. None means head_dim / 2, which is 4 bits a value at 8 bits a code;
-            where values have another head_dim than keys, the largest common divisor up to that.
-        num_bits: bits of one code; 2**num_bits centroids a subspace. 4 to 8.
+        bits: the operating point, 4, 3 or 2 bits of code a number, keys and values together; the settings of codes below
+            decide where they are given.
+        num_subspaces: M, the number of parts that a key is cut into (Jégou et al. 2011, section II-B). A divisor of its
+            head_dim from 8 to head_dim. None goes by `bits`.
+        num_bits: bits of one code of a key; 2**num_bits centroids. 4 to 8. None goes by `bits`.
+        value_subspaces, value_bits: the same for values. None is as for keys where those are given, else goes by `bits`.
         page_size: tokens a page holds; a multiple of 16 from 16 to 512.
         max_pages: most pages that all sequences of the cache may have together. None: as many as there is memory for.
             Memory is taken as tokens come, whatever this says.
         sink_tokens: first tokens of every sequence that stay exact (Xiao et al. 2023, attention sinks).
         extended_residual: newest tokens that always stay exact; older ones leave this window a page at a time.
-        learn_tokens: without a codebook, tokens to see (all sequences together) before one is learnt from them. None
-            means four for every centroid.
     """
 
+    bits: int = 4
     num_subspaces: int | None = None
-    num_bits: int = 8
+    num_bits: int | None = None
+    value_subspaces: int | None = None
+    value_bits: int | None = None
     page_size: int = 64
     max_pages: int | None = None
     sink_tokens: int = 4
     extended_residual: int = 128
-    learn_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None and field.name in ("num_subspaces", "max_pages", "learn_tokens"):
+            if value is None and field.default is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{field.name}={short(value)} must be an integer, got {type(value).__name__}")
             if abs(value) > MAX_TOKENS:
                 raise ValueError(f"{field.name}={short(value)} is out of range; kernels count in 32 bits")
-        if not MIN_BITS <= self.num_bits <= MAX_BITS:
-            raise ValueError(f"num_bits={self.num_bits} is out of range; use {MIN_BITS} to {MAX_BITS}")
+        if self.bits not in OPERATING_POINTS:
+            raise ValueError(f"bits={self.bits} is no operating point; use one of {sorted(OPERATING_POINTS)}")
+        for name in ("num_bits", "value_bits"):
+            if (value := getattr(self, name)) is not None and not MIN_BITS <= value <= MAX_BITS:
+                raise ValueError(f"{name}={value} is out of range; use {MIN_BITS} to {MAX_BITS}")
         if self.page_size % 16 or not 16 <= self.page_size <= 512:
             raise ValueError(f"page_size={self.page_size} must be a multiple of 16 from 16 to 512; the default is 64")
         if self.max_pages is not None and self.max_pages < 1:
@@ -64,10 +80,6 @@ class PQConfig:
         if self.extended_residual < 1:
             raise ValueError(
                 f"extended_residual={self.extended_residual} must be at least 1: the token being decoded stays exact"
-            )
-        if self.learn_tokens is not None and self.learn_tokens < self.num_centroids:
-            raise ValueError(
-                f"learn_tokens={self.learn_tokens} is fewer than the {self.num_centroids} centroids to learn from them"
             )
 
     def check_room(self, expected_tokens: int) -> None:
@@ -94,11 +106,6 @@ class PQConfig:
         return replace(self, **changes)
 
     @property
-    def num_centroids(self) -> int:
-        """C: centroids of one subspace."""
-        return 1 << self.num_bits
-
-    @property
     def window_slots(self) -> int:
         """Ring slots of the exact window: a full page leaves when the last one is taken, so `extended_residual` stay."""
         return self.extended_residual + self.page_size
@@ -116,29 +123,21 @@ class PQConfig:
         pages = max(1, -(-length // self.page_size))
         return pages if self.max_pages is None else min(pages, self.max_pages)
 
-    def subspaces(self, head_dim: int, value_dim: int | None = None) -> int:
-        """M for keys of `head_dim` numbers and values of `value_dim` (None: as many), checked.
-
-        Raises ValueError naming the legal choices.
-        """
-        dims = f"head_dim={head_dim}" + (f" and the values' {value_dim}" if value_dim not in (None, head_dim) else "")
-        common = math.gcd(head_dim, value_dim or head_dim)
-        legal = [i for i in range(8, common + 1) if common % i == 0]
-        if self.num_subspaces is None:
-            m = max((i for i in legal if i <= head_dim // 2), default=head_dim // 2)
-        else:
-            m = self.num_subspaces
+    def codes(self, which: Side, head_dim: int) -> CodeShape:
+        """How keys or values of `head_dim` numbers are coded. Raises ValueError naming the legal choices."""
+        width, bits = OPERATING_POINTS[self.bits][which == "value"]
+        wanted, num_bits = self.num_subspaces, self.num_bits
+        if which == "value":
+            wanted = wanted if self.value_subspaces is None else self.value_subspaces
+            num_bits = num_bits if self.value_bits is None else self.value_bits
+        legal = [m for m in range(8, head_dim + 1) if head_dim % m == 0]
+        if (m := wanted) is None:
+            usual = [m for m in legal if 2 * m <= head_dim or which == "value"]  # codes of one number save too little for keys
+            m = max((m for m in usual if m <= head_dim // width), default=min(usual, default=head_dim // width))
         if m not in legal:
-            raise ValueError(f"num_subspaces={m} does not cut {dims} into equal parts; use one of {legal}")
-        return m
-
-    def code_bytes(self, head_dim: int) -> int:
-        """Bytes of the codes of one page of one head, keys or values."""
-        return self.page_size * self.subspaces(head_dim) * self.num_bits // 8
-
-    def bits_per_value(self, head_dim: int) -> float:
-        """Bits of code for each key or value number, side tables not counted."""
-        return self.subspaces(head_dim) * self.num_bits / head_dim
+            name = "num_subspaces" if which == "key" or self.value_subspaces is None else "value_subspaces"
+            raise ValueError(f"{name}={m} does not cut {which}s of {head_dim} numbers into equal parts; use one of {legal}")
+        return CodeShape(m, bits if num_bits is None else num_bits)
 
 
 def choose_page_size(page_size: int | str, expected_tokens: int | None) -> int:

@@ -1,22 +1,25 @@
 // One decode step's key and value of every (row, KV head): into the window, and when the window is full by a page, that
-// page out of it; how a page is written is the caller's. Grid: (row, KV head, key or value, 32 tokens of a page); nearly
-// all blocks only copy or leave. Defines from the launch: PQ_DIM.
+// page out of it; how a page is written is the caller's. Grid: (row, KV head, key or value, 32 tokens of a page);
+// nearly all blocks only copy or leave. Defines from the launch: PQ_DIM.
 #pragma once
 #include "page.cuh"
 
-constexpr int TOKENS = 32;
+constexpr int PART = 32;  // tokens of a page that a block writes
 
 // A page that leaves the window: this block's share of it.
 struct Leaving {
-    const u16* window;   // slots of this (row, KV head) and side
-    int first_slot;      // ring slot of the page's first token
-    int page;            // its number in the pool
-    int part;            // tokens TOKENS * part and on are this block's
+    const u16* window;  // slots of this (row, KV head) and side
+    int first_slot;     // ring slot of the page's first token
+    int page;           // its id
+    int part;           // tokens PART * part and on are this block's
     int kv_head, is_value;
 
     // Where token `token` of the page lies in the window.
     __device__ __forceinline__ const u16* vector(const CacheArgs& cache, int token) const {
         return window + (i64)(cache.sink_tokens + (first_slot + token) % cache.window_slots) * PQ_DIM;
+    }
+    __device__ __forceinline__ u8* target(const CacheArgs& cache) const {
+        return (u8*)cache.layer->pages[is_value] + page * cache.page_stride;
     }
 };
 
@@ -24,13 +27,14 @@ struct Leaving {
 template <class WritePage>
 __device__ __forceinline__ void append_token(const AppendArgs& a, WritePage write_page) {
     const CacheArgs& cache = a.cache;
-    const int parts = (cache.page_size + TOKENS - 1) / TOKENS, blocks_per_row = cache.kv_heads * 2 * parts;
+    const Layer& layer = *cache.layer;
+    const int parts = (cache.page_size + PART - 1) / PART, blocks_per_row = cache.kv_heads * 2 * parts;
     const int batch_row = blockIdx.x / blocks_per_row, part = blockIdx.x % parts;
     const int is_value = blockIdx.x / parts % 2, kv_head = blockIdx.x / parts / 2 % cache.kv_heads;
     let_next_start();
     wait_for_earlier();
     const Row now(cache, batch_row);
-    const int length = now.length(), recent_tokens = (int)cache.desc[7], page_at = now.coded / cache.page_size;
+    const int length = now.length(), recent_tokens = (int)layer.recent_tokens, page_at = now.coded / cache.page_size;
     const bool is_full = now.left + 1 - recent_tokens >= cache.page_size;
     int page = 0;
     if (is_full)
@@ -40,7 +44,7 @@ __device__ __forceinline__ void append_token(const AppendArgs& a, WritePage writ
         if (threadIdx.x == 0) atomicOr(a.flags, 1);
     } else {
         const i64 head_at = (i64)batch_row * cache.kv_heads + kv_head;
-        u16* window = (u16*)cache.desc[4 + is_value] + head_at * now.slots() * PQ_DIM;
+        u16* window = layer.window[is_value] + head_at * now.slots() * PQ_DIM;
         if (part == 0) {
             const int body = length - cache.sink_tokens;
             const int slot = body < 0 ? length : cache.sink_tokens + body % cache.window_slots;
@@ -53,7 +57,7 @@ __device__ __forceinline__ void append_token(const AppendArgs& a, WritePage writ
     // The last block of the row moves its counts: all others have read them by then.
     __syncthreads();
     if (threadIdx.x == 0) {
-        int* ticket = (int*)cache.desc[6] + batch_row;
+        int* ticket = layer.tickets + batch_row;
         if (take_ticket(ticket) == blocks_per_row - 1) {
             *ticket = 0;
             if (page >= 0) {

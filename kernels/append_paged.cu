@@ -6,9 +6,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) append(const __grid_consta
     append_token(a, [&](const Leaving& leaving) {
         constexpr int WORDS = PQ_DIM / 8;  // of 16 bytes, a token
         const CacheArgs& cache = a.cache;
-        const int first = leaving.part * TOKENS, count = min(TOKENS, cache.page_size - first);
-        const i64 row = ((i64)leaving.page * cache.kv_heads + leaving.kv_head) * cache.page_size + first;
-        uint4* to = (uint4*)cache.desc[leaving.is_value] + row * WORDS;
+        const int first = leaving.part * PART, count = min(PART, cache.page_size - first);
+        uint4* to = (uint4*)leaving.target(cache) + ((i64)leaving.kv_head * cache.page_size + first) * WORDS;
         for (int i = threadIdx.x; i < count * WORDS; i += THREADS)
             to[i] = ((const uint4*)leaving.vector(cache, first + i / WORDS))[i % WORDS];
     });

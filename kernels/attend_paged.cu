@@ -11,7 +11,7 @@ constexpr int WARPS = PQ_WARPS, THREADS = WARPS * 32;
 constexpr int GROUPS = PQ_DIM <= 128 ? 2 : 1, TOKENS = 8 * GROUPS;
 constexpr int KEY_LOADS = (PQ_DIM + 31) / 32, VALUE_LOADS = (PQ_DIM + 63) / 64;  // of 16 bytes, a lane and token
 constexpr int WIDE = VALUE_LOADS * 64, SLOTS = VALUE_LOADS * 4;
-constexpr int JOIN_BYTES = join_bytes(WARPS, WIDE);
+typedef Join<WIDE, PQ_DIM, WARPS, false> BlockJoin;
 static_assert(PQ_DIM % 8 == 0 && PQ_DIM <= 256, "rows of 16 bytes, and sums that fit into registers");
 
 __device__ __forceinline__ uint4 nothing() { return uint4{0, 0, 0, 0}; }
@@ -27,7 +27,7 @@ struct Exact {
     const AttendArgs& a;
     const int g, c;  // fragment coordinates: g = lane / 4, c = lane % 4; score row g is query head g
     u32 query[KEY_LOADS][4];
-    float score[GROUPS][2];  // [8 tokens][token 2c, 2c + 1]
+    float score[GROUPS][2];  // exponents of 2: [8 tokens][token 2c, 2c + 1]
     float sums[SLOTS][4];    // slot 4 j + s: pairs 32 j + 4 (2c) + s and 32 j + 4 (2c + 1) + s, low and high number
     float reference = NOTHING, weight_sum = 0.f;
 
@@ -37,7 +37,8 @@ struct Exact {
     }
 
     // A lane's 16 bytes are two steps of the product. Rows 8 to 15 of Q hold the second step: one fragment serves both,
-    // with the scores of the first step in the upper half of one accumulator, of the second in the lower half of another.
+    // with the scores of the first step in the upper half of one accumulator, of the second in the lower half of
+    // another.
     __device__ __forceinline__ void load_query(const u16* heads, int num_heads) {
 #pragma unroll
         for (int j = 0; j < KEY_LOADS; j++) {
@@ -84,7 +85,8 @@ struct Exact {
                 multiply_elements(one, query[j], keys.x[i][j].x, keys.x[i][j].y);
                 multiply_elements(two, query[j], keys.x[i][j].z, keys.x[i][j].w);
             }
-            score[i][0] = soft_cap(a, one[0] + two[2]), score[i][1] = soft_cap(a, one[1] + two[3]);
+            score[i][0] = soft_cap(a, one[0] + two[2]) * a.scale_log2,
+            score[i][1] = soft_cap(a, one[1] + two[3]) * a.scale_log2;
         }
     }
 
@@ -93,15 +95,13 @@ struct Exact {
 #pragma unroll
         for (int i = 0; i < GROUPS; i++)
 #pragma unroll
-            for (int odd = 0; odd < 2; odd++)
-                score[i][odd] += mask_bias(a, batch_row, column + 8 * i + 2 * c + odd);
+            for (int odd = 0; odd < 2; odd++) score[i][odd] += mask_bias(a, batch_row, column + 8 * i + 2 * c + odd);
     }
 
     // Moves the reference only when a score beats it by 2^8.
     __device__ __forceinline__ void rescale() {
         float top = fmaxf(score[0][0], score[0][1]);
         if (GROUPS == 2) top = fmaxf(top, fmaxf(score[GROUPS - 1][0], score[GROUPS - 1][1]));
-        top *= a.scale_log2;
         if (__any_sync(~0u, top > reference + 8.f)) {
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
@@ -117,8 +117,8 @@ struct Exact {
     __device__ __forceinline__ void value_tile(const Values& values) {
 #pragma unroll
         for (int i = 0; i < GROUPS; i++) {
-            const float p0 = exp2_fast(fmaf(score[i][0], a.scale_log2, -reference));
-            const float p1 = exp2_fast(fmaf(score[i][1], a.scale_log2, -reference));
+            const float p0 = exp2_fast(score[i][0] - reference);
+            const float p1 = exp2_fast(score[i][1] - reference);
             weight_sum += p0 + p1;
             const u32 p[4] = {element_of(p0), (u32)element_of(p0) << 16, element_of(p1), (u32)element_of(p1) << 16};
 #pragma unroll
@@ -164,12 +164,14 @@ struct Exact {
     }
 
     __device__ __forceinline__ void finish(uint4* shared) {
-        Join<WIDE, PQ_DIM, 1, WARPS, 1>::run(a, shared, reference, weight_sum, [&](float4* mine, float f) {
+        weight_sum += __shfl_xor_sync(~0u, weight_sum, 1);
+        weight_sum += __shfl_xor_sync(~0u, weight_sum, 2);
+        BlockJoin(a, shared).run(reference, weight_sum, [&](float* row, float f) {
 #pragma unroll
             for (int i = 0; i < SLOTS; i += 2) {
-                const float(&x)[4] = sums[i];
-                const float(&y)[4] = sums[i + 1];
-                float4* to = mine + i / 4 * 16 + 4 * c + i % 4 / 2;
+                const float (&x)[4] = sums[i];
+                const float (&y)[4] = sums[i + 1];
+                float4* to = (float4*)row + i / 4 * 16 + 4 * c + i % 4 / 2;
                 to[0] = make_float4(x[0] * f, x[2] * f, y[0] * f, y[2] * f);
                 to[2] = make_float4(x[1] * f, x[3] * f, y[1] * f, y[3] * f);
             }
@@ -179,9 +181,10 @@ struct Exact {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ AttendArgs a) {
     PQ_DYNAMIC_SHARED(dynamic);
-    static_assert(PQ_SHARED_BYTES >= JOIN_BYTES, "the launch gives too little shared memory");
+    static_assert(PQ_SHARED_BYTES >= BlockJoin::BYTES, "the launch gives too little shared memory");
     const CacheArgs& cache = a.cache;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const Layer& layer = *cache.layer;
     const Work work(a);
     Exact exact(a, lane);
     const int g = exact.g, c = exact.c;
@@ -199,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
 
     const int ring_first = row.ring_first();
     const i64 window = (i64)work.block_row * row.slots() * PQ_DIM;
-    const u16 *window_keys = (const u16*)cache.desc[4] + window, *window_values = (const u16*)cache.desc[5] + window;
+    const u16 *window_keys = layer.window[0] + window, *window_values = layer.window[1] + window;
     // The last warps, which have the fewest tiles, begin with the window; its tiles go round over the splits.
     for (int slot = (work.split + (WARPS - 1 - warp) * a.splits) * TOKENS; slot < row.used_slots(ring_first);
          slot += WARPS * a.splits * TOKENS)
@@ -214,24 +217,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
         const int* pages = cache.page_table + (i64)work.batch_row * cache.table_width;
         return pages[min(page_at(first + (i + lane) * WARPS), cache.table_width - 1)];
     };
-    int upcoming = page_of(0);
-    u32 tokens = 0;  // number of the first token of lane i's tile in the pool
+    int upcoming = page_of(0), page = 0, token = 0;  // of lane i's tile: its page, and its first token there
+    // Where a tile begins, in bytes from the page of id 0.
     auto next_tile = [&](int i) {
         if (i % 32 == 0) {
             const int tile = first + (i + lane) * WARPS;
-            tokens = (u32)(max(upcoming, 0) * cache.kv_heads + work.kv_head) * cache.page_size +
-                     (tile - page_at(tile) * tiles_per_page) * TOKENS;
+            page = max(upcoming, 0), token = (tile - page_at(tile) * tiles_per_page) * TOKENS;
             upcoming = page_of(i + 32);
         }
-        return __shfl_sync(~0u, tokens, i & 31);
+        const int at_page = __shfl_sync(~0u, page, i & 31), at_token = __shfl_sync(~0u, token, i & 31);
+        return at_page * cache.page_stride + (work.kv_head * cache.page_size + at_token) * (PQ_DIM * 2);
     };
-    const u16* key_pages = (const u16*)cache.desc[0] + g * PQ_DIM;
-    const u16* value_pages = (const u16*)cache.desc[1] + 2 * c * PQ_DIM;
+    const u8* key_pages = layer.pages[0] + g * PQ_DIM * 2;
+    const u8* value_pages = layer.pages[1] + 2 * c * PQ_DIM * 2;
     Exact::Keys keys;
     Exact::Values values;
-    auto load_keys = [&](u32 at) { keys.load<true>(c, [&](int i) { return key_pages + ((i64)at + i) * PQ_DIM; }); };
-    auto load_values = [&](u32 at) { values.load<true>(g, [&](int i) { return value_pages + ((i64)at + i) * PQ_DIM; }); };
-    u32 at = 0;
+    auto load_keys = [&](i64 at) {
+        keys.load<true>(c, [&](int i) { return (const u16*)(key_pages + at) + i * PQ_DIM; });
+    };
+    auto load_values = [&](i64 at) {
+        values.load<true>(g, [&](int i) { return (const u16*)(value_pages + at) + i * PQ_DIM; });
+    };
+    i64 at = 0;
     if (count > 0) {
         at = next_tile(0);
         load_keys(at);
@@ -247,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
         load_keys(at);
         // Numbers are asked for as soon as their registers are free. Beyond the last tile they are any page's, unused.
         for (int i = 1; i < count; i++) {
-            const u32 next = next_tile(i + 1);
+            const i64 next = next_tile(i + 1);
             exact.value_tile(values);
             load_values(at);
             exact.score_tile(keys);

@@ -1,469 +1,326 @@
-// One warp's part of tuned decode attention: table addresses, fragments, scores, weighted values, joining the warps.
-// Knows nothing of pages; attend_tuned.cuh feeds it and explains the idea.
+// One warp's part of decode attention over codes: scores, softmax, scales, the exact window. Knows nothing of where
+// pages are; attend_codes.cu feeds it and explains the idea.
 #pragma once
+#include "attend_sums.cuh"
 #include "softmax.cuh"
 
-#ifndef PQ_KEY_COPIES
-#define PQ_KEY_COPIES 2  // copies of the key table, 16 banks apart; 1 where shared memory is small (two-way conflicts)
-#endif
-#ifndef PQ_STAGED
-#define PQ_STAGED 0  // 1: codes come by way of shared memory, see Codes
-#endif
-
-constexpr int WARPS = PQ_WARPS, THREADS = WARPS * 32;
-
-// DIM: numbers of a head. UNITS of WIDTH numbers each are looked up by BITS bits. Where UNITS * WIDTH is 2 * DIM, a
-// unit is one number and its table entry is padded with a zero.
-template <int DIM_, int UNITS_, int WIDTH_, int BITS_>
-struct Shape {
-    static constexpr int DIM = DIM_, UNITS = UNITS_, WIDTH = WIDTH_, BITS = BITS_;
-    static constexpr int WIDE = UNITS * WIDTH, PAD = WIDE / DIM;
-    static constexpr int ROW_BYTES = 256, TABLE_BYTES = (1 << BITS) * ROW_BYTES;
-    static constexpr bool SECOND_COPY = UNITS == 64 && PQ_KEY_COPIES == 2;
-    static constexpr int COPY_OFFSET = TABLE_BYTES + 64;  // 64 bytes are 16 banks
-    static constexpr int KEY_BYTES = SECOND_COPY ? 2 * TABLE_BYTES + 128 : TABLE_BYTES;
-    static constexpr int CHUNKS = UNITS / 32, WORDS = BITS / 2;  // a lane's codes of a tile: CHUNKS times 16 codes
-    static constexpr int TILE_BYTES = TILE * UNITS * BITS / 8;
-    static constexpr int STEPS = WIDE / 16, SLOTS = UNITS / 8, HALVES = WIDTH / 2;
-    static constexpr int MERGE_BYTES = join_bytes(WARPS, WIDE);
-    static constexpr int TABLES = KEY_BYTES + TABLE_BYTES + 128;
-    static constexpr int BASE = 1024;  // where tables start in the shared window, see tables_at()
-    static constexpr int STAGES = BASE + (TABLES > MERGE_BYTES ? TABLES : MERGE_BYTES);
-    static constexpr int STAGE_BYTES = PQ_STAGED ? 2 * TILE_BYTES : 0;  // of a warp: a tile's keys, then its values
-    static constexpr int SHARED_BYTES = STAGES + WARPS * STAGE_BYTES;
-    static_assert(!PQ_STAGED || BITS == 8, "a lane's codes are copied 16 bytes at a time");
-    static_assert((UNITS == 64 && WIDTH == 2) || UNITS == 32, "a table row is 64 pairs or less");
+// What a warp makes of the statistics of a piece, fp16.
+struct PieceScales {
+    uint4 keys[KeyTable::STEPS * 4];  // (step, lane column): pair 0 of the means and of the scales, pair 1 of them
+    u32 values[PIECE * 8];            // (tile, tokens 2 i and 2 i + 1)
 };
 
-// HEADS: query heads per KV head the rows have room for: 2, 4 or 8, so 8 / HEADS rotation classes.
-template <class S, int HEADS>
-struct Attention {
-    static constexpr int CLASSES = 8 / HEADS, CLASS_MASK = CLASSES - 1;
-    // With 8 heads no spare rows undo the rotation by bit 1 of a key's token. Turning the words of codes back costs 8
-    // permutations a tile instead of 32 exchanges, and a two-way bank conflict.
-    static constexpr bool TURN_WORDS = CLASSES == 1 && S::BITS == 8;
+// The statistics themselves, as a warp's lanes hold them: four channels, two tokens.
+struct Statistics {
+    static constexpr int N = (DIM + 127) / 128;
+    u32 means[N], scales[N], values, step;
+
+    // keys: what follows the codes of a page's keys; values_: the scales of the piece's tokens.
+    __device__ __forceinline__ void ask(const u8* keys, const u8* values_, int lane) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            means[i] = scales[i] = 0;
+            if ((lane + 32 * i) * 4 < DIM) {
+                means[i] = load_stream((const u32*)keys + lane + 32 * i);
+                scales[i] = load_stream((const u32*)(keys + DIM) + lane + 32 * i);
+            }
+        }
+        values = lane < PIECE * 8 ? load_stream((const u16*)values_ + lane) : 0;
+        step = load_stream((const u16*)(keys + 2 * DIM));
+    }
+};
+
+struct Attention : Sums {
+    static constexpr int STEPS = KeyTable::STEPS;
 
     const AttendArgs& a;
-    const int g, c;        // fragment coordinates: g = lane / 4, c = lane % 4
-    const int head, turn;  // head and rotation class of score row g
-    bool useful;           // this lane's tokens are of the row's class
-    u32 query[S::STEPS / 2][4];
-    u32 key_offsets[S::BITS == 8 ? (S::UNITS == 32 && S::WIDTH == 2 ? 4 : 2)
-                                 : (S::UNITS == 32 && S::WIDTH == 2 ? 8 : 4)];
-    u32 value_offsets[S::BITS == 8 ? 2 : 4];
-    float score[2][2];  // [8-token group][token 2c, 2c + 1]
-    float sums[S::STEPS][4];
-    float reference, exponent[CLASSES == 4 ? 2 : 1], threshold, weight_sum;
+    u32 key_offset;            // of the lane's copies in a table row
+    u32 query[STEPS][2];       // head g, times the scales of the page
+    float product[4];          // of a tile: tokens g and g + 8, heads 2 c and 2 c + 1
+    float factor[2], mean[2];  // what makes a product an exponent of 2, heads 2 c and 2 c + 1
+    float reference[2], weight_sum[2];
+    int value_zero;   // the sums count 2^((value_zero - LOG_ZERO) / LOG_STEPS)
+    int value_limit;  // the largest scale of values that they can take
 
     __device__ __forceinline__ Attention(const AttendArgs& a_, int lane)
-        : a(a_), g(lane >> 2), c(lane & 3), head((lane >> 2) / CLASSES), turn((lane >> 2) & CLASS_MASK) {
-        useful = (c & CLASS_MASK & 1) == (turn & 1);
-        reference = NOTHING;
-        for (float& x : exponent) x = infinity();  // useless tokens keep it: their weights are exp2(-inf) = 0
-        threshold = useful ? NOTHING : infinity();
-        weight_sum = 0.f;
+        : Sums(lane), a(a_), value_zero(LOG_ZERO), value_limit(-1) {
+        key_offset = lane % KeyTable::COPIES * KeyTable::PAIRS * 4;
+        opaque(key_offset);
 #pragma unroll
-        for (int i = 0; i < S::STEPS; i++) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.f;
-        set_offsets();
+        for (int h = 0; h < 2; h++) reference[h] = NOTHING, weight_sum[h] = 0.f;
     }
 
-    // ---- table addresses
-    // Byte of a lane's key unit within a table row for step k & 3; what depends on k alone is added as a constant.
-    __device__ __forceinline__ u32 key_offset(int k, int half, u32& upper) const {
-        const int far = g >> 2;
-        const int turned = k ^ (g & (TURN_WORDS ? 1 : 3));
-        upper = 0;
-        if (S::WIDTH == 4) return 32 * turned + 8 * c;
-        if (S::UNITS == 64) {
-            if (S::SECOND_COPY) upper = far;
-            return 16 * turned + 4 * c + (S::SECOND_COPY ? 64 * far : 0);
-        }
-        return 16 * turned + 4 * c + (far ? 192 - 64 * half : 64 * half);
-    }
-
-    __device__ __forceinline__ u32 value_offset(int s) const {
-        const int turned = s ^ c;
-        if (S::UNITS == 64) return 32 * turned + 4 * g;
-        return (64 * (g >> 2) + 16 * turned + 4 * (g & 3)) * (S::WIDTH / 2);
-    }
-
-    __device__ __forceinline__ void set_offsets() {
-        constexpr int ROWS = S::UNITS == 32 && S::WIDTH == 2 ? 2 : 1;
+    // ---- scores: keys are the rows of a product, query heads its columns
+    __device__ __forceinline__ void score(const LaneCodes<KeyTable, false>& codes) {
+        constexpr int P = KeyTable::PAIRS, GROUP = P <= 2 ? 1 : P / 2;  // steps that a look-up serves
+        float one[4] = {0, 0, 0, 0}, two[4] = {0, 0, 0, 0};  // two sums: a product need not wait for the one before
+        auto step = [&](int k, u32 a0, u32 a1, u32 a2, u32 a3) {
+            const u32 keys[4] = {a0, a1, a2, a3};
+            if (k >= STEPS) return;
+            if (k & 1)
+                multiply(two, keys, query[k][0], query[k][1]);
+            else
+                multiply(one, keys, query[k][0], query[k][1]);
+        };
 #pragma unroll
-        for (int half = 0; half < ROWS; half++) {
-            u32 off[4], upper = 0;
+        for (int i = 0; i < STEPS / GROUP + (STEPS % GROUP != 0); i++) {
+            u32 x[2][P], y[2][P];
+            if (P == 1) {
 #pragma unroll
-            for (int k = 0; k < 4; k++) off[k] = key_offset(k, half, upper);
-            if (S::BITS == 8) {
-                key_offsets[half * 2] = off[0] | off[1] << 8 | upper << 16;
-                key_offsets[half * 2 + 1] = off[2] | off[3] << 8 | upper << 16;
-            } else {
-#pragma unroll
-                for (int k = 0; k < 4; k++) key_offsets[half * 4 + k] = off[k] + upper * S::TABLE_BYTES;
-            }
-        }
-        u32 off[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) off[k] = value_offset(k);
-        if (S::BITS == 8) {
-            value_offsets[0] = off[0] | off[1] << 8;
-            value_offsets[1] = off[2] | off[3] << 8;
-        } else {
-#pragma unroll
-            for (int k = 0; k < 4; k++) value_offsets[k] = off[k];
-        }
-#pragma unroll
-        for (u32& x : key_offsets) opaque(x);
-#pragma unroll
-        for (u32& x : value_offsets) opaque(x);
-    }
-
-    // code * 256 + offset of step k & 3. 8 bits: one byte permutation. 6 bits: shift and mask.
-    template <int N>
-    static __device__ __forceinline__ u32 address(const u32 (&words)[S::WORDS], int code, const u32 (&offsets)[N],
-                                                  int at, int k) {
-        if (S::BITS == 8)
-            return pick_bytes(words[code >> 2], offsets[at * 2 + ((k & 3) >> 1)],
-                              0x7600 | (code & 3) << 4 | (4 + (k & 1)));
-        const int bit = code * 6, word = bit >> 5, shift = bit & 31;
-        u32 x;
-        if (shift < 8)
-            x = words[word] << (8 - shift);
-        else if (shift <= 26)
-            x = words[word] >> (shift - 8);
-        else
-            x = shift_pair_right(words[word], words[word + 1 < S::WORDS ? word + 1 : word], shift - 8);
-        return (x & 0x3f00) | offsets[at * 4 + (k & 3)];
-    }
-
-    // A lane's codes of one side of a tile. They come straight into registers, asked for when the tile before has been looked
-    // up. Staged, they come into shared memory of the lane's own, which is free for the next ones as soon as they have been read
-    // from there: a load has the time of a tile, not of half a tile, and the registers are free meanwhile. That is paid with
-    // shared-memory bandwidth, of which eight heads and short codes have none to spare (kernels/NOTES.md).
-    struct Codes {
-        u32 words[S::CHUNKS][S::WORDS];
-
-        // p: this lane's first code of the tile; stage: its place in shared memory.
-        __device__ __forceinline__ void ask(const u8* p, u32 stage) {
-#pragma unroll
-            for (int i = 0; i < S::CHUNKS; i++) {
-                if (PQ_STAGED) {
-                    copy_async(stage + i * 512, (const uint4*)p + i * 32);
-                } else if (S::BITS == 8) {
-                    set(i, load_stream((const uint4*)p + i * 32));
-                } else {
-#pragma unroll
-                    for (int j = 0; j < S::WORDS; j++) words[i][j] = load_stream((const u32*)p + i * 32 * S::WORDS + j);
+                for (int half = 0; half < 2; half++) {
+                    look_up<KeyTable>(codes.row(4 * i + half, key_offset, lane), 0, x[half]);
+                    look_up<KeyTable>(codes.row(4 * i + 2 + half, key_offset, lane), 0, y[half]);
                 }
-            }
-            if (PQ_STAGED) commit_copies();
-        }
-
-        // Waits for what was asked for before the other side's latest codes were.
-        __device__ __forceinline__ void receive(u32 stage) {
-            if (!PQ_STAGED) return;
-            wait_copies<1>();
-#pragma unroll
-            for (int i = 0; i < S::CHUNKS; i++) set(i, load_copied(stage + i * 512));
-        }
-
-        // use() looks up the codes that were asked for; those at next() are asked for as early as may be.
-        template <class Next, class Use>
-        __device__ __forceinline__ void consume(Next next, u32 stage, Use use) {
-            receive(stage);
-            if (PQ_STAGED) ask(next(), stage);
-            use();
-            if (!PQ_STAGED) ask(next(), stage);
-        }
-
-    private:
-        __device__ __forceinline__ void set(int i, uint4 x) {
-            words[i][0] = x.x, words[i][1] = x.y, words[i][2] = x.z, words[i][S::WORDS - 1] = x.w;
-        }
-    };
-
-    // ---- fragments: [step][low or high half of the step] for keys, [slot & 3][half codeword][token c, c + 4, c + 8,
-    // c + 12] for values
-    typedef u32 KeyFragment[S::STEPS][2];
-    typedef u32 ValueFragment[4][S::HALVES][4];
-
-    static __device__ __forceinline__ void swap_if(bool yes, u32& x, u32& y) {
-        const u32 t = yes ? y : x;
-        y = yes ? x : y;
-        x = t;
-    }
-
-    __device__ __forceinline__ void look_up_keys(const Codes& given, int group, KeyFragment& f) const {
-        Codes codes = given;
-        if (TURN_WORDS) {
-            const u32 selector = thread_number() & 8 ? 0x1032 : 0x3210;
-#pragma unroll
-            for (int i = 0; i < S::CHUNKS; i++)
-#pragma unroll
-                for (u32& word : codes.words[i]) word = pick_bytes(word, word, selector);
-        }
-#pragma unroll
-        for (int k = 0; k < S::STEPS; k++) {
-            if (S::WIDTH == 4) {
-                const uint2 x = load_shared_pair(S::BASE + 128 * (k >> 2) +
-                                                 address(codes.words[0], group * 8 + k, key_offsets, 0, k));
-                f[k][0] = x.x, f[k][1] = x.y;
+                step(i, x[0][0], x[1][0], y[0][0], y[1][0]);
             } else {
 #pragma unroll
                 for (int half = 0; half < 2; half++)
-                    if (S::UNITS == 64)
-                        f[k][half] =
-                            load_shared(S::BASE + 128 * half + 64 * (k >> 2) +
-                                        address(codes.words[group % S::CHUNKS], half * 8 + k, key_offsets, 0, k));
-                    else
-                        f[k][half] = load_shared(
-                            S::BASE + address(codes.words[0], group * 8 + half * 4 + k, key_offsets, half, k));
+                    look_up<KeyTable>(codes.row(2 * i + half, key_offset, lane), 0, x[half]);
+#pragma unroll
+                for (int r = 0; r < P / 2; r++)
+                    step(i * (P / 2) + r, x[0][2 * r], x[1][2 * r], x[0][2 * r + 1 < P ? 2 * r + 1 : 0],
+                         x[1][2 * r + 1 < P ? 2 * r + 1 : 0]);
             }
         }
-        if (CLASSES == 1 && !TURN_WORDS) {  // no spare rows for the tokens' bit 1: put the steps back in order
-            const bool yes = g & 2;
 #pragma unroll
-            for (int k = 0; k < S::STEPS; k++)
-                if (!(k & 2)) {
-                    swap_if(yes, f[k][0], f[k + 2][0]);
-                    swap_if(yes, f[k][1], f[k + 2][1]);
-                }
-        }
+        for (int i = 0; i < 4; i++) product[i] = one[i] + two[i];
     }
 
-    // Slots s .. s + 3.
-    __device__ __forceinline__ void look_up_values(const Codes& codes, int s, ValueFragment& f) const {
-        constexpr u32 TABLE = S::BASE + S::KEY_BYTES;
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int group = i / 2, far = i % 2;
-                if (S::UNITS == 64) {
-                    f[k][0][i] = load_shared(TABLE + 128 * (s >> 2) + address(codes.words[group % S::CHUNKS],
-                                                                              far * 8 + s + k, value_offsets, 0, k));
-                } else {
-                    const u32 at = TABLE + address(codes.words[0], group * 8 + far * 4 + k, value_offsets, 0, k);
-                    if (S::WIDTH == 2) {
-                        f[k][0][i] = load_shared(at);
-                    } else {
-                        const uint2 x = load_shared_pair(at);
-                        f[k][0][i] = x.x, f[k][S::HALVES - 1][i] = x.y;
-                    }
-                }
-            }
-        // Spare rows cover bit 1 of the token (two classes), bits 1 and 0 (four) or none.
-#pragma unroll
-        for (int bit = 2; bit >= 1; bit--)
-            if (CLASSES < (bit == 2 ? 2 : 4)) {
-                const bool yes = c & bit;
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    if (!(k & bit)) {
-#pragma unroll
-                        for (int h = 0; h < S::HALVES; h++)
-#pragma unroll
-                            for (int i = 0; i < 4; i++) swap_if(yes, f[k][h][i], f[k + bit][h][i]);
-                    }
-            }
-    }
-
-    // ---- the exact window: the same fragments, read from the model's own numbers
-    // Pair number `pair` of the table's wide rows; a padded pair is (number, 0).
-    static __device__ __forceinline__ u32 load_pair(const u16* vector, int pair) {
-        return S::PAD == 2 ? load_global(vector + pair) : load_global((const u32*)vector + pair);
-    }
-
-    __device__ __forceinline__ void load_window_keys(const u16* keys, int first_slot, int last_slot,
-                                                     KeyFragment& f) const {
-        const int turned = g & (CLASSES == 1 ? 1 : 3);
-        const u16* key = keys + (i64)min(first_slot + g, last_slot) * S::DIM;
-#pragma unroll
-        for (int k = 0; k < S::STEPS; k++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) f[k][half] = load_pair(key, key_pair(k ^ turned, half));
-    }
-
-    // Slots s .. s + 3 of tokens c + 4 i, zero where the token's bit of `held` is not set: it might be NaN.
-    __device__ __forceinline__ void load_window_values(const u16* values, int first_slot, int last_slot, u32 held, int s,
-                                                       ValueFragment& f) const {
+    // ---- softmax
+    // The exponents of 2 that the products stand for; `low` and `high` join those of tokens g and g + 8.
+    __device__ __forceinline__ void exponents(float (&x)[4], float low, float high) const {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const u16* value = values + (i64)min(first_slot + c + 4 * i, last_slot) * S::DIM;
+            x[i] = fmaf(product[i], factor[i & 1], mean[i & 1]);
+            if (PQ_SOFTCAP) x[i] = soft_cap(a, x[i]) * a.scale_log2;
+            if (PQ_MASK) x[i] += i < 2 ? low : high;
+        }
+    }
+
+    // Weights of the tile, head g: tokens 2 c and 2 c + 1 in low, those 8 further in high.
+    __device__ __forceinline__ void weights(float bias_low, float bias_high, u32& low, u32& high) {
+        float x[4];
+        exponents(x, bias_low, bias_high);
 #pragma unroll
-            for (int k = 0; k < 4; k++)
+        for (int i = 0; i < 4; i++) x[i] -= reference[i & 1];
+        // The reference moves only when a score beats it by 2^8: weights stay below 256, far from fp16's 65504.
+        if (__any_sync(~0u, fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) > 8.f)) {
+            exponents(x, bias_low, bias_high);
+            move_reference(x);
 #pragma unroll
-                for (int h = 0; h < S::HALVES; h++) {
-                    const int unit = value_unit((s + k) ^ value_turn(c), g);
-                    f[k][h][i] = load_pair(value, unit * S::HALVES + h);
+            for (int i = 0; i < 4; i++) x[i] -= reference[i & 1];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[i] = exp2_fast(x[i]);
+        weight_sum[0] += x[0] + x[2], weight_sum[1] += x[1] + x[3];
+        low = transpose(pack_halves(x[0], x[1])), high = transpose(pack_halves(x[2], x[3]));
+    }
+
+    // What the lane knows of heads 2 c and 2 c + 1, of head g.
+    __device__ __forceinline__ float of_row(const float (&x)[2]) const {
+        const float even = __shfl_sync(~0u, x[0], g >> 1), odd = __shfl_sync(~0u, x[1], g >> 1);
+        return g & 1 ? odd : even;
+    }
+
+    __device__ __forceinline__ void move_reference(const float (&x)[4]) {
+        float shrink[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float top = fmaxf(x[h], x[2 + h]);
+#pragma unroll
+            for (int m = 4; m < 32; m *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
+            const float now = fmaxf(reference[h], top);
+            shrink[h] = exp2_fast(reference[h] - now);
+            reference[h] = now;
+            weight_sum[h] *= shrink[h];
+        }
+        shrink_sums(of_row(shrink));
+    }
+
+    // What was scored, as weights of values with these scales.
+    __device__ __forceinline__ void weigh(const u32* scales, float bias_low, float bias_high) {
+        u32 low, high;
+        weights(bias_low, bias_high, low, high);
+        const u32 first = scales[c], second = scales[c + 4];
+        p[0] = multiply_halves(low, first), p[1] = multiply_halves_again(low, first);
+        p[2] = multiply_halves(high, second), p[3] = multiply_halves_again(high, second);
+    }
+
+    // ---- a piece of a page: its statistics become scales of the query and of the weights
+    // 2 to the power of (byte `at` of x) / LOG_STEPS + shift. A byte becomes a number as the last one of 2^23.
+    static __device__ __forceinline__ float scale_of(u32 x, int at, float shift) {
+        const float number = __int_as_float((int)pick_bytes(x, 0x4b000000, 0x7650 | at));
+        return exp2_fast(fmaf(number, 1.f / LOG_STEPS, shift - 8388608.f / LOG_STEPS));
+    }
+    static __device__ __forceinline__ float shift_of(int zero) { return (float)zero * (-1.f / LOG_STEPS); }
+
+    // Two int8, bytes `at` and `at + 1` of x, as fp16: 1024 + (x + 128) first.
+    static __device__ __forceinline__ u32 halves_of_bytes(u32 x, int at) {
+        const u32 numbers = pick_bytes(x ^ 0x80808080u, 0x64646464u, at ? 0x4342 : 0x4140);
+        return add_halves(numbers, 0xe480e480u);  // -1152
+    }
+
+    // rotated: the query of each head in pairs, (two steps, lane). query_factors: what makes a product with it an
+    // exponent.
+    __device__ __forceinline__ void start_piece(const Statistics& given, PieceScales& made, const uint4* rotated,
+                                                const float* query_factors) {
+        __syncwarp();  // all lanes have read what was made for the piece before
+        const int top = max((int)(given.values & 255), (int)(given.values >> 8));
+        if (__any_sync(~0u, top > value_limit)) {  // scales stay below 2^7, weights times scales below 2^15
+            const int now = warp_max(top);
+            const float factor = exp2_fast((float)(value_zero - now) * (1.f / LOG_STEPS));
+            shrink_sums(factor);
+#pragma unroll
+            for (u32& weights : p)
+                weights = multiply_halves(weights, pack_halves(factor, factor));  // of a tile not added yet
+            value_zero = now, value_limit = now + 7 * LOG_STEPS;
+        }
+#pragma unroll
+        for (int i = 0; i < Statistics::N; i++) {
+            const int number = (lane + 32 * i) * 4;
+            if (number < DIM) {
+                const float shift = shift_of(LOG_ZERO);
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const u32 means = halves_of_bytes(given.means[i], 2 * half);
+                    const u32 scales = pack_halves(scale_of(given.scales[i], 2 * half, shift),
+                                                   scale_of(given.scales[i], 2 * half + 1, shift));
+                    put(made, number + 2 * half, means, scales);
                 }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-#pragma unroll
-                for (int h = 0; h < S::HALVES; h++) f[k][h][i] = held >> (c + 4 * i) & 1 ? halves_of(f[k][h][i]) : 0u;
-    }
-
-    // Pair of numbers that lane column c feeds to a half of step k.
-    __device__ __forceinline__ int key_pair(int k, int half) const {
-        return S::WIDTH == 4 ? 2 * (4 * k + c) + half : S::UNITS / 2 * half + 4 * k + c;
-    }
-
-    // How far the slots of a value lane's tokens - or of a row of that class - are rotated, as far as rows undo it.
-    static __device__ __forceinline__ int value_turn(int lane_column) {
-        return lane_column & (CLASSES == 4 ? 3 : CLASSES == 2 ? 2 : 0);
-    }
-    static __device__ __forceinline__ int value_unit(int s, int column) {
-        return S::UNITS == 64 ? 8 * s + column : 16 * (column >> 2) + 4 * s + (column & 3);
-    }
-
-    // ---- arithmetic
-    __device__ __forceinline__ void load_query(const u16* heads, int num_heads) {
-        const int row_turn = 2 * (turn & 1);
-        const u16* vector = heads + (head < num_heads ? head : 0) * S::DIM;
-        const u32 keep = head < num_heads ? ~0u : 0u;
-#pragma unroll
-        for (int i = 0; i < S::STEPS / 2; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                query[i][j] = halves_of(load_pair(vector, key_pair((2 * i + (j & 1)) ^ row_turn, j >> 1))) & keep;
-    }
-
-    // Rows g + 8 hold the odd steps, so tokens with an odd number find their rotation there: two accumulators, one Q.
-    __device__ __forceinline__ void add_scores(int group, const KeyFragment& f) {
-        float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int k = 0; k < S::STEPS; k += 2) {
-            multiply(even, query[k / 2], f[k][0], f[k][1]);
-            multiply(odd, query[k / 2], f[k + 1][0], f[k + 1][1]);
-        }
-        score[group][0] = soft_cap(a, even[0] + odd[2]);
-        score[group][1] = soft_cap(a, even[3] + odd[1]);
-    }
-
-    // The weights as a sparse matrix: rows g and g + 8 have the same pair of each group.
-    __device__ __forceinline__ void weights(u32 (&p)[4]) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float p0 = exp2_fast(fmaf(score[i][0], a.scale_log2, -exponent[0]));
-            const float p1 = exp2_fast(fmaf(score[i][1], a.scale_log2, -exponent[CLASSES == 4 ? 1 : 0]));
-            weight_sum += p0 + p1;
-            p[2 * i] = pack_halves(p0, p1), p[2 * i + 1] = pack_halves_again(p0, p1);
-        }
-    }
-
-    __device__ __forceinline__ void add_values(const u32 (&p)[4], int s, const ValueFragment& f) {
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-#pragma unroll
-            for (int h = 0; h < S::HALVES; h++) multiply_sparse(sums[(s + k) * S::HALVES + h], p, f[k][h]);
-    }
-
-    __device__ __forceinline__ void score_tile(const Codes& codes) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            KeyFragment f;
-            look_up_keys(codes, i, f);
-            add_scores(i, f);
-        }
-    }
-
-    __device__ __forceinline__ void value_tile(const Codes& codes) {
-        u32 p[4];
-        weights(p);
-#pragma unroll
-        for (int s = 0; s < S::SLOTS; s += 4) {
-            ValueFragment f;
-            look_up_values(codes, s, f);
-            add_values(p, s, f);
-        }
-    }
-
-    // Moves the reference only when a score beats it by 2^8: weights stay below 256, far from fp16's 65504.
-    __device__ __forceinline__ void rescale() {
-        float top = fmaxf(fmaxf(score[0][0], score[0][1]), fmaxf(score[1][0], score[1][1]));
-        if (__any_sync(~0u, top > threshold)) {
-            float x = useful ? top : -infinity();
-            x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-            x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-            const float now = fmaxf(reference, x * a.scale_log2), shrink = exp2_fast(reference - now);
-            reference = now;
-            weight_sum *= shrink;
-            if (useful && now > NOTHING) {
-                if (CLASSES < 4 || turn < 2) exponent[0] = now;
-                if (CLASSES == 4 && turn >= 2) exponent[CLASSES == 4 ? 1 : 0] = now;
-                threshold = (now + 8.f) * a.inverse_scale;
             }
-#pragma unroll
-            for (int i = 0; i < S::STEPS; i++)
-                sums[i][0] *= shrink, sums[i][1] *= shrink, sums[i][2] *= shrink, sums[i][3] *= shrink;
         }
+        if (lane < PIECE * 8) {
+            const float shift = shift_of(value_zero);
+            made.values[lane] = pack_halves(scale_of(given.values, 0, shift), scale_of(given.values, 1, shift));
+        }
+        __syncwarp();
+        float one[4] = {0, 0, 0, 0}, two[4] = {0, 0, 0, 0};
+        auto step = [&](int k, u32 q0, u32 q1) {
+            if (k >= STEPS) return;
+            const uint4 x = made.keys[k * 4 + c];
+            query[k][0] = multiply_halves(q0, x.y), query[k][1] = multiply_halves(q1, x.w);
+            // Eight times the means as keys; the scales come along, and their products are not used.
+            const u32 keys[4] = {x.x, x.y, x.z, x.w};
+            multiply(k & 1 ? two : one, keys, q0, q1);
+        };
+#pragma unroll
+        for (int n = 0; n < (STEPS + 1) / 2; n++) {
+            const uint4 q = rotated[n * 32 + lane];
+            step(2 * n, q.x, q.y), step(2 * n + 1, q.z, q.w);
+        }
+        const float mean_step = float_of_half((u16)given.step);
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            factor[h] = query_factors[2 * c + h], mean[h] = (one[h] + two[h]) * mean_step * factor[h];
     }
 
-    // 16 slots of the exact window. Slots without a token may hold anything: their keys get no weight, and their
-    // values, which might be NaN, are made zero.
-    __device__ __forceinline__ void window_tile(const Row& row, int ring_first, int first_slot, int last_slot,
-                                                const u16* keys, const u16* values) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            KeyFragment f;
-            load_window_keys(keys, first_slot + 8 * i, last_slot, f);
-#pragma unroll
-            for (int k = 0; k < S::STEPS; k++) f[k][0] = halves_of(f[k][0]), f[k][1] = halves_of(f[k][1]);
-            add_scores(i, f);
-            keep_order();
-        }
-        const int batch_row = PQ_MASK ? Work(a).batch_row : 0, start = PQ_MASK ? a.starts[batch_row] : 0;
-        const u32 held = __ballot_sync(~0u, row.holds(first_slot + (thread_number() & (TILE - 1)), ring_first));
-#pragma unroll
-        for (int i = 0; i < 2; i++)
+    // Channels `number` and `number + 1` of the key statistics to where the lanes read them.
+    static __device__ __forceinline__ void put(PieceScales& made, int number, u32 means, u32 scales) {
+        const KeyPair p(number);
+        if (KeyTable::C::UNIT_NUMBERS % 2 == 0) {
+            ((uint2*)made.keys)[(p.k * 4 + p.c) * 2 + p.j] = uint2{means, scales};
+        } else {
 #pragma unroll
             for (int odd = 0; odd < 2; odd++) {
-                const int at = 8 * i + 2 * c + odd;
-                if (PQ_MASK) score[i][odd] += mask_bias(a, batch_row, start + row.token_in(first_slot + at, ring_first));
-                if (!(held >> at & 1)) score[i][odd] = -infinity();
+                const KeyPair p(number + odd);
+                u16* to =
+                    (u16*)made.keys + ((p.k * 4 + p.c) * 2 + p.j) * 4 + (number + odd) % KeyTable::C::UNIT_NUMBERS % 2;
+                to[0] = (u16)(means >> 16 * odd), to[2] = (u16)(scales >> 16 * odd);
             }
-        rescale();
-        u32 p[4];
-        weights(p);
-#pragma unroll
-        for (int s = 0; s < S::SLOTS; s += 4) {
-            ValueFragment f;
-            load_window_values(values, first_slot, last_slot, held, s, f);
-            add_values(p, s, f);
-            keep_order();
         }
     }
 
-    // Lane i < 16 brought what the mask says of token i of the tile. Nearly always nothing: one vote.
-    __device__ __forceinline__ void apply_mask(float bias) {
-        if (__any_sync(~0u, bias != 0.f)) {
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-#pragma unroll
-                for (int odd = 0; odd < 2; odd++) score[i][odd] += __shfl_sync(~0u, bias, 8 * i + 2 * c + odd);
-        }
+    // ---- 16 slots of the exact window, which is not rotated
+    static __device__ __forceinline__ uint4 load_numbers(const u16* row, int number) {
+        if (number >= DIM) return uint4{0, 0, 0, 0};
+        if (DIM % 8 == 0) return load_global_quad((const uint4*)(row + number));
+        const u32* at = (const u32*)(row + number);
+        uint4 x = {load_global(at), load_global(at + 1), 0, 0};
+        if (number + 4 < DIM) x.z = load_global(at + 2), x.w = load_global(at + 3);
+        return x;
     }
 
-    __device__ __forceinline__ void finish(uint4* shared) {
-        Join<S::WIDE, S::DIM, S::PAD, WARPS, CLASSES>::run(a, shared, reference, weight_sum, [&](float4* mine, float f) {
-            const int lane = thread_number() & 31, turn = lane >> 2 & CLASS_MASK, c = lane & 3;
+    // The lane's 8 neighbouring numbers are two steps of the product, of the query as of the keys.
+    static constexpr int WINDOW_LOADS = (DIM + 31) / 32;
+    __device__ __forceinline__ void score_window(const u16* query, const u16* low_key, const u16* high_key) {
+        float one[4] = {0, 0, 0, 0}, two[4] = {0, 0, 0, 0};
 #pragma unroll
-            for (int s = 0; s < S::SLOTS; s++) {
-                // This lane's columns: units `unit` and `unit + 1`.
-                const int unit = value_unit(s ^ value_turn(2 * (turn & 1) + (turn >> 1)), 2 * c);
-                if (S::WIDTH == 2) {
-                    const float (&x)[4] = sums[s];
-                    mine[unit / 2] = make_float4(x[0] * f, x[2] * f, x[1] * f, x[3] * f);
-                } else {
-                    const float (&x)[4] = sums[s * S::HALVES];
-                    const float (&y)[4] = sums[s * S::HALVES + S::HALVES - 1];
-                    mine[unit] = make_float4(x[0] * f, x[2] * f, y[0] * f, y[2] * f);
-                    mine[unit + 1] = make_float4(x[1] * f, x[3] * f, y[1] * f, y[3] * f);
+        for (int n = 0; n < WINDOW_LOADS; n++) {
+            const int at = 32 * n + 8 * c;
+            const uint4 q = load_numbers(query, at), x = load_numbers(low_key, at), y = load_numbers(high_key, at);
+            const u32 first[4] = {halves_of(x.x), halves_of(y.x), halves_of(x.y), halves_of(y.y)};
+            const u32 second[4] = {halves_of(x.z), halves_of(y.z), halves_of(x.w), halves_of(y.w)};
+            multiply(one, first, halves_of(q.x), halves_of(q.y));
+            multiply(two, second, halves_of(q.z), halves_of(q.w));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) product[i] = one[i] + two[i];
+        const float f = PQ_SOFTCAP ? 1.f : a.scale_log2;
+        factor[0] = factor[1] = f, mean[0] = mean[1] = 0.f;
+    }
+
+    // Slots without a token may hold anything: their keys get no weight, and their values, which might be NaN, are made
+    // zero. query: of the lane's head g.
+    __device__ __forceinline__ void window_tile(const Row& row, int ring_first, int first_slot, const u16* query,
+                                                const u16* keys, const u16* values) {
+        const int last_slot = row.slots() - 1;
+        score_window(query, keys + (i64)min(first_slot + g, last_slot) * DIM,
+                     keys + (i64)min(first_slot + g + 8, last_slot) * DIM);
+        const u32 held = __ballot_sync(~0u, row.holds(first_slot + (lane & (TILE - 1)), ring_first));
+        float bias[2] = {0.f, 0.f};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int at = g + 8 * i;
+            if (PQ_MASK) {
+                const Work work(a);
+                const int column = a.starts[work.batch_row] + row.token_in(first_slot + at, ring_first);
+                bias[i] = mask_bias(a, work.batch_row, column);
+            }
+            if (!(held >> at & 1)) {
+                product[2 * i] = product[2 * i + 1] = 0.f;  // it might be NaN
+                bias[i] = -infinity();
+            }
+        }
+        u32 low, high;
+        window_weights(bias[0], bias[1], low, high);
+        u32 again_low = low, again_high = high;
+        opaque(again_low), opaque(again_high);
+        p[0] = low, p[1] = again_low, p[2] = high, p[3] = again_high;
+        const u16* tokens[4];  // the lane's first unit of each
+#pragma unroll
+        for (int t = 0; t < 4; t++)
+            tokens[t] = values + (i64)min(first_slot + c + 4 * t, last_slot) * DIM + g * ValueTable::C::UNIT_NUMBERS;
+#pragma unroll
+        for (int s = 0; s < SLOTS; s++) {
+#pragma unroll
+            for (int h = 0; h < HALVES; h++) {
+                u32 x[4];
+#pragma unroll
+                for (int t = 0; t < 4; t++) {
+                    const bool is_there = (held >> (c + 4 * t) & 1) &&
+                                          (ValueTable::C::UNITS % 8 == 0 || 8 * s + g < ValueTable::C::UNITS);
+                    x[t] = is_there
+                               ? halves_of(ValueTable::load_pair(tokens[t] + 8 * s * ValueTable::C::UNIT_NUMBERS, h))
+                               : 0u;
                 }
+                multiply_sparse(sums[s * HALVES + h], p, x);
             }
-        });
+        }
+    }
+
+    // As weights(), where a token may be hidden without a mask.
+    __device__ __forceinline__ void window_weights(float bias_low, float bias_high, u32& low, u32& high) {
+        float x[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            x[i] = fmaf(product[i], factor[i & 1], mean[i & 1]);
+            if (PQ_SOFTCAP) x[i] = soft_cap(a, x[i]) * a.scale_log2;
+            x[i] += i < 2 ? bias_low : bias_high;
+        }
+        move_reference(x);
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[i] = exp2_fast(x[i] - reference[i & 1]);
+        weight_sum[0] += x[0] + x[2], weight_sum[1] += x[1] + x[3];
+        low = transpose(pack_halves(x[0], x[1])), high = transpose(pack_halves(x[2], x[3]));
     }
 };

@@ -30,6 +30,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Picks 4 bytes out of the 8 of (b, a): how a code becomes a table address in one instruction.
 __device__ __forceinline__ u32 pick_bytes(u32 a, u32 b, u32 selector) {
     u32 d;
@@ -55,10 +61,20 @@ __device__ __forceinline__ uint2 load_shared_pair(u32 address) {
     return v;
 }
 
-// 16 bytes from global into shared memory, for wait_copies() of the same thread to wait for; before the copy is asked for,
-// what its target held must have been read.
-__device__ __forceinline__ void copy_async(u32 target, const uint4* source) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+__device__ __forceinline__ uint4 load_shared_quad(u32 address) {
+    uint4 v;
+    asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+
+// BYTES (4, 8 or 16) from global into shared memory, for wait_copies() of the same thread to wait for; before the copy
+// is asked for, what its target held must have been read.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(u32 target, const void* source) {
+    if (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(source), "n"(BYTES) : "memory");
 }
 // Ends a group of copies.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -67,12 +83,24 @@ template <int LEFT>
 __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
-__device__ __forceinline__ uint4 load_copied(u32 address) {
+
+// What a copy brought: read after it was waited for, before the next one to the same place is asked for.
+__device__ __forceinline__ uint4 load_copied(u32 address, uint4) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "r"(address)
                  : "memory");
+    return v;
+}
+__device__ __forceinline__ uint2 load_copied(u32 address, uint2) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+    return v;
+}
+__device__ __forceinline__ u32 load_copied(u32 address, u32) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
     return v;
 }
 
@@ -85,15 +113,30 @@ __device__ __forceinline__ uint4 load_stream(const uint4* p) {
     return v;
 }
 
+__device__ __forceinline__ uint2 load_stream(const uint2* p) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
 __device__ __forceinline__ u32 load_stream(const u32* p) {
     u32 v;
-    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ u32 load_stream(const u16* p) {
+    u16 v;
+    asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
     return v;
 }
 
 // An ordinary load, told that its address is in global memory. Not __ldg: that may move above wait_for_earlier().
 template <class T>
 __device__ __forceinline__ u32 load_global(const T* p) {
+    __builtin_assume(__isGlobal(p));
+    return *p;
+}
+
+__device__ __forceinline__ uint4 load_global_quad(const uint4* p) {
     __builtin_assume(__isGlobal(p));
     return *p;
 }
@@ -123,11 +166,38 @@ __device__ __forceinline__ u32 pack_halves(float low, float high) {
     return d;
 }
 
-// The same of floats that are not negative, by another instruction: the compiler keeps the two results in two registers,
-// where it would copy one for every use of both.
-__device__ __forceinline__ u32 pack_halves_again(float low, float high) {
+__device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
     u32 d;
-    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ __forceinline__ u32 multiply_halves(u32 a, u32 b) {
+    u32 d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+// The same by another instruction: the compiler keeps the two results in two registers, where it would copy one for
+// every use of both.
+__device__ __forceinline__ u32 multiply_halves_again(u32 a, u32 b) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+    return d;
+}
+
+// The 8 x 8 numbers of 16 bits that a warp holds, lane 4 g + c numbers 2 c and 2 c + 1 of row g, turned over: columns
+// for rows.
+__device__ __forceinline__ u32 transpose(u32 pair) {
+    u32 d;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
+    return d;
+}
+
+// The largest of the warp's numbers, in every lane.
+__device__ __forceinline__ int warp_max(int x) {
+    int d;
+    asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(d) : "r"(x));
     return d;
 }
 
@@ -164,8 +234,8 @@ __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// c += a b with a (16, 32) and b (32, 8), where of every 4 neighbours in a row of a two are not zero: numbers 0 and 2 in
-// rows 0 to 7, 1 and 3 in rows 8 to 15. 9 clocks, where the two multiplications that it replaces take 15.
+// c += a b with a (16, 32) and b (32, 8), where of every 4 neighbours in a row of a two are not zero: numbers 0 and 2
+// in rows 0 to 7, 1 and 3 in rows 8 to 15. 9 clocks, where the two multiplications that it replaces take 15.
 __device__ __forceinline__ void multiply_sparse(float (&c)[4], const u32 (&a)[4], const u32 (&b)[4]) {
 #if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
 #define PQ_MMA_SPARSE "mma.sp::ordered_metadata"
@@ -216,34 +286,24 @@ __device__ __forceinline__ void let_next_start() {}
 __device__ __forceinline__ void wait_for_earlier() {}
 #endif
 
-// Table copies into shared memory. From sm_90 the copy engine does them, one thread asking; before, all threads do.
-#if __CUDA_ARCH__ >= 900
-#define PQ_BULK_COPY 1
-__device__ __forceinline__ void barrier_init(u32 barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;" ::"r"(barrier)
-                 : "memory");
+// A barrier in shared memory, used once: threads arrive, and wait later.
+__device__ __forceinline__ void barrier_init(u32 barrier, int threads) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(u32 barrier) {
     u32 done;
     do {
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
+        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
                      : "=r"(done)
                      : "r"(barrier)
                      : "memory");
     } while (!done);
+    __syncwarp();
 }
-__device__ __forceinline__ void copy_bulk(u32 target, const void* source, u32 bytes, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-        "l"(source), "r"(bytes), "r"(barrier)
-        : "memory");
-}
-#else
-#define PQ_BULK_COPY 0
-#endif
+
 // Asks for `bytes` (a multiple of 16) into L2.
 __device__ __forceinline__ void prefetch_bulk(const void* p, u32 bytes) {
 #if __CUDA_ARCH__ >= 900

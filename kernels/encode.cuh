@@ -1,16 +1,39 @@
-// Nearest centroids and page writing, shared by prefill's encode and decode's append. Distances are exact float32:
-// argmin |x - c|^2 is argmax x.c - |c|^2 / 2, and ties go to the lowest code, as torch.argmin gives on one thread.
-// Defines from the launch: PQ_DIM, PQ_SUBSPACES, PQ_BITS, PQ_TABLE_BYTES.
+// Writes pages of codes, for prefill's encode and decode's append: rotates a page's vectors, takes its statistics,
+// searches the nearest centroids. The two call the same functions, so that a page gets the same bytes by either way.
+// Defines from the launch: PQ_DIM.
 #pragma once
-#include "softmax.cuh"
+#include "hadamard.cuh"
+#include "page.cuh"
 
-constexpr int SUB = PQ_DIM / PQ_SUBSPACES, CENTROIDS = 1 << PQ_BITS;
-constexpr int TABLE_FLOATS = CENTROIDS * (SUB + 1);  // the centroids of a subspace, then their half norms
-constexpr int BLOCK = 8;                             // centroids whose maximum is taken before one comparison
-typedef Places<PQ_SUBSPACES, PQ_BITS> PagePlaces;
+constexpr int WARPS = 8, THREADS = WARPS * 32;
+constexpr int DIM = PQ_DIM, NUMBERS_A_LANE = (DIM + 31) / 32, WIDE = NUMBERS_A_LANE * 32;
+constexpr int TOKENS = 64;  // that a block normalises and searches at a time: two for each lane
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+// The logarithmic scale of a magnitude, and what it divides by, as a factor.
+__device__ __forceinline__ int log_scale(float magnitude) {
+    const float e = log2_fast(magnitude) * LOG_STEPS + LOG_ZERO;
+    return (int)rintf(fminf(fmaxf(e, 0.f), 255.f));
+}
+__device__ __forceinline__ float inverse_scale(int e) { return exp2_fast((float)(LOG_ZERO - e) * (1.f / LOG_STEPS)); }
+
+// What a block needs of shared memory to encode pages of one side.
+template <class C>
+struct EncodeScratch {
+    static constexpr int LINE = DIM + 1;                // lanes of a warp are tokens: a row apart is a bank apart
+    float table[C::CENTROIDS * (C::NUMBERS + 1)];       // the centroids, then their half norms
+    alignas(16) u16 halves[C::CENTROIDS * C::NUMBERS];  // the centroids as they came
+    float sums[WARPS][WIDE], lows[WARPS][WIDE], highs[WARPS][WIDE];
+    float mean[WIDE], factor[WIDE];  // of the page's channels
+    float tops[WARPS];
+    float vectors[TOKENS * LINE];
+    u8 codes[TOKENS * C::M];  // in the order of their tiles' streams
+};
 
 // Four neighbouring centroids, in 16-byte loads: a load that all lanes share still moves 512 bytes into registers,
 // which is what limits this search with fewer than eight vectors a lane.
+template <int SUB, int CENTROIDS>
 struct Centroids {
     float x[4 * SUB], half_norm[4];
 
@@ -32,35 +55,23 @@ struct Centroids {
     }
 };
 
-// One warp brings one subspace's centroids into its own part of shared memory.
-__device__ __forceinline__ void load_centroids(const u16* centroids, float* table, int lane) {
-    __syncwarp();
-    for (int code = lane; code < CENTROIDS; code += 32) {
-        float norm = 0.f;
-#pragma unroll
-        for (int i = 0; i < SUB; i++) {
-            const float x = float_of_half(centroids[code * SUB + i]);
-            table[code * SUB + i] = x;
-            norm += x * x;
-        }
-        table[CENTROIDS * SUB + code] = 0.5f * norm;
-    }
-    __syncwarp();
-}
-
-// Codes of COUNT vectors. The maximum of a block of centroids costs one instruction each; only blocks are compared, and
-// the best block is searched again for the first centroid that reaches it.
-template <int COUNT>
-__device__ __forceinline__ void nearest(const float* table, const float (&v)[COUNT][SUB], int (&code)[COUNT]) {
+// Codes of COUNT vectors: argmin |x - c|^2, of equal ones the lowest. First the block of centroids that has it, as
+// argmax x.c - |c|^2 / 2: the maximum of a block costs one instruction for each centroid, and only blocks are compared.
+// Then the distances within the block, from the centroids as they came (`halves`), which are fewer bytes: here every
+// lane reads its own.
+template <int COUNT, int SUB, int CENTROIDS>
+__device__ __forceinline__ void nearest(const float* table, const u16* halves, const float (&v)[COUNT][SUB],
+                                        int (&code)[COUNT]) {
+    typedef Centroids<SUB, CENTROIDS> Four;
+    constexpr int BLOCK = 8;
     float best[COUNT];
-    int block[COUNT];
 #pragma unroll
-    for (int j = 0; j < COUNT; j++) best[j] = -infinity(), block[j] = 0;
+    for (int j = 0; j < COUNT; j++) best[j] = -infinity(), code[j] = 0;
     for (int first = 0; first < CENTROIDS; first += BLOCK) {
         float top[COUNT];
 #pragma unroll
         for (int part = 0; part < BLOCK; part += 4) {
-            const Centroids c(table, first + part);
+            const Four c(table, first + part);
 #pragma unroll
             for (int j = 0; j < COUNT; j++) {
                 const float low = fmaxf(c.closeness(0, v[j]), c.closeness(1, v[j]));
@@ -70,38 +81,233 @@ __device__ __forceinline__ void nearest(const float* table, const float (&v)[COU
         }
 #pragma unroll
         for (int j = 0; j < COUNT; j++)
-            if (top[j] > best[j]) best[j] = top[j], block[j] = first;
+            if (top[j] > best[j]) best[j] = top[j], code[j] = first;
     }
 #pragma unroll
     for (int j = 0; j < COUNT; j++) {
-        code[j] = block[j];
+        const uint4* from = (const uint4*)(halves + code[j] * SUB);
+        u32 words[SUB * 4];
 #pragma unroll
-        for (int part = BLOCK - 4; part >= 0; part -= 4) {
-            const Centroids c(table, block[j] + part);
-#pragma unroll
-            for (int i = 3; i >= 0; i--)
-                if (c.closeness(i, v[j]) == best[j]) code[j] = block[j] + part + i;
+        for (int i = 0; i < SUB; i++) {
+            const uint4 x = from[i];
+            words[4 * i] = x.x, words[4 * i + 1] = x.y, words[4 * i + 2] = x.z, words[4 * i + 3] = x.w;
         }
+        float least = infinity();
+        int at = code[j];
+#pragma unroll
+        for (int n = 0; n < BLOCK; n++) {
+            float distance = 0.f;
+#pragma unroll
+            for (int i = 0; i < SUB; i++) {
+                const int number = n * SUB + i;
+                const float d = v[j][i] - float_of_half((u16)(words[number / 2] >> 16 * (number & 1)));
+                distance = fmaf(d, d, distance);
+            }
+            if (distance < least) least = distance, at = code[j] + n;
+        }
+        code[j] = at;
     }
 }
 
-// Bytes of a tile's stream from its codes, one byte each in `codes`: 8 codes are PQ_BITS bytes.
-__device__ __forceinline__ void write_tile(const u8* codes, u8* to, int thread, int threads) {
-    for (int i = thread; i < TILE * PQ_SUBSPACES / 8; i += threads) {
-        const u8* from = codes + i * 8;
-        if (PQ_BITS == 8) {
-            *(uint2*)(to + i * 8) = *(const uint2*)from;
-        } else {
-            unsigned long long bits = 0;
+// Encodes one (page, KV head) of a side. vector_of(t): where token t of the page lies, in the model's dtype.
+template <class C, bool IS_VALUE>
+struct PageEncoder {
+    typedef EncodeScratch<C> Scratch;
+    Scratch& s;
+    const Block<u8> block;
+    const int page_size, lane, warp;
+    const float gain;
+    float equaliser[NUMBERS_A_LANE];  // the lane's channels of it, inverted
+
+    __device__ __forceinline__ PageEncoder(void* scratch, Block<u8> block_, int page_size_, const float* equaliser_,
+                                           float gain_)
+        : s(*(Scratch*)scratch),
+          block(block_),
+          page_size(page_size_),
+          lane(threadIdx.x & 31),
+          warp(threadIdx.x >> 5),
+          gain(gain_) {
 #pragma unroll
-            for (int j = 0; j < 8; j++) bits |= (unsigned long long)from[j] << (j * PQ_BITS);
+        for (int j = 0; j < NUMBERS_A_LANE; j++)
+            equaliser[j] = !IS_VALUE && lane + 32 * j < DIM ? 1.f / equaliser_[lane + 32 * j] : 1.f;
+    }
+
+    __device__ __forceinline__ void load_centroids(const u16* centroids) {
+        for (int code = threadIdx.x; code < C::CENTROIDS; code += THREADS) {
+            float norm = 0.f;
 #pragma unroll
-            for (int j = 0; j < PQ_BITS; j++) to[i * PQ_BITS + j] = (u8)(bits >> (8 * j));
+            for (int i = 0; i < C::NUMBERS; i++) {
+                const u16 half = centroids[code * C::NUMBERS + i];
+                const float x = float_of_half(half);
+                s.halves[code * C::NUMBERS + i] = half;
+                s.table[code * C::NUMBERS + i] = x;
+                norm += x * x;
+            }
+            s.table[C::CENTROIDS * C::NUMBERS + code] = 0.5f * norm;
+        }
+        __syncthreads();
+    }
+
+    // The whole page's statistics; `writes`: they are stored as well.
+    template <class VectorOf>
+    __device__ __forceinline__ void take_statistics(bool writes, VectorOf vector_of) {
+        if (IS_VALUE) return;  // each token has its own
+        float sum[NUMBERS_A_LANE], low[NUMBERS_A_LANE], high[NUMBERS_A_LANE];
+#pragma unroll
+        for (int j = 0; j < NUMBERS_A_LANE; j++) sum[j] = 0.f, low[j] = infinity(), high[j] = -infinity();
+        for (int token = warp; token < page_size; token += WARPS) {
+            float x[NUMBERS_A_LANE];
+            load_rotated(vector_of(token), x);
+#pragma unroll
+            for (int j = 0; j < NUMBERS_A_LANE; j++)
+                sum[j] += x[j], low[j] = fminf(low[j], x[j]), high[j] = fmaxf(high[j], x[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < NUMBERS_A_LANE; j++) {
+            const int number = lane + 32 * j;
+            s.sums[warp][number] = sum[j], s.lows[warp][number] = low[j], s.highs[warp][number] = high[j];
+        }
+        __syncthreads();
+        float mean = 0.f, lowest = infinity(), highest = -infinity();
+        const int number = threadIdx.x;
+        if (number < DIM) {
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                mean += s.sums[w][number];
+                lowest = fminf(lowest, s.lows[w][number]), highest = fmaxf(highest, s.highs[w][number]);
+            }
+            mean /= (float)page_size;
+        }
+        const int top_bits =
+            warp_max(__float_as_int(fabsf(mean)));  // as integers, floats that are not negative keep their order
+        if (lane == 0) s.tops[warp] = __int_as_float(top_bits);
+        __syncthreads();
+        float top = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, s.tops[w]);
+        const u16 step_bits = half_of(fminf(top * (1.f / 127.f), 65504.f));
+        const float step = float_of_half(step_bits);
+        if (number < DIM) {
+            const int level = step > 0.f ? (int)fminf(fmaxf(rintf(mean / step), -127.f), 127.f) : 0;
+            mean = (float)level * step;
+            const int e = log_scale(fmaxf(highest - mean, mean - lowest));
+            s.mean[number] = mean, s.factor[number] = inverse_scale(e) * gain;
+            if (writes) {
+                block.statistics[number] = (u8)level, block.statistics[DIM + number] = (u8)e;
+            }
+        }
+        if (writes) {
+            u8* rest = block.statistics + 2 * DIM;
+            const int i = threadIdx.x, bytes = key_statistics_bytes(DIM) - 2 * DIM;
+            if (i < bytes) rest[i] = i == 0 ? (u8)step_bits : i == 1 ? (u8)(step_bits >> 8) : 0;
+        }
+        __syncthreads();
+    }
+
+    // Codes of tokens first .. first + count - 1, whole tiles, with the scales of values.
+    template <class VectorOf>
+    __device__ __forceinline__ void encode(int first, int count, VectorOf vector_of) {
+        for (; count > 0; first += TOKENS, count -= TOKENS) {
+            const int now = min(count, TOKENS);
+            for (int t = warp; t < now; t += WARPS) normalise(first + t, s.vectors + t * Scratch::LINE, vector_of);
+            __syncthreads();
+            search(now);
+            __syncthreads();
+            write(first / TILE, now / TILE);
         }
     }
-}
 
-template <int WARPS>
-struct EncodeScratch {
-    float tables[WARPS][TABLE_FLOATS];
+    // What lies between the codes and what follows them, where the codes are no multiple of 16 bytes.
+    __device__ __forceinline__ void pad() {
+        const int end = page_size / TILE * C::TILE_BYTES;
+        if (end + (int)threadIdx.x < C::code_bytes(page_size)) block.codes[end + threadIdx.x] = 0;
+    }
+
+private:
+    __device__ __forceinline__ void load_rotated(const u16* vector, float (&x)[NUMBERS_A_LANE]) {
+#pragma unroll
+        for (int j = 0; j < NUMBERS_A_LANE; j++)
+            x[j] = lane + 32 * j < DIM ? float_of(vector[lane + 32 * j]) * equaliser[j] : 0.f;
+        rotate<DIM>(x, lane);
+    }
+
+    template <class VectorOf>
+    __device__ __forceinline__ void normalise(int token, float* to, VectorOf vector_of) {
+        float x[NUMBERS_A_LANE], factor = 0.f;
+        load_rotated(vector_of(token), x);
+        if (IS_VALUE) {
+            float top = 0.f;
+#pragma unroll
+            for (int j = 0; j < NUMBERS_A_LANE; j++)
+                if (lane + 32 * j < DIM) top = fmaxf(top, fabsf(x[j]));
+            const int e = log_scale(__int_as_float(warp_max(__float_as_int(top))));
+            factor = inverse_scale(e) * gain;
+            if (lane == 0) block.statistics[token] = (u8)e;
+        }
+#pragma unroll
+        for (int j = 0; j < NUMBERS_A_LANE; j++) {
+            const int number = lane + 32 * j;
+            if (number < DIM) to[number] = IS_VALUE ? x[j] * factor : (x[j] - s.mean[number]) * s.factor[number];
+        }
+    }
+
+    // Each warp takes subspaces in turn, COUNT at a time, each lane two tokens of them.
+    __device__ __forceinline__ void search(int tokens) {
+        constexpr int SUB = C::NUMBERS,
+                      MOST = SUB <= 2   ? 4
+                             : SUB <= 4 ? 4
+                             : SUB <= 8 ? 2
+                                        : 1,
+                      SHARE = (C::M + WARPS - 1) / WARPS;
+        constexpr int COUNT = SHARE < MOST ? SHARE : MOST;
+        for (int m = warp; m < C::M; m += WARPS * COUNT) {
+            if (tokens > 32)
+                search_some<COUNT, 2>(m, tokens);
+            else
+                search_some<COUNT, 1>(m, tokens);
+        }
+    }
+
+    // Of subspaces m, m + WARPS, ...: lane's tokens lane + 32 t.
+    template <int COUNT, int EACH>
+    __device__ __forceinline__ void search_some(int m, int tokens) {
+        constexpr int SUB = C::NUMBERS;
+        float v[COUNT * EACH][SUB];
+        int code[COUNT * EACH];
+#pragma unroll
+        for (int j = 0; j < COUNT * EACH; j++) {
+            const int subspace = min(m + j / EACH * WARPS, C::M - 1), token = min(lane + 32 * (j % EACH), tokens - 1);
+#pragma unroll
+            for (int i = 0; i < SUB; i++) v[j][i] = s.vectors[token * Scratch::LINE + subspace * SUB + i];
+        }
+        nearest<COUNT * EACH, SUB, C::CENTROIDS>(s.table, s.halves, v, code);
+#pragma unroll
+        for (int j = 0; j < COUNT * EACH; j++) {
+            const int subspace = m + j / EACH * WARPS, token = lane + 32 * (j % EACH);
+            if (subspace < C::M && token < tokens)
+                s.codes[token / TILE * TILE * C::M + C::place(IS_VALUE, token % TILE, subspace)] = (u8)code[j];
+        }
+    }
+
+    // `bits` bits of a tile's stream of codes, from bit `first` on.
+    __device__ __forceinline__ static u32 stream(const u8* codes, int first, int bits) {
+        const u8* code = codes + first / C::BITS;
+        u32 x = *code >> first % C::BITS;
+        for (int filled = C::BITS - first % C::BITS; filled < bits; filled += C::BITS) x |= (u32) * ++code << filled;
+        return x;
+    }
+
+    __device__ __forceinline__ void write(int first_tile, int tiles) {
+        constexpr int UNIT = C::DEALT ? 4 : 1, COUNT = C::TILE_BYTES / UNIT;  // bytes that are written at a time
+        for (int i = threadIdx.x; i < tiles * COUNT; i += THREADS) {
+            const int tile = i / COUNT, at = i % COUNT;
+            const u8* codes = s.codes + tile * TILE * C::M;
+            u8* to = block.codes + (first_tile + tile) * C::TILE_BYTES;
+            if (C::DEALT)
+                ((u32*)to)[C::word_place(at / (C::WORDS + !C::DEALT), at % (C::WORDS + !C::DEALT))] =
+                    stream(codes, at * 32, 32);
+            else
+                to[at] = (u8)stream(codes, at * 8, 8);
+        }
+    }
 };

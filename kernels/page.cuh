@@ -1,27 +1,39 @@
-// Where things are: arguments, the window's slots, and the place of a code in its page. hf_pqcache/pages/layout.py says the
-// same in Python; a test compares the two.
+// Where things are: arguments, the window's slots, and the place of a code in its page. hf_pqcache/pages/layout.py says
+// the same in Python; a test compares the two.
 #pragma once
 #include "device.cuh"
 
-// What a kernel needs to know of one layer's storage and of the call. Filled by hf_pqcache/backends/cuda_backend.py.
+// One layer's addresses, in device memory: not arguments, so that a captured graph outlives their change. hf_pqcache
+// fills them. Side 0 is keys, side 1 values.
+struct Layer {
+    const u8* pages[2];       // the page of id 0
+    const u16* centroids[2];  // fp16 (2^bits, numbers of a code): one codebook for all heads and subspaces; null for
+                              // exact pages
+    const float*
+        equaliser;      // (kv_heads, head_dim): what keys are divided by before they are rotated, queries multiplied by
+    u16* window[2];     // (batch, kv_heads, sink_tokens + window_slots, head_dim), the model's own numbers
+    int* tickets;       // (batch + 2 * batch * kv_heads), zero between launches
+    i64 recent_tokens;  // tokens that never leave the window
+    float gain[2];      // what coded numbers are multiplied by when they are encoded: the centroids are as much longer
+};
+
+// What a kernel needs to know of one layer's storage and of the call.
 struct CacheArgs {
-    const i64* desc;        // of one layer: addresses of key pages, value pages, key book, value book (none for exact
-                            // pages), window keys, window values and tickets; last the tokens that never leave the
-                            // window, huge while the layer has no centroids it needs. It is not an argument, so that a
-                            // captured graph outlives that change.
+    const Layer* layer;
     int* counts;            // (batch, 2): tokens of each row, and how many of them are codes
-    const int* page_table;  // (batch, table_width)
+    const int* page_table;  // (batch, table_width): ids of pages
+    i64 page_stride;        // bytes from page id n to n + 1, of either side
     int batch, kv_heads, table_width, page_size, sink_tokens;
     int window_slots;  // slots of the ring: the tokens that never leave it and a page, or more
-    u32 tiles_per_page_inverse;
+    u32 tiles_per_page_inverse, pieces_per_page_inverse;
 };
 
 struct AttendArgs {
     CacheArgs cache;
     const int* starts;  // (batch): mask column of the row's first token
     const u16* query;   // (batch, kv_heads, group, head_dim)
-    u16* out;           // (batch, kv_heads, group, value_dim)
-    float* partial;     // (batch, kv_heads, splits, group, value_dim + 2), splits > 1
+    u16* out;           // (batch, kv_heads, group, head_dim)
+    float* partial;     // (batch, kv_heads, splits, group, floats of a part + 2), splits > 1
     const void* mask;   // (batch or 1, columns) bool or element
     const u16* sinks;   // (kv_heads * group) logits that join the denominator, or null
     i64 mask_row_stride, mask_column_stride;
@@ -40,12 +52,15 @@ struct AppendArgs {
 
 struct EncodeArgs {
     const u16* source;  // (batch, kv_heads, tokens, head_dim), last dim dense
-    u8* pages;          // (max_pages, kv_heads, bytes)
+    u8* pages;          // of this side: the page of id 0
     const u16* centroids;
-    const int* page_ids;     // (batch, pages_per_row)
-    const int* first_token;  // (batch)
-    i64 batch_stride, head_stride, token_stride;
-    int batch, kv_heads, tokens, pages_per_row, page_size, is_value;
+    const float* equaliser;                       // of keys
+    const int* page_ids;                          // (batch, pages_per_row)
+    const int* first_token;                       // (batch)
+    i64 batch_stride, head_stride, token_stride;  // of the source, in numbers
+    i64 page_stride;
+    int batch, kv_heads, tokens, pages_per_row, page_size, unused;
+    float gain;
 };
 
 // A tile is 16 tokens. Its codes lie together: 16 * M places of num_bits bits.
@@ -107,7 +122,7 @@ struct Work {
     }
 
     __device__ __forceinline__ int* ticket(const AttendArgs& a) const {
-        return (int*)a.cache.desc[6] + a.cache.batch + block_row * 2 + part;
+        return a.cache.layer->tickets + a.cache.batch + block_row * 2 + part;
     }
 };
 
@@ -123,40 +138,59 @@ struct Share {
     }
 };
 
-enum Order { NATURAL, UNITS_64, UNITS_32 };
-
-// Tuned shapes read codes in units that are an index into one table row: one code, or two 4-bit codes as one byte.
-__device__ constexpr Order order_of(int num_subspaces, int num_bits) {
-    return (num_bits == 8 || num_bits == 6) ? (num_subspaces == 64   ? UNITS_64
-                                               : num_subspaces == 32 ? UNITS_32
-                                                                     : NATURAL)
-           : num_bits == 4                  ? (num_subspaces == 128  ? UNITS_64
-                                               : num_subspaces == 64 ? UNITS_32
-                                                                     : NATURAL)
-                                            : NATURAL;
-}
-
-template <int M, int BITS>
-struct Places {
-    static constexpr Order ORDER = order_of(M, BITS);
-    static constexpr int SPLIT = BITS == 4 && ORDER != NATURAL ? 2 : 1;
+// How one side of a page of `DIM` numbers a head holds its codes: M of BITS bits a token. A unit is what looks up one
+// table row: two neighbouring codes of 4 bits as one byte, or one code.
+template <int DIM_, int M_, int BITS_>
+struct Codes {
+    static constexpr int DIM = DIM_, M = M_, BITS = BITS_, NUMBERS = DIM / M, CENTROIDS = 1 << BITS;
+    static constexpr int SPLIT = BITS == 4 && M % 2 == 0 ? 2 : 1;  // codes of a unit
+    static constexpr int UNITS = M / SPLIT, UNIT_BITS = BITS * SPLIT, UNIT_NUMBERS = NUMBERS * SPLIT;
     static constexpr int TILE_BYTES = TILE * M * BITS / 8;
+    // Dealt to the lanes of a warp: lane 4 g + c owns the units that it looks up, as WORDS words.
+    static constexpr bool DEALT = UNITS % 8 == 0 && UNITS * UNIT_BITS % 64 == 0;
+    static constexpr int LANE_UNITS = UNITS / 2, WORDS = UNITS * UNIT_BITS / 64;
+    static_assert(DIM % M == 0, "codes are of equally many numbers");
 
-    __device__ __forceinline__ static int key(int token, int subspace) {
-        if (ORDER == NATURAL) return token * M + subspace;
-        const int unit = subspace / SPLIT, rest = subspace % SPLIT, n = token & 7, c = unit & 3;
-        if (ORDER == UNITS_64)
-            return (((token >> 3) * 32 + n * 4 + c) * 16 + (unit >> 5) * 8 + ((unit >> 2 & 7) ^ (n & 3))) * SPLIT +
-                   rest;
-        return ((n * 4 + c) * 16 + (token >> 3) * 8 + ((unit >> 2) ^ (n & 3))) * SPLIT + rest;
+    // Which unit of its lane a (token of a tile, unit) is, and the lane.
+    __device__ __forceinline__ static int key_lane(int token, int unit) { return (token & 7) * 4 + (unit & 3); }
+    __device__ __forceinline__ static int key_number(int token, int unit) { return (unit >> 2) * 2 + (token >> 3); }
+    __device__ __forceinline__ static int value_lane(int token, int unit) { return (unit & 7) * 4 + (token & 3); }
+    __device__ __forceinline__ static int value_number(int token, int unit) { return (unit >> 3) * 4 + (token >> 2); }
+
+    // Place of a code in its tile's stream of bits.
+    __device__ __forceinline__ static int place(bool is_value, int token, int code) {
+        if (!DEALT) return token * M + code;
+        const int unit = code / SPLIT, lane = is_value ? value_lane(token, unit) : key_lane(token, unit);
+        const int number = is_value ? value_number(token, unit) : key_number(token, unit);
+        return (lane * LANE_UNITS + number) * SPLIT + code % SPLIT;
     }
 
-    __device__ __forceinline__ static int value(int token, int subspace) {
-        if (ORDER == NATURAL) return token * M + subspace;
-        const int unit = subspace / SPLIT, rest = subspace % SPLIT, c = token & 3, b = token >> 2 & 1;
-        if (ORDER == UNITS_64)
-            return (((token >> 3) * 32 + (unit & 7) * 4 + c) * 16 + b * 8 + ((unit >> 3) ^ c)) * SPLIT + rest;
-        const int g = (unit >> 4) * 4 + (unit & 3);
-        return ((g * 4 + c) * 16 + (token >> 3) * 8 + b * 4 + ((unit >> 2 & 3) ^ c)) * SPLIT + rest;
+    // Where a word of that stream lies in the tile: planes of 4 words a lane, then of 2, then of 1, for wide loads.
+    __device__ __forceinline__ static int word_place(int lane, int word) {
+        constexpr int WIDE = WORDS / 4 * 4;
+        if (word < WIDE) return word / 4 * 128 + lane * 4 + word % 4;
+        if (word < WIDE + (WORDS & 2)) return WIDE * 32 + lane * 2 + word - WIDE;
+        return (WIDE + (WORDS & 2)) * 32 + lane;
+    }
+
+    __device__ __forceinline__ static int code_bytes(int page_size) {
+        return (page_size / TILE * TILE_BYTES + 15) & ~15;
     }
 };
+
+// A page holds the codes of all heads, then what they were normalised by. Keys: DIM means (int8), DIM scales
+// (logarithmic), the means' step (fp16). Values: a logarithmic scale for each token.
+__device__ constexpr int key_statistics_bytes(int dim) { return (2 * dim + 2 + 15) & ~15; }
+// One head's part of a page.
+template <class Byte>
+struct Block {
+    Byte *codes, *statistics;
+
+    template <class C>
+    static __device__ __forceinline__ Block of(Byte* page, int page_size, int kv_heads, int kv_head, bool is_value) {
+        const int bytes = is_value ? page_size : key_statistics_bytes(C::DIM), code_bytes = C::code_bytes(page_size);
+        return {page + kv_head * code_bytes, page + kv_heads * code_bytes + kv_head * bytes};
+    }
+};
+// A logarithmic scale `e` stands for 2^((e - LOG_ZERO) / LOG_STEPS).
+constexpr int LOG_ZERO = 160, LOG_STEPS = 8;

@@ -8,11 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 from matplotlib.patches import Rectangle
 
 from hf_pqcache.cli import main
+from hf_pqcache.cli.commands.bench import _KernelCase
 from hf_pqcache.eval.bench import generate, kernel, plot
 from hf_pqcache.eval.bench.plot import draw
 
@@ -104,3 +106,25 @@ def test_a_run_that_ends_early_keeps_its_rows(tmp_path: Path, monkeypatch: pytes
     assert failed.exit_code == 1
     assert "wrong logits" in failed.output
     assert json.loads(file.read_text()) == GENERATE[:1]
+
+
+@pytest.mark.parametrize(
+    ("text", "told", "drawn"),
+    [
+        ("1,8,4,2048", "d=128 bits=4", "4 bits"),
+        ("1,8,4,2048,64,3", "d=64 bits=3", "3 bits"),
+        ("1,8,4,2048,128,0", "d=128 exact pages", "exact pages"),
+        ("1,8,4,2048,128,32,6", "d=128 32x6 + 32x6", "32x6 + 32x6"),
+        ("1,8,4,2048,128,64,8,32,6", "d=128 64x8 + 32x6", "64x8 + 32x6"),
+    ],
+)
+def test_cases_of_the_command_line_are_read(text: str, told: str, drawn: str) -> None:
+    case = kernel.Case(**_KernelCase().convert(text, None, None))
+    assert str(case) == f"(1, 8, 4, 2048) {told}"
+    assert plot._case(asdict(case)).splitlines()[1] == f"8 KV heads x 4, {drawn}"
+
+
+@pytest.mark.parametrize("text", ["1,8,4", "1,8,4,2048,128,5", "1,8,4,2048,128,64,8,32", "0,8,4,2048", "1,8,4,x"])
+def test_cases_that_mean_nothing_are_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        _KernelCase().convert(text, None, None)

@@ -21,8 +21,6 @@ def make(kind: str) -> Any:
     config = build(NAME).config
     if kind == "exact":
         return PagedKVCache(config, page_size=16)
-    if kind == "learning":
-        return PagedPQCache(config, None, SMALL, learn_tokens=64)
     return PagedPQCache(config, codebook_of(NAME), SMALL)
 
 

@@ -43,7 +43,7 @@ MODELS = {
     "mistral": lambda: (MistralForCausalLM, MistralConfig(**COMMON, sliding_window=None)),
     "gemma3": lambda: (Gemma3ForCausalLM, Gemma3TextConfig(**COMMON, head_dim=16, sliding_window=8, layer_types=GEMMA_LAYERS)),
 }
-SMALL = {"num_bits": 4, "page_size": 16, "extended_residual": 16, "max_pages": 64, "learn_tokens": 32}
+SMALL = {"num_bits": 4, "page_size": 16, "extended_residual": 16, "max_pages": 64}
 
 
 def build(name: str, implementation: str = "sdpa") -> PreTrainedModel:

@@ -13,23 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
+from hf_pqcache import PagedPQCache
 from hf_pqcache.codebook import hub
-from hf_pqcache.codebook.codebook import CONFIG_FILE, TENSOR_FILE, Codebook, LayerCodebook, to_float16
+from hf_pqcache.codebook.codebook import CONFIG_FILE, TENSOR_FILE, Codebook, to_float16
 
 
-def make(layers: tuple[int, ...] = (0, 2), heads: int = 2, bits: int = 4, **kw: Any) -> Codebook:
-    generator = torch.Generator().manual_seed(0)
-
-    def side(width: int) -> torch.Tensor:
-        return torch.randn(heads, 8, 1 << bits, width, generator=generator).half()
-
-    return Codebook(
-        layers={i: LayerCodebook(side(2), side(2)) for i in layers},
-        num_bits=bits,
-        num_subspaces=8,
-        metadata={"model": "user/model", "tokens": 10},
-        **kw,
-    )
+def make(width: int = 2, bits: int = 4, sets: int = 1, seed: int = 0, **kw: Any) -> Codebook:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(sets, 1 << bits, width, generator=generator).half() for _ in range(2))
+    return Codebook(keys, values, **{"metadata": {"model": "user/model", "tokens": 10}, **kw})
 
 
 @pytest.fixture
@@ -39,47 +31,58 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_round_trip_keeps_everything(tmp_path: Path) -> None:
-    book = make((0, 3, 11))
+    book = make(gains=(1.02, 1.5), settings={"page_size": 32})
     book.save_pretrained(tmp_path / "new" / "folder")
     again = Codebook.from_pretrained(tmp_path / "new" / "folder")
     assert again.fingerprint == book.fingerprint
-    assert (again.num_bits, again.num_subspaces, again.metadata) == (book.num_bits, book.num_subspaces, book.metadata)
-    assert list(again.layers) == [0, 3, 11]
-    assert all(torch.equal(again.layers[i].keys, book.layers[i].keys) for i in book.layers)
-    assert book.nbytes == 3 * 2 * 2 * 8 * 16 * 2 * 2
+    assert (again.gains, again.metadata, again.settings) == (book.gains, book.metadata, book.settings)
+    assert torch.equal(again.keys, book.keys)
+    assert torch.equal(again.values, book.values)
+    assert book.nbytes == 2 * 16 * 2 * 2
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [CONFIG_FILE, TENSOR_FILE]
 
 
-def test_layers_may_differ_in_heads_and_head_dim(tmp_path: Path) -> None:
-    layers = {
-        0: LayerCodebook(torch.randn(2, 8, 16, 2).half(), torch.randn(2, 8, 16, 4).half()),
-        1: LayerCodebook(torch.randn(1, 16, 16, 2).half(), torch.randn(1, 16, 16, 2).half()),
-    }
-    book = Codebook(layers, num_bits=4)
+def test_sides_may_differ_and_one_codebook_serves_every_head_dim(tmp_path: Path) -> None:
+    book = Codebook(torch.randn(1, 256, 2).half(), torch.randn(1, 64, 4).half())
     book.save_pretrained(tmp_path)
     assert Codebook.from_pretrained(tmp_path).fingerprint == book.fingerprint
-    assert book.layers[0].head_dims == (16, 32)
+    assert [book.codes("key", d) for d in (16, 80, 128)] == [(8, 8), (40, 8), (64, 8)]
+    assert book.codes("value", 128) == (32, 6)
+    config = book.config(128, 64)
+    assert (config.codes("key", 128), config.codes("value", 64)) == ((64, 8), (16, 6))
+    with pytest.raises(ValueError, match="4 numbers fits no values of 18"):
+        book.codes("value", 18)
+
+
+def test_million_has_a_set_for_each_subspace_and_no_cache_takes_it(tmp_path: Path) -> None:
+    book = make(sets=8)
+    assert make().is_normalised
+    assert not book.is_normalised
+    assert book.codes("key", 16) == (8, 4)
+    with pytest.raises(ValueError, match="fits no keys of 32"):
+        book.codes("key", 32)
+    with pytest.raises(ValueError, match=r"MILLION.*caches take normalised ones"):
+        PagedPQCache(llama(), book)
 
 
 def test_fingerprint_sees_every_number() -> None:
     book, other = make(), make()
     assert book.fingerprint == other.fingerprint == book.to("cpu").fingerprint
-    other.layers[2].values[1, 7, 15, 1] += 1
-    assert make().fingerprint != Codebook(other.layers, num_bits=4, num_subspaces=8).fingerprint
+    values = other.values.clone()
+    values[0, 7, 1] += 1
+    assert make().fingerprint != Codebook(other.keys, values).fingerprint
+    assert make().fingerprint != make(gains=(1.0, 1.01)).fingerprint
 
 
-def test_codebooks_and_layers_can_be_compared_and_hashed(tmp_path: Path) -> None:
+def test_codebooks_can_be_compared_and_hashed(tmp_path: Path) -> None:
     """Equal are those that code alike, whatever is told of how they were made and wherever they lie."""
     book = make()
     book.save_pretrained(tmp_path)
     again = replace(Codebook.from_pretrained(tmp_path), metadata={"source": "elsewhere"})
     assert book == again == again.to("cpu")
-    assert len({book, again, make(bits=5), make((0, 1)), make(settings={"page_size": 32})}) == 4
-    assert book not in (make(bits=5), make((0, 1)), make(settings={"page_size": 32}), None, "a codebook")
-    layer, other = book.layers[0], book.layers[2]
-    assert layer == again.layers[0]
-    assert layer not in (other, LayerCodebook(layer.keys, other.values), LayerCodebook(layer.keys[:1], layer.values[:1]), None)
-    assert len({layer, other, again.layers[0]}) == 2
+    others = (make(bits=5), make(seed=1), make(settings={"page_size": 32}))
+    assert len({book, again, *others}) == 4
+    assert book not in (*others, None, "a codebook")
 
 
 def test_overflow_of_float16_is_refused() -> None:
@@ -88,20 +91,25 @@ def test_overflow_of_float16_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "bits", "message"),
+    ("keys", "message"),
     [
-        (torch.randn(2, 8, 16, 2), 4, "dtype torch.float32, expected torch.float16"),
-        (torch.randn(2, 8, 16).half(), 4, "expected"),
-        (torch.randn(2, 8, 16, 2).half(), 5, "ask for 8 of 32"),
-        (torch.randn(3, 8, 16, 2).half(), 4, "heads"),
-        (torch.full((2, 8, 16, 2), float("nan")).half(), 4, "NaN or infinity"),
+        (torch.randn(1, 16, 2), "keys has dtype torch.float32, expected torch.float16"),
+        (torch.randn(16, 2).half(), r"keys has shape \(16, 2\), expected"),
+        (torch.randn(1, 15, 2).half(), "keys has 15 centroids; use one of"),
+        (torch.randn(1, 512, 2).half(), "keys has 512 centroids; use one of"),
+        (torch.zeros(1, 16, 0).half(), "expected"),
+        (torch.full((1, 16, 2), float("nan")).half(), "NaN or infinity"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(keys: torch.Tensor, bits: int, message: str) -> None:
+def test_tensors_that_do_not_fit_are_refused(keys: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Codebook({0: LayerCodebook(keys, torch.randn(2, 8, 16, 2).half())}, num_bits=bits, num_subspaces=8)
-    with pytest.raises(ValueError, match="at least one layer"):
-        Codebook({}, num_bits=4)
+        Codebook(keys, torch.randn(1, 16, 2).half())
+
+
+@pytest.mark.parametrize("gains", [(1.0,), (1.0, 300.0), (1.0, float("nan")), ("1", "1")])
+def test_gains_that_mean_nothing_are_refused(gains: Any) -> None:
+    with pytest.raises(ValueError, match="gains="):
+        make(gains=gains)
 
 
 def llama(**kw: Any) -> LlamaConfig:
@@ -116,13 +124,10 @@ def llama(**kw: Any) -> LlamaConfig:
 
 
 def test_check_model_says_what_differs() -> None:
-    make().check_model(llama())
-    with pytest.raises(ValueError, match=r"layers \[2\], the model has 2.*user/model.*calibrate"):
-        make().check_model(llama(num_hidden_layers=2))
-    with pytest.raises(ValueError, match="expected 4 KV heads, got 2"):
-        make().check_model(llama(num_key_value_heads=4))
-    with pytest.raises(ValueError, match="expected head_dim 32, got 16"):
-        make().check_model(llama(head_dim=32))
+    for config in (llama(), llama(num_hidden_layers=2), llama(num_key_value_heads=4), llama(head_dim=32)):
+        make().check_model(config)  # one set serves all layers and heads
+    with pytest.raises(ValueError, match=r"layer 0: .* of 3 numbers fits no keys of 16; .*user/model.*none at all"):
+        make(width=3).check_model(llama())
 
 
 def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -163,37 +168,34 @@ BROKEN = {
     "absurd shape": (
         write(
             TENSOR_FILE,
-            (len(h := b'{"layers.0.keys":{"dtype":"F16","shape":[99999999,99999999],"data_offsets":[0,8]}}')).to_bytes(
-                8, "little"
-            )
+            (len(h := b'{"keys":{"dtype":"F16","shape":[99999999,99999999],"data_offsets":[0,8]}}')).to_bytes(8, "little")
             + h
             + b"\0" * 8,
         ),
         "damaged or cut short",
     ),
-    "missing tensor": (tensors(lambda t: t.pop("layers.2.keys")), r"lacks \['layers.2.keys'\]"),
-    "unknown tensor": (tensors(lambda t: t.update(extra=torch.zeros(1))), r"holds \['extra'\]"),
-    "wrong dtype": (tensors(lambda t: t.update({"layers.0.keys": t["layers.0.keys"].float()})), "dtype torch.float32"),
-    "nan": (tensors(lambda t: t["layers.0.values"].fill_(float("nan"))), "layers.0.values contains NaN"),
-    "wrong shape": (tensors(lambda t: t.update({"layers.0.keys": t["layers.0.keys"][:, :4].clone()})), "num_subspaces"),
-    "other numbers": (tensors(lambda t: t["layers.0.values"].mul_(2)), "fingerprint"),
+    "missing tensor": (tensors(lambda t: t.pop("keys")), r"holds \['values'\]"),
+    "unknown tensor": (tensors(lambda t: t.update(extra=torch.zeros(1))), r"holds \['extra'"),
+    "of an older version": (tensors(lambda t: t.update({"layers.0.keys": t.pop("keys")})), r"holds \['layers.0.keys'"),
+    "wrong dtype": (tensors(lambda t: t.update(keys=t["keys"].float())), "dtype torch.float32"),
+    "nan": (tensors(lambda t: t["values"].fill_(float("nan"))), "values contains NaN"),
+    "wrong shape": (tensors(lambda t: t.update(keys=t["keys"][:, :7].clone())), "7 centroids"),
+    "other numbers": (tensors(lambda t: t["values"].mul_(2)), "fingerprint"),
     "no json": (write(CONFIG_FILE, b"\x00\xff\xfe"), "not valid JSON"),
     "half json": (write(CONFIG_FILE, b'{"format": '), "not valid JSON"),
     "deep json": (write(CONFIG_FILE, b"[" * 200_000), "not valid JSON"),
     "huge json": (write(CONFIG_FILE, b" " * (1 << 20) + b"{}"), "bytes"),
     "list": (write(CONFIG_FILE, b"[1]"), "must hold a JSON object, got list"),
     "other format": (edit(lambda d: d.update(format="x")), "is no codebook description"),
-    "newer schema": (edit(lambda d: d.update(schema_version=2)), "update hf_pqcache"),
+    "older schema": (edit(lambda d: d.update(schema_version=1)), "leave it out, caches need no codebook any more"),
+    "newer schema": (edit(lambda d: d.update(schema_version=3)), "update hf_pqcache"),
     "missing key": (edit(lambda d: d.pop("metadata")), r"lacks \['metadata'\]"),
-    "bits as text": (edit(lambda d: d.update(num_bits="4")), "num_bits='4' must be an integer"),
-    "bits out of range": (edit(lambda d: d.update(num_bits=40)), "out of range"),
-    "other bits": (edit(lambda d: d.update(num_bits=5)), "num_bits=5"),
-    "layers no list": (edit(lambda d: d.update(layers={"0": 1})), "must be a list"),
-    "layer twice": (edit(lambda d: d.update(layers=[0, 0])), "different integers"),
-    "layer negative": (edit(lambda d: d.update(layers=[-1, 0])), "different integers"),
-    "layer true": (edit(lambda d: d.update(layers=[True, 0])), "different integers"),
-    "layers absurd": (edit(lambda d: d.update(layers=list(range(10_001)))), "1 to 10000"),
     "metadata list": (edit(lambda d: d.update(metadata=[])), "metadata must be an object"),
+    "settings of its own": (edit(lambda d: d.update(settings={"bits": 3})), r"must not repeat \['bits'\]"),
+    "unknown settings": (edit(lambda d: d.update(settings={"learn_tokens": 3})), "unknown cache settings"),
+    "gains as text": (edit(lambda d: d.update(gains="1")), "gains a list"),
+    "one gain": (edit(lambda d: d.update(gains=[1.0])), "gains="),
+    "other gains": (edit(lambda d: d.update(gains=[1.0, 1.5])), "fingerprint"),
 }
 
 
@@ -214,7 +216,7 @@ def test_missing_files_are_named(folder: Path) -> None:
 
 
 def test_metadata_that_is_no_json_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    book = Codebook(make().layers, num_bits=4, num_subspaces=8, metadata={"x": float("nan")})
+    book = make(metadata={"x": float("nan")})
     with pytest.raises(ValueError, match="JSON"):
         book.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -198,7 +198,7 @@ SHEET: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "selftest": ("--help", {"--phase 7": "--phase", "--phase 1 --compare": "--phase", "--quickly": "No such option"}),
     "sweep": (
-        "--model tiny -M 8 --nbits 4 --tokens 256 --limit 1 --recall-count 1 --calibration-tokens 300 --quiet",
+        "--model tiny -M 8 --nbits 4 --tokens 256 --limit 1 --recall-count 1 --quiet",
         {
             "--model tiny -M 7": "--num-subspaces",
             "--model tiny -M 48": "num_subspaces=48",
@@ -245,8 +245,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in Path(demo.MODEL).iterdir():
         data = path.read_bytes()
         (folder / "cut" / path.name).write_bytes(data[:-999] if path.suffix == ".safetensors" else data)
-    layers = {i: _layer() for i in range(4)}
-    book = Codebook(num_bits=4, num_subspaces=8, layers=layers, metadata={"model": "tiny"})
+    draw = torch.Generator().manual_seed(0)
+    book = Codebook(*(torch.randn(1, 16, 8, generator=draw).half() for _ in range(2)), metadata={"model": "tiny"})
     for name in ("cb", "codebook"):  # the second is where examples look for one
         book.save_pretrained(folder / name)
     for name, cache, value in [(n, *x) for n in ("old", "rows") for x in (("dynamic", 20.0), ("pq", 20.5))]:
@@ -254,14 +254,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Row("wikitext", "perplexity", value, model="tiny", cache=cache, true_bits=4.0, settings={"window": 64})
         )
     return folder
-
-
-def _layer() -> Any:
-    from hf_pqcache.codebook.codebook import LayerCodebook
-
-    draw = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(2, 8, 16, 8, generator=draw).to(torch.float16) for _ in range(2))
-    return LayerCodebook(keys, values)
 
 
 @pytest.fixture

@@ -38,7 +38,8 @@ def make(kind: str, **settings: Any) -> Any:
         ({"sink_tokens": MAX_TOKENS + 1}, "32 bits"),
         ({"extended_residual": 0}, "the token being decoded stays exact"),
         ({"num_bits": 9}, "use 4 to 8"),
-        ({"learn_tokens": 255}, "fewer than the 256 centroids"),
+        ({"value_bits": 3}, "use 4 to 8"),
+        ({"bits": 5}, r"use one of \[2, 3, 4\]"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from hf_pqcache.codebook.calibrate import calibrate
+from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.demo import MODEL, TEXT
 from hf_pqcache.errors import PagesExhaustedError
 from hf_pqcache.eval.measure.deployed import cache_perplexity
 from hf_pqcache.eval.measure.memory import measure_memory
 from hf_pqcache.eval.measure.perplexity import perplexity
-from hf_pqcache.eval.session.caches import CacheSpec, head_dim, storage_bytes, weigh
+from hf_pqcache.eval.session.caches import CacheSpec, head_dim_of, storage_bytes, weigh
 from hf_pqcache.eval.session.models import load_model, public_name, token_ids
 from hf_pqcache.models.names import cache_kwargs
 
@@ -62,7 +64,7 @@ def test_chunks_in_step_with_pages_see_what_single_tokens_see(tiny: Any) -> None
     """Of the tokens of a page all but the last: the figures are the same but for what a page more, once a page, is worth."""
     model, _, ids = tiny
     config = PQConfig(page_size=16, sink_tokens=2, extended_residual=20)
-    spec = CacheSpec.parse("kivi:2:g32", head_dim(model), config.replace(page_size=32))
+    spec = CacheSpec.parse("kivi:2:g32", head_dim_of(model.config), config.replace(page_size=32))
 
     def run(chunk: int, prefill: int, batch: int = 1) -> float:
         common: dict[str, Any] = {"window": 250, "max_windows": 3, "progress": False}
@@ -79,7 +81,7 @@ def test_chunks_in_step_with_pages_see_what_single_tokens_see(tiny: Any) -> None
 def test_windows_run_together_as_rows(tiny: Any, name: str) -> None:
     """Whatever their number: seven, of which the last is shorter and the first has more that is scored."""
     model, _, ids = tiny
-    spec = CacheSpec.parse(name, head_dim(model), PQConfig(page_size=32, extended_residual=32))
+    spec = CacheSpec.parse(name, head_dim_of(model.config), PQConfig(page_size=32, extended_residual=32))
     common: dict[str, Any] = {"window": 120, "stride": 70, "chunk": 16, "progress": False}
     found = [cache_perplexity(model, ids[:530], lambda n, r: spec.make(model, n, r), batch=b, **common) for b in (1, 3, 16)]
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
@@ -88,7 +90,7 @@ def test_windows_run_together_as_rows(tiny: Any, name: str) -> None:
 @pytest.mark.parametrize("text", ["quanto:4", "quanto:2", "hqq:4", "hqq:3", "hqq:2", "fp8"])
 def test_peers_run_weigh_and_cost_more_with_fewer_bits(tiny: Any, text: str) -> None:
     model, _, ids = tiny
-    spec = CacheSpec.parse(text, head_dim(model))
+    spec = CacheSpec.parse(text, head_dim_of(model.config))
     try:
         cache = spec.make(model, 200)
     except ImportError as error:
@@ -106,11 +108,11 @@ def test_peers_run_weigh_and_cost_more_with_fewer_bits(tiny: Any, text: str) -> 
 @pytest.mark.parametrize("name", ["pq", "paged-kv"])
 def test_a_pool_is_made_for_all_rows_of_a_batch(tiny: Any, name: str) -> None:
     model = tiny[0]
-    shape = PQConfig(num_subspaces=16, num_bits=4, page_size=16, extended_residual=16, learn_tokens=32)
-    spec = CacheSpec.parse(name, head_dim(model), shape)
+    shape = PQConfig(num_subspaces=16, num_bits=4, page_size=16, extended_residual=16)
+    spec = CacheSpec.parse(name, head_dim_of(model.config), shape)
     found = measure_memory(model, lambda: spec.make(model, 130, 3), tokens=126, batch=3)
     assert found.cache.tokens > 0
-    capped = CacheSpec.parse(name, head_dim(model), shape.replace(max_pages=9))  # for one row and not for two
+    capped = CacheSpec.parse(name, head_dim_of(model.config), shape.replace(max_pages=9))  # for one row and not for two
     with pytest.raises(ValueError, match="max_pages=9 pages of 16 tokens are too few"):
         capped.make(model, 130, 2)
     with pytest.raises(PagesExhaustedError):
@@ -139,10 +141,17 @@ def test_a_storage_shared_by_tensors_counts_once() -> None:
 
 
 def test_cache_names_are_read_and_bad_ones_named() -> None:
-    assert CacheSpec.parse("pq:3", 128).settings["num_subspaces"] == 64
-    assert CacheSpec.parse("pq:3", 128).settings["num_bits"] == 6
-    own = PQConfig(num_subspaces=32, num_bits=5)
-    assert CacheSpec.parse("pq", 128, own).config == own
+    assert CacheSpec.parse("pq:3", 128).config == PQConfig(bits=3)
+    assert CacheSpec.parse("pq", 128).label == "pq 4 bits"
+    own = PQConfig(num_subspaces=32, num_bits=5, page_size=32)
+    assert CacheSpec.parse("pq:2", 128, own).config == PQConfig(bits=2, page_size=32)
+    spelled = CacheSpec.parse("pq", 128, own)
+    assert (spelled.label, spelled.config.codes("value", 128)) == ("pq M=32 n=5", (32, 5))
+    sides = CacheSpec.parse("pq", 128, PQConfig(value_subspaces=32, value_bits=6))  # keys go by the 4 bits
+    assert (sides.label, sides.config.codes("key", 128)) == ("pq M=64/32 n=8/6", (64, 8))
+    assert CacheSpec.parse("pq", 0, own).config == own  # layers differ: nothing to spell out
+    with pytest.raises(ValueError, match="num_subspaces=48 does not cut keys of 128"):
+        CacheSpec.parse("pq", 128, PQConfig(num_subspaces=48))
     assert CacheSpec.parse("hqq", 64).settings == {"nbits": 4}
     with pytest.raises(ValueError, match="use one of"):
         CacheSpec.parse("zip", 64)
@@ -150,3 +159,16 @@ def test_cache_names_are_read_and_bad_ones_named() -> None:
         CacheSpec.parse("quanto:3", 64)
     with pytest.raises(ValueError, match="no choice of bits"):
         CacheSpec.parse("fp8:8", 64)
+
+
+def test_true_bits_count_codes_and_scales_of_both_sides() -> None:
+    config = LlamaConfig(hidden_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=128, num_hidden_layers=2)
+    keys, values = 4 + 8 * (2 * 128 + 16) / (64 * 128), 4 + 8 / 128  # mean, magnitude, step of a page; magnitude of a token
+    assert CacheSpec.parse("pq:4", 128).true_bits(config) == pytest.approx((keys + values) / 2)
+    million = Codebook(*(torch.randn(64, 16, 2).half() for _ in range(2)))
+    assert CacheSpec("pq", PQConfig().to_dict(), million).true_bits(config) == 2.0
+    assert CacheSpec("dynamic").true_bits(config, 32) == 32
+    assert CacheSpec.parse("quanto:4", 128).true_bits(config) == 4.5
+    assert CacheSpec.parse("hqq:1", 128).true_bits(config) is None
+    tiny = LlamaConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, head_dim=4, num_hidden_layers=2)
+    assert CacheSpec.parse("pq:4", 4).true_bits(tiny) is None

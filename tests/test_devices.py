@@ -48,9 +48,7 @@ def make(kind: str, model: Any, **options: Any) -> Any:
         options["offload"] = True
     if kind == "exact":
         return PagedKVCache(model.config, page_size=16, max_pages=64, **options)
-    book = None if kind == "learning" else codebook_of("llama")
-    more = {"learn_tokens": 70} if kind == "learning" else {}
-    return PagedPQCache(model.config, book, SMALL, **{**more, **options})
+    return PagedPQCache(model.config, codebook_of("llama"), SMALL, **options)
 
 
 def generate(model: Any, cache: Any, **options: Any) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ def test_a_kernel_that_does_not_compile_is_found(monkeypatch: pytest.MonkeyPatch
     broken = "append.cu"
     monkeypatch.setattr(nvrtc, "compile_error", lambda spec, cc: "line 1: no\nmore" if spec.source == broken else None)
     findings = list(diagnose._kernels())
-    assert len(findings) == len(diagnose.jit.tuned_shapes()) + 2
+    assert len(findings) == len(diagnose.dispatch.SHAPES)
     *coded, paged = findings
     assert all(f.status == "fail" and "append.cu for sm_80: line 1: no" in f.detail for f in coded)
     assert (paged.name, paged.status) == ("kernels d=128", "ok")

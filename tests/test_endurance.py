@@ -16,8 +16,7 @@ from tiny_models import SMALL, build, codebook_of, padded, tokens
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig
 
-from hf_pqcache import Codebook, PagedKVCache, PagedPQCache
-from hf_pqcache.codebook.codebook import LayerCodebook
+from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,9 +29,7 @@ CONFIG = LlamaConfig(
 def make(kind: str) -> Any:
     if kind == "exact":
         return PagedKVCache(CONFIG, page_size=PAGE, max_pages=MAX_PAGES)
-    sides = [torch.randn(1, 8, 16, 1, generator=torch.Generator().manual_seed(i)).half() for i in range(2)]
-    book = Codebook({0: LayerCodebook(*sides)}, num_bits=4, num_subspaces=8)
-    return PagedPQCache(CONFIG, book, page_size=PAGE, max_pages=MAX_PAGES, extended_residual=16)
+    return PagedPQCache(CONFIG, num_subspaces=8, num_bits=4, page_size=PAGE, max_pages=MAX_PAGES, extended_residual=16)
 
 
 def one_by_one(cache: Any, count: int) -> int:

@@ -15,7 +15,7 @@ from tiny_models import SMALL, build, codebook_of, padded
 from transformers import DynamicCache
 
 from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.backends import selection
+from hf_pqcache.backends import dispatch
 from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is built with g++")
@@ -52,8 +52,8 @@ def test_exact_pages_run_on_their_kernels_and_equal_an_exact_cache(model: Any, k
     cache = PagedKVCache(model.config, page_size=16, max_pages=16)
     ours = generate(model, cache)
     stats = cache.stats()
-    assert set(stats["calls"]) == {"append/cuda", "attend/paged"}
-    assert {engine["name"] for engine in stats["engines"].values()} == {"paged"}
+    assert set(stats["calls"]) == {"append/cuda", "attend/exact"}
+    assert {engine["name"] for engine in stats["engines"].values()} == {"exact"}
     assert stats["pages_used"] == sum((length - 1) // 16 for length in (40 + 13, 33 + 13))
     exact = generate(model, DynamicCache(config=model.config))
     assert first_difference(ours, exact) < 0.02
@@ -74,11 +74,16 @@ def test_coded_pages_run_on_their_kernels_and_equal_plain_torch(
 
 
 def test_exact_pages_need_no_more_than_a_model_dtype_and_rows_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = selection.select_paged
+    def choose(head_dim: int, device: str = "cuda") -> dispatch.Choice:
+        dispatch._select.cache_clear()
+        return dispatch.select((head_dim, head_dim), (None, None), 4, torch.float16, torch.device(device))
+
     monkeypatch.delenv("HF_PQCACHE_KERNEL", raising=False)
-    assert choose(128, 128, 4, torch.float16, torch.device("cpu")) == ("torch", "the cache is on cpu")
-    monkeypatch.setattr(selection, "_why_no_cuda", lambda *_: None)
-    assert choose(80, 80, 4, torch.float16, torch.device("cpu")).name == "paged"
-    assert choose(84, 84, 4, torch.float16, torch.device("cpu")).name == "torch"
+    assert choose(128, "cpu") == ("torch", "the cache is on cpu")
+    monkeypatch.setattr(dispatch.jit, "why_unavailable", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(dispatch.launch, "device_of", lambda index: dispatch.Device((9, 0), 132, 232448))
+    assert choose(80).name == "exact"
+    assert choose(84).name == "torch"
     monkeypatch.setenv("HF_PQCACHE_KERNEL", "torch")
-    assert choose(80, 80, 4, torch.float16, torch.device("cpu")).name == "torch"
+    assert choose(80).name == "torch"

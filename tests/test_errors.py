@@ -13,11 +13,11 @@ from click.testing import CliRunner
 from tiny_models import SMALL, build, codebook_of, tokens
 
 from hf_pqcache import PagedPQCache, PQCacheError, errors
-from hf_pqcache.backends import selection
+from hf_pqcache.backends import dispatch
 from hf_pqcache.cli import main
+from hf_pqcache.config import PQConfig
 from hf_pqcache.models.names import cache_kwargs
 from hf_pqcache.pages.codec import CodedPages
-from hf_pqcache.storage.layers import Layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,12 +52,13 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> tuple[PagedPQCache, str]:
 
 
 def window_overflow(monkeypatch: pytest.MonkeyPatch) -> tuple[PagedPQCache, str]:
-    """A cache makes its window large enough for all it must learn from; were it not, tokens are refused, never lost."""
-    monkeypatch.setattr(Layers, "window_slots", property(lambda self: self.config.window_slots))
-    cache = PagedPQCache(build("llama").config, None, SMALL, learn_tokens=1000)
+    """No call of a user's brings it about: a window has room for all that its cache does not code. Were it not so ..."""
+    cache = make()
     forward(cache, 30)
-    with pytest.raises(errors.WindowOverflowError) as caught:
-        forward(cache, 90)
+    with monkeypatch.context() as patch:
+        patch.setattr(PQConfig, "coded_tokens", lambda self, length: 0)
+        with pytest.raises(errors.WindowOverflowError) as caught:
+            forward(cache, 90)
     return cache, str(caught.value)
 
 
@@ -79,7 +80,7 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch) -> tuple[PagedPQCache, str]:
 RAISED: dict[str, tuple[Callable[[pytest.MonkeyPatch], tuple[PagedPQCache, str]], str]] = {
     "PQC001": (pages_exhausted, "max_pages="),
     "PQC002": (no_kernel, "unset it"),
-    "PQC003": (window_overflow, "pass a codebook, or lower learn_tokens"),
+    "PQC003": (window_overflow, "report it"),
     "PQC004": (out_of_memory, "use fewer bits or sequences"),
 }
 
@@ -111,14 +112,14 @@ def test_a_code_is_raised_with_the_way_out_and_the_cache_goes_on(code: str, monk
 @pytest.mark.parametrize("kernel", ["tuned", "generic"])
 def test_a_forced_kernel_says_why_it_does_not_serve(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_PQCACHE_KERNEL", kernel)
-    arguments = (128, 128, 64, 8, 4, torch.float16, torch.device("cpu"))
+    arguments = ((128, 128), dispatch.point(4, 128), 4, torch.float16, torch.device("cpu"))
     with pytest.raises(errors.NoKernelError, match=f"HF_PQCACHE_KERNEL={kernel}, but the cache is on cpu; unset it"):
-        selection.select(*arguments)
+        dispatch.select(*arguments)
     monkeypatch.setenv("HF_PQCACHE_KERNEL", "torch")
-    assert selection.select(*arguments).name == "torch"
+    assert dispatch.select(*arguments).name == "torch"
     monkeypatch.setenv("HF_PQCACHE_KERNEL", "fast")
     with pytest.raises(ValueError, match="none of tuned, generic, torch"):
-        selection.select(*arguments)
+        dispatch.select(*arguments)
 
 
 def test_commands_show_a_code_as_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-KINDS = pytest.mark.parametrize("kind", ["codes", "exact", "learning"])
+KINDS = pytest.mark.parametrize("kind", ["codes", "exact"])
 WINDOW = 30  # tokens that all caches here hold exactly
 
 
@@ -27,8 +27,6 @@ def make(kind: str) -> Any:
         return DynamicCache(config=config)
     if kind == "exact":
         return PagedKVCache(config, page_size=16)
-    if kind == "learning":
-        return PagedPQCache(config, None, SMALL, learn_tokens=64)
     return PagedPQCache(config, codebook_of("llama"), SMALL)
 
 

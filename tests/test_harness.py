@@ -110,7 +110,7 @@ def test_an_exact_cache_changes_nothing(
 
 def test_what_is_scored_comes_from_the_cache(folder: Path, loaded: tuple[Any, Any], expected: dict[str, Any]) -> None:
     """With half a bit and one exact token every likelihood moves, though the harness's own forward pass would not see it."""
-    config = PQConfig(num_subspaces=8, num_bits=4, page_size=16, extended_residual=1, sink_tokens=0, learn_tokens=16)
+    config = PQConfig(num_subspaces=8, num_bits=4, page_size=16, extended_residual=1, sink_tokens=0)
     spec = CacheSpec("pq", config.to_dict())
     found = evaluate(folder, CacheLM(loaded[0], spec, tokenizer=loaded[1], batch_size=4), names=["toy_choice"])
     pairs = zip(found["toy_choice"]["answers"], expected["toy_choice"]["answers"], strict=True)

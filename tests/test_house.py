@@ -14,16 +14,13 @@ ORDER = ["arguments", "config", "errors", "demo", "models", "codebook", "pages",
 ORDER += ["eval", "cli"]
 #: The same within eval/.
 EVAL_ORDER = ["quantizers", "session", "report", "measure", "metrics", "harness_tasks", "tasks", "bench", "selftest", "search"]
-EVAL_ORDER += ["compare", "pipeline", "publish", "demo"]
+EVAL_ORDER += ["calibrate", "compare", "pipeline", "publish", "demo"]
 #: What a name stands for is only known when it is used: a text may be one of a task.
 LATE = {(("eval", "session", "texts"), ("eval", "tasks"))}
 MOST_LINES, MOST_FUNCTION_LINES = 350, 60
 #: Yet to be split; an entry goes with the next change there.
 TOO_LONG = {
-    "codebook.py",
-    "attend_warp.cuh",
     "tune.py command",
-    "demo.py run_demo",
     "setup.py prepare",
 }
 

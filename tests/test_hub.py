@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from hf_pqcache import Codebook, PagedPQCache
 from hf_pqcache.codebook import hub
-from hf_pqcache.codebook.codebook import CONFIG_FILE, TENSOR_FILE, LayerCodebook, most_bytes
+from hf_pqcache.codebook.codebook import CONFIG_FILE, MAX_TENSOR_BYTES, TENSOR_FILE
 
 REPO = "user/book"
 TOKEN = "hf_ThisTokenMustNeverBeSeenAnywhere"  # the one of conftest
@@ -30,13 +30,9 @@ def config(**kw: Any) -> LlamaConfig:
 
 def book(seed: int = 0) -> Codebook:
     generator = torch.Generator().manual_seed(seed)
-
-    def side() -> torch.Tensor:
-        return torch.randn(2, 8, 16, 2, generator=generator).half()
-
+    keys, values = (torch.randn(1, 16, 2, generator=generator).half() for _ in range(2))
     settings = {"page_size": 32, "extended_residual": 64}
-    layers = {i: LayerCodebook(side(), side()) for i in range(2)}
-    return Codebook(layers, num_bits=4, num_subspaces=8, metadata={"model": "user/model"}, settings=settings)
+    return Codebook(keys, values, metadata={"model": "user/model"}, settings=settings)
 
 
 def files(codebook: Codebook, folder: Path) -> dict[str, bytes]:
@@ -70,9 +66,7 @@ def test_there_and_back(fake_hub: Any, tmp_path: Path) -> None:
 
 def test_cache_takes_the_published_settings_and_the_callers_win(repo: Any, tmp_path: Path) -> None:
     cache = PagedPQCache.from_pretrained(REPO, config(), cache_dir=tmp_path, page_size=16)
-    assert (cache._settings.page_size, cache._settings.extended_residual, cache._settings.num_bits) == (16, 64, 4)
-    with pytest.raises(ValueError, match="expected head_dim 32, got 16"):
-        PagedPQCache.from_pretrained(REPO, config(head_dim=32), cache_dir=tmp_path)
+    assert (cache._settings.page_size, cache._settings.extended_residual) == (16, 64)
 
 
 def test_only_what_is_needed_is_fetched(fake_hub: Any, repo: Any, tmp_path: Path) -> None:
@@ -96,8 +90,10 @@ def test_a_pinned_commit_stays(repo: Any, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_large_is_never_downloaded(fake_hub: Any, repo: Any, tmp_path: Path) -> None:
-    repo.sizes[TENSOR_FILE] = most_bytes(config()) + 1
-    with pytest.raises(ValueError, match=r"codebook.safetensors has 1,179,649 bytes, expected at most.*nothing was downloaded"):
+    repo.sizes[TENSOR_FILE] = MAX_TENSOR_BYTES + 1
+    with pytest.raises(
+        ValueError, match=r"codebook.safetensors has 67,108,865 bytes, expected at most.*nothing was downloaded"
+    ):
         PagedPQCache.from_pretrained(REPO, config(), cache_dir=tmp_path)
     repo.sizes = {CONFIG_FILE: 2 << 20}
     with pytest.raises(ValueError, match=r"codebook.json has 2,097,152 bytes"):
@@ -110,12 +106,6 @@ def test_a_size_that_was_a_lie_is_found_out(repo: Any, tmp_path: Path) -> None:
     repo.sizes[TENSOR_FILE] = 10
     with pytest.raises(ValueError, match="expected at most 100"):
         Codebook.from_pretrained(REPO, cache_dir=tmp_path, max_bytes=100)
-
-
-def test_the_bound_holds_every_codebook_of_the_model() -> None:
-    model = config(num_hidden_layers=32, num_key_value_heads=8, num_attention_heads=32, hidden_size=4096, head_dim=128)
-    finest = 32 * 8 * 2 * 256 * 128 * 2  # layers, heads, sides, centroids, numbers, bytes
-    assert finest < most_bytes(model) < 3 * finest
 
 
 def test_a_repository_without_a_codebook_is_named(repo: Any, tmp_path: Path) -> None:
@@ -174,7 +164,7 @@ def test_without_a_connection_the_cache_is_used(
 
 def test_who_may_not_see_it_is_told_so(repo: Any, tmp_path: Path) -> None:
     repo.is_private = True
-    assert Codebook.from_pretrained(REPO, cache_dir=tmp_path / "mine").num_bits == 4
+    assert Codebook.from_pretrained(REPO, cache_dir=tmp_path / "mine").fingerprint == book().fingerprint
     with pytest.raises(RepositoryNotFoundError, match="401"):
         Codebook.from_pretrained(REPO, cache_dir=tmp_path, token=False)
     with pytest.raises(RevisionNotFoundError, match="404"):
@@ -188,7 +178,7 @@ def test_who_may_not_see_it_is_told_so(repo: Any, tmp_path: Path) -> None:
     ("name", "change", "message"),
     [
         (CONFIG_FILE, lambda data: b"{", "not valid JSON"),
-        (CONFIG_FILE, lambda data: data.replace(b'"num_bits": 4', b'"num_bits": 5'), "ask for 8 of 32"),
+        (CONFIG_FILE, lambda data: data.replace(b'"schema_version": 2', b'"schema_version": 1'), "caches need no codebook"),
         (CONFIG_FILE, lambda data: data.replace(b'"page_size": 32', b'"page_size": 33'), "page_size=33"),
         (CONFIG_FILE, lambda data: data.replace(b'"page_size": 32', b'"page_size": "a"'), "must be an integer"),
         (CONFIG_FILE, lambda data: data.replace(b'"page_size"', b'"num_bits"'), r"settings must not repeat \['num_bits'\]"),

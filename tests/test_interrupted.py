@@ -95,7 +95,7 @@ def test_an_error_keeps_rows_too(model: str, tmp_path: Path, stop_at: Any, monke
 def test_nothing_is_left_of_a_command_that_ends(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done(*LINES["memory"], "--model", model, "--device", "cpu")
-    options = ("--tasks", "recall", "-M", 8, "--nbits", 4, "--tokens", 96, "--recall-count", 1, "--calibration-tokens", 200)
+    options = ("--tasks", "recall", "-M", 8, "--nbits", 4, "--tokens", 96, "--recall-count", 1)
     done("sweep", "--model", model, "--device", "cpu", *options)
     assert pqcache(*LINES["memory"], "--model", model, "--device", "cpu", "--batch", "0").exit_code == 2
     assert pqcache(*LINES["memory"][:-1], "100000", "--model", model, "--device", "cpu").exit_code == 1

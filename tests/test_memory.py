@@ -264,8 +264,8 @@ def test_slabs_come_and_go_and_contents_stay() -> None:
         for page, at in zip(numbers, ids.tolist(), strict=True):
             slab = store.slabs[page >> PLACE_BITS]
             place = page & ((1 << PLACE_BITS) - 1)
-            assert slab.keys[place].data_ptr() == base + at * 120
-            assert slab.values[place].data_ptr() == store.bases[1] + at * 120
+            assert slab.keys[place].data_ptr() == base + at * store.page_bytes
+            assert slab.values[place].data_ptr() == store.bases[1] + at * store.page_bytes
     allocator.release(kept)
     assert allocator.num_used == 0
     assert allocator.num_reserved <= MIN_SLAB
@@ -325,3 +325,18 @@ def test_copies_made_between_compiled_steps_do_not_write_into_each_other(kind: s
     for step in range(20):
         feed(alone, 1, seed=step)
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, alone.layers, strict=True))
+
+
+@KINDS
+def test_steps_that_only_the_device_counts_find_their_page(kind: str) -> None:
+    """As captured graphs run: they advance the device's lengths and can ask nobody."""
+    cache = make(kind, compile=True)
+    feed(cache, 20)
+    layers, lengths = cache.storage.layers, cache.storage.lengths
+    for _ in range(150):
+        cache.get_mask_sizes(1, 0)
+        for view in layers.views.values():
+            length = int(view.seq_lens[0, 0]) + 1
+            assert len(layers.table.rows[0]) * view.config.page_size >= view.coded_tokens(length), f"token {length}"
+            view.seq_lens.copy_(view.seq_lens_of([length]))
+        lengths.is_stale = True

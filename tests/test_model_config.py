@@ -40,9 +40,9 @@ def test_every_file_loads_and_fits_its_model(name: str) -> None:
     assert config.num_kv_heads
     assert config.max_context_tokens
     assert config.window_tokens <= config.max_context_tokens
-    assert config.num_subspaces
-    assert config.head_dim % config.num_subspaces == 0
-    assert config.pq_config.bits_per_value(config.head_dim) == 4
+    assert config.pq_config == PQConfig()  # 4 bits, and no codebook of its own
+    assert config.pq_config.codes("key", config.head_dim) == (config.head_dim // 2, 8)
+    assert config.codebook is None
     assert "test" not in config.calibration_text
 
 
@@ -76,6 +76,14 @@ def test_a_later_layer_wins(tmp_path: Path) -> None:
     assert load_model_config("user/model") == ModelConfig(model="user/model")
 
 
+def test_bits_of_the_command_line_win_over_the_codes_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: user/model\nhead_dim: 128\nnum_subspaces: 32\nnum_bits: 6\nvalue_bits: 5\n")
+    assert load_model_config(file, {"value_bits": 8}).pq_config == PQConfig(num_subspaces=32, num_bits=6, value_bits=8)
+    assert load_model_config(file, {"bits": 3}).pq_config == PQConfig(bits=3)
+    assert load_model_config(file, {"bits": 3, "num_bits": 7}).pq_config == PQConfig(bits=3, num_bits=7)
+
+
 def test_defaults_are_those_of_the_cache() -> None:
     assert ModelConfig(model="user/model").pq_config == PQConfig()
 
@@ -93,8 +101,11 @@ def test_saved_file_reads_back_equal(tmp_path: Path) -> None:
     [
         ("model: a/b\nnbits: 8", r"unknown settings \['nbits'\]; known ones are .*num_bits"),
         ("model: a/b\nnum_bits: 9", "num_bits=9 is out of range"),
+        ("model: a/b\nvalue_bits: 3", "value_bits=3 is out of range"),
+        ("model: a/b\nbits: 5", "bits=5 is no operating point"),
+        ("model: a/b\nhead_dim: 128\nvalue_subspaces: 48", "value_subspaces=48 does not cut values of 128 numbers"),
         ("model: a/b\npage_size: big", "page_size='big' must be an integer"),
-        ("model: a/b\nhead_dim: 128\nnum_subspaces: 48", "num_subspaces=48 does not cut head_dim=128"),
+        ("model: a/b\nhead_dim: 128\nnum_subspaces: 48", "num_subspaces=48 does not cut keys of 128 numbers"),
         ("model: a/b\nwindow_tokens: 0", "window_tokens=0 must be an integer of at least 1"),
         ("model: a/b\nrevision: 123", "revision=123 must be a text or empty"),
         ("num_bits: 8", "leaves the model open"),

@@ -15,12 +15,12 @@ from hf_pqcache.models.names import CACHE
 
 pytestmark = pytest.mark.cache
 ROOT = Path(__file__).parents[1]
-MODEL = "--model tiny --device cpu --calibration-tokens 512 -M 16 --nbits 4"
+MODEL = "--model tiny --device cpu -M 16 --nbits 4"
 KEPT = "--model tiny --device cpu --codebook book --cache pq --results rows.jsonl"
 #: In one process, since importing torch and transformers takes longer than any of them.
 COMMANDS = f"""
 demo --tokens 256 --text short.txt
-calibrate {MODEL} -o book
+calibrate {MODEL} --calibration-tokens 512 --limit 1 -o book
 eval speed {KEPT} --lengths 64 --new-tokens 3 --repeats 1
 eval memory {KEPT} --lengths 64
 eval breakdown {KEPT} --tokens 64 --steps 1
@@ -30,14 +30,14 @@ publish book --repo user/book --license mit --dry-run repository --results rows.
 report rows.jsonl -o report
 doctor --no-kernels
 """
-#: What a command does in a process of its own, the demo with one cheap codebook.
+#: What a command does in a process of its own, the demo with one operating point.
 RUN = """
 import shlex, sys, warnings
 warnings.simplefilter("error", FutureWarning)
 warnings.simplefilter("error", UserWarning)
 from hf_pqcache.cli import main
 from hf_pqcache.eval import demo
-demo.SETTINGS = ((1, 4, 4),)
+demo.OPERATING_POINTS = (4,)
 for line in sys.argv[1].strip().splitlines():
     main(shlex.split(line), standalone_mode=False)
 """

@@ -23,15 +23,13 @@ from hf_pqcache.pages import offload
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAME = "llama_deep"
 LAYERS = 5
-KINDS = pytest.mark.parametrize("kind", ["codes", "exact", "learning"])
+KINDS = pytest.mark.parametrize("kind", ["codes", "exact"])
 
 
 def make(kind: str, **options: Any) -> Any:
     config = build(NAME).config
     if kind == "exact":
         return PagedKVCache(config, page_size=16, max_pages=64, **options)
-    if kind == "learning":
-        return PagedPQCache(config, None, SMALL, learn_tokens=64, **options)
     return PagedPQCache(config, codebook_of(NAME), SMALL, **options)
 
 
@@ -44,7 +42,6 @@ def test_runs_are_all_pages_in_as_few_ranges_as_can_be(pages: set[int]) -> None:
 
 CASES = [("codes", scenario) for scenario in SCENARIOS]
 CASES += [("exact", scenario) for scenario in ("beams, padded", "prompt lookup", "chunks", "rows moved", "deep copies")]
-CASES += [("learning", scenario) for scenario in ("greedy, padded", "reset", "deep copies")]
 
 
 @pytest.mark.parametrize(("kind", "scenario"), CASES)

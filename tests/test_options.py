@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ CALIBRATE = ("calibrate", "--nbits", 4, "--calibration-tokens", 200, "--device",
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """llama/ and gpt2/ with 256 positions, texts, and cb/, a codebook of the Llama (M=8, 4 bits, pages of 32)."""
+    """llama/ and gpt2/ with 256 positions, texts, cb/, a codebook of the Llama (M=8, 4 bits, pages of 32), and old/, one of an
+    older version."""
     root = tmp_path_factory.mktemp("options")
     save(llama(), root / "llama")
     save(gpt2(), root / "gpt2")
@@ -35,6 +37,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "long.txt").write_text(" ".join(words[1400:2400]))
     (root / "latin.txt").write_bytes(b"caf\xe9")
     done(*CALIBRATE, "--model", root / "llama", "--page-size", 32, "-o", root / "cb")
+    description = json.loads((root / "cb" / "codebook.json").read_text())
+    shutil.copytree(root / "cb", root / "old")
+    (root / "old" / "codebook.json").write_text(json.dumps({**description, "schema_version": 1}))
     return root
 
 
@@ -59,13 +64,14 @@ def facts(folder: Path, *options: object) -> dict[str, Any]:
     [
         ("-M", 16),
         ("--nbits", 5),
+        ("--value-subspaces", 16),
+        ("--value-nbits", 5),
         ("--page-size", 16),
         ("--extended-residual", 64),
         ("--sink-tokens", 8),
         ("--calibration", "LONG"),
         ("--calibration-tokens", 100),
         ("--seed", 1),
-        ("--merge",),
         ("--dtype", "bfloat16"),
     ],
     ids=lambda option: option[0],
@@ -88,7 +94,7 @@ def test_a_codebooks_own_settings_are_heeded(folder: Path, tmp_path: Path) -> No
     assert "page size 32" in card
 
 
-#: (arguments, part of the message); MODEL, GPT2, DIR, CB, LONG, SHORT stand for what `folder` has.
+#: (arguments, part of the message); MODEL, GPT2, DIR, CB, OLD, LONG, SHORT stand for what `folder` has.
 REFUSED: list[tuple[str, str]] = [
     # Options that the cache does not heed.
     ("eval memory --model MODEL --cache dynamic -M 8", "-M does nothing for dynamic"),
@@ -101,6 +107,13 @@ REFUSED: list[tuple[str, str]] = [
     ("eval memory --model MODEL --cache dynamic --codebook CB", "--codebook does nothing"),
     ("eval memory --model MODEL --cache dynamic --calibration LONG", "--calibration does nothing"),
     ("eval memory --model MODEL --cache dynamic --calibration-tokens 300", "--calibration-tokens does nothing"),
+    ("eval memory --model MODEL --cache pq:4 --bits 3", "bits after the colon"),
+    ("eval memory --model MODEL --cache pq:4 --value-nbits 8", "bits after the colon"),
+    ("eval memory --model MODEL --cache dynamic --value-subspaces 8", "--value-subspaces does nothing for dynamic"),
+    ("eval memory --model MODEL --calibration-tokens 300", "--calibration-tokens does nothing without --calibration"),
+    ("eval memory --model MODEL --codebook OLD", "caches need no codebook any more"),
+    ("eval memory --model MODEL --codebook CB --value-nbits 8", "the codebook decides"),
+    ("eval memory --model MODEL --codebook CB --bits 2", "the codebook decides"),
     ("eval memory --model MODEL --codebook CB -M 16", "the codebook decides"),
     ("eval memory --model MODEL --codebook CB --nbits 8", "the codebook decides"),
     ("eval memory --model MODEL --codebook CB --cache pq:4", "the codebook decides"),
@@ -183,10 +196,12 @@ REFUSED: list[tuple[str, str]] = [
     ("run --model MODEL --dataset ptb_text_only --data-dir DIR -o SHORT/out", "is a file"),
     ("eval memory --model MODEL --cache pq --calibration nowhere.txt", "nowhere.txt"),
     ("eval memory --model MODEL --cache pq --calibration LATIN", "latin.txt"),
-    ("eval memory --model MODEL --cache pq --calibration SHORT", "centroids are to be learnt"),
-    ("run --model MODEL --dataset ptb_text_only --data-dir DIR --calibration SHORT", "centroids are to be learnt"),
-    ("calibrate --model MODEL -M 7", "num_subspaces=7 does not cut head_dim=16"),
-    ("eval memory --model MODEL --cache pq -M 7", "num_subspaces=7 does not cut head_dim=16"),
+    ("eval memory --model MODEL --cache pq --calibration SHORT", "4 sinks and a page of 64 take 68"),
+    ("run --model MODEL --dataset ptb_text_only --data-dir DIR --calibration SHORT", "4 sinks and a page of 64 take 68"),
+    ("calibrate --model MODEL -M 7", "num_subspaces=7 does not cut keys of 16"),
+    ("calibrate --model MODEL --text nowhere.txt", "nowhere.txt"),
+    ("eval memory --model MODEL --cache pq -M 7", "num_subspaces=7 does not cut keys of 16"),
+    ("eval memory --model MODEL --cache pq --value-subspaces 7", "value_subspaces=7 does not cut values of 16"),
     ("eval memory --model MODEL --cache dynamic --json SHORT/rows.json", "is a file"),
     ("eval memory --model MODEL --cache dynamic --results SHORT/rows.jsonl", "is a file"),
     ("eval memory --model MODEL --cache dynamic --results SHORT", "no result row"),
@@ -209,6 +224,7 @@ def test_is_refused_in_one_line_before_weights_are_loaded(
         "GPT2": "gpt2",
         "DIR": ".",
         "CB": "cb",
+        "OLD": "old",
         "LONG": "long.txt",
         "LATIN": "latin.txt",
         "SHORT": "short.txt",
@@ -238,6 +254,33 @@ def test_defaults_are_what_the_model_can_hold(folder: Path, tmp_path: Path) -> N
     done("calibrate", "--model", folder / "gpt2", "--nbits", 4, "--calibration-tokens", 300, "-o", tmp_path / "cb", "--quiet")
     assert json.loads((tmp_path / "cb" / "codebook.json").read_text())["metadata"]["window"] == 256
     done("compare", "--model", folder / "gpt2", "--caches", "dynamic", "--limit", 1, "--recall-count", 0, "--quiet")
+
+
+def test_calibrate_says_whether_the_codebook_is_of_use(folder: Path, tmp_path: Path) -> None:
+    line = ("calibrate", "--model", folder / "llama", "--device", "cpu", "-o", tmp_path / "cb", "--calibration-tokens", 500)
+    line += ("--extended-residual", 32, "--limit", 1, "--json", tmp_path / "facts.json", "--results", tmp_path / "rows.jsonl")
+    told = done(*line).output
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    exact, shipped, own = (row for row in Results(tmp_path / "rows.jsonl").rows)
+    assert (exact.cache, shipped.codebook, own.codebook) == ("dynamic", None, facts["fingerprint"])
+    assert facts["held_out"] == "demo/test"
+    assert facts["held_out_loss_shipped"] == pytest.approx(shipped.value / exact.value - 1, abs=1e-6)
+    assert facts["held_out_loss"] == pytest.approx(own.value / exact.value - 1, abs=1e-6)
+    assert facts["wins"] == (own.value < shipped.value)
+    assert "with the codebook that every model gets" in told
+    assert ("its own wins" if facts["wins"] else "its own does not win") in told
+    assert json.loads((tmp_path / "cb" / "codebook.json").read_text())["metadata"]["held_out"] == "demo/test"
+    other = done(*line, "--text", folder / "long.txt", "--calibration", "ptb_text_only", "--data-dir", folder).output
+    assert "long.txt, windows of 256 tokens" in other
+    split = done(*line, "--calibration", "ptb_text_only", "--data-dir", folder).output
+    assert "ptb_text_only/test, windows of 256 tokens" in split
+
+
+def test_nothing_is_calibrated_unless_it_is_asked_for(folder: Path) -> None:
+    line = ("eval", "ptb", "--model", folder / "llama", "--data-dir", folder, "--window", 64, "--limit", 1, "--device", "cpu")
+    for cache in ("pq", "pq:2"):
+        assert "calibrating" not in done(*line, "--cache", cache).output
+    assert "calibrating on long.txt" in done(*line, "--cache", "pq:2", "--calibration", folder / "long.txt").output
 
 
 def test_the_calibration_text_is_told_and_whether_it_is_long_enough(folder: Path, tmp_path: Path) -> None:
@@ -282,7 +325,18 @@ def test_no_command_takes_an_option_that_its_code_does_not_look_at() -> None:
 
 def test_no_option_has_a_default_that_hides_whether_it_was_given() -> None:
     """Settings that only some caches or modes heed are None until somebody asks for them: else none could be refused."""
-    hidden = {"num_subspaces", "num_bits", "page_size", "max_pages", "extended_residual", "sink_tokens", "seed"}
+    hidden = {
+        "bits",
+        "num_subspaces",
+        "num_bits",
+        "value_subspaces",
+        "value_bits",
+        "page_size",
+        "max_pages",
+        "extended_residual",
+        "sink_tokens",
+        "seed",
+    }
     hidden |= {"calibration", "calibration_tokens", "codebook", "mode", "stride", "window", "lengths"}
     for path, command in commands(main):  # type: ignore[arg-type]
         for option in command.params:

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from hf_pqcache import Codebook, PagedKVCache, PagedPQCache
+from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.attention import ops
-from hf_pqcache.codebook.codebook import LayerCodebook
+from hf_pqcache.codebook import shipped
+from hf_pqcache.config import PQConfig
 from hf_pqcache.errors import CacheOutOfMemoryError
 from hf_pqcache.models.names import cache_kwargs
 
@@ -49,20 +50,15 @@ class OutOfMemory(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+BOOK = shipped.codebook(PQConfig(num_bits=4), HEAD_DIM, HEAD_DIM)
+
+
 def make(kind: str) -> Any:
     if kind == "exact":
         return PagedKVCache(CONFIG, page_size=16, max_pages=60)
     options: dict[str, Any] = {"page_size": 16, "max_pages": 60, "sink_tokens": 2, "extended_residual": 8}
     options["offload"] = kind == "offloaded"
-    generator = torch.Generator().manual_seed(0)
-    sides = [torch.randn(HEADS, 8, 16, 2, generator=generator).half() for _ in range(2 * LAYERS)]
-    layers = {i: LayerCodebook(*sides[2 * i : 2 * i + 2]) for i in range(LAYERS)}
-    if kind == "learning":
-        kv = PagedPQCache(CONFIG, num_bits=4, learn_tokens=64, **options)
-        # k-means allocates thousands of times; that learning may fail is tested without it.
-        kv.storage.learner = lambda keys, values, config: LayerCodebook(*(x.clone() for x in sides[:2]))
-        return kv
-    return PagedPQCache(CONFIG, Codebook(layers, num_bits=4, num_subspaces=8), **options)
+    return PagedPQCache(CONFIG, BOOK, **options)
 
 
 @cache  # made before memory runs out

@@ -18,12 +18,14 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_pqcache.cache.reference import ReferenceCache
 from hf_pqcache.codebook import pq
-from hf_pqcache.codebook.calibrate import compressible_layers, learn_layer
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
+from hf_pqcache.demo import MODEL, TEXT
+from hf_pqcache.eval.measure.deployed import cache_perplexity
 from hf_pqcache.eval.measure.perplexity import perplexity, simulated_attention, stream_attention
-from hf_pqcache.eval.session.bits import bits_per_value
+from hf_pqcache.eval.session.models import load_model
 
 CONFIG = PQConfig(num_subspaces=8, num_bits=4, page_size=16, sink_tokens=2, extended_residual=20)
 SIZES: dict[str, Any] = {
@@ -58,11 +60,13 @@ def build(name: str, implementation: str = "eager") -> Any:
     return model.eval()
 
 
-def random_codebook(model: Any) -> Codebook:
+def random_codebook(sets: int = 1) -> Codebook:
+    """sets: 1 is normalised, 8 is MILLION's, a set for each subspace."""
     generator = torch.Generator().manual_seed(1)
-    keys, values = (torch.randn(2, 200, 16, generator=generator) for _ in range(2))
-    book = learn_layer(keys, values, CONFIG, iterations=2)
-    return Codebook(dict.fromkeys(compressible_layers(model.config), book), num_bits=4, num_subspaces=8)
+    return Codebook(*(torch.randn(sets, 16, 2, generator=generator).mul(0.5).half() for _ in range(2)))
+
+
+BOOKS = {"shipped": None, "own": random_codebook(), "MILLION": random_codebook(8)}
 
 
 def textbook(model: Any, ids: torch.Tensor, window: int, stride: int) -> float:
@@ -91,18 +95,19 @@ def test_exact_is_the_usual_strided_perplexity(window: int, stride: int) -> None
         assert result.tokens == len(IDS) - 1  # every token but the first, once
 
 
+@pytest.mark.parametrize("book", BOOKS)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_stream_with_nothing_coded_is_exact(name: str, implementation: str) -> None:
+def test_stream_with_nothing_coded_is_exact(name: str, implementation: str, book: str) -> None:
     if name in ("gemma2", "gpt_oss") and implementation == "sdpa":
         pytest.skip("transformers has no soft-capped sdpa and none with sinks")
     model = build(name, implementation)
     settings: dict[str, Any] = {"window": 100, "max_windows": 2, "progress": False}
     exact = perplexity(model, None, IDS, **settings)
     wide = CONFIG.replace(extended_residual=200)
-    stream = perplexity(model, None, IDS, mode="stream", codebook=random_codebook(model), config=wide, **settings)
+    stream = perplexity(model, None, IDS, mode="stream", codebook=BOOKS[book], config=wide, **settings)
     assert stream.value == pytest.approx(exact.value, rel=1e-5)
-    coded = perplexity(model, None, IDS, mode="stream", codebook=random_codebook(model), config=CONFIG, **settings)
+    coded = perplexity(model, None, IDS, mode="stream", codebook=BOOKS[book], config=CONFIG, **settings)
     assert coded.value != pytest.approx(exact.value, rel=1e-5)
 
 
@@ -146,15 +151,14 @@ def test_stream_honours_a_mask() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_distort_attends_to_decoded_keys_and_values(implementation: str) -> None:
+def test_distort_as_million_has_it_attends_to_decoded_keys_and_values(implementation: str) -> None:
     """Compared with a model whose attention function decodes codes itself, registered the official way."""
     model = build("llama", implementation)
-    book = random_codebook(model)
+    book = random_codebook(8)
     result = perplexity(model, None, IDS, window=100, mode="distort", codebook=book, progress=False)
 
     def attend(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scaling: float, **_: Any) -> Any:
-        layer = book.layers[module.layer_idx]
-        k, v = pq.decode(pq.encode(k, layer.keys), layer.keys), pq.decode(pq.encode(v, layer.values), layer.values)
+        k, v = (pq.decode(pq.encode(x, side), side) for x, side in ((k, book.keys), (v, book.values)))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None
 
@@ -170,41 +174,78 @@ def test_distort_attends_to_decoded_keys_and_values(implementation: str) -> None
 def test_the_attention_function_is_put_back_even_after_an_error() -> None:
     model = build("llama", "sdpa")
     before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping), ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with simulated_attention(model, random_codebook(model), CONFIG, "distort"):
+    with simulated_attention(model, None, CONFIG, "distort"):
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before[1]
         model(IDS[None, :4], use_cache=False)
-    with pytest.raises(RuntimeError), simulated_attention(model, random_codebook(model), CONFIG, "distort"):
+    with pytest.raises(RuntimeError), simulated_attention(model, None, CONFIG, "distort"):
         model(IDS[None, :4].view(1, 2, 2), use_cache=False)
     assert (dict(ALL_ATTENTION_FUNCTIONS._local_mapping), ALL_ATTENTION_FUNCTIONS["sdpa"]) == before
     with (
         pytest.raises(ValueError, match="never called"),
-        simulated_attention(model, random_codebook(model), CONFIG, "stream"),
+        simulated_attention(model, None, CONFIG, "stream"),
     ):
         pass
 
 
 def test_bad_input_names_the_way_out() -> None:
     model = build("llama")
-    with pytest.raises(ValueError, match="needs a codebook"):
-        perplexity(model, None, IDS, mode="stream", progress=False)
     with pytest.raises(ValueError, match="at least two"):
         perplexity(model, None, IDS[:1], progress=False)
     with pytest.raises(ValueError, match="stride from 1"):
         perplexity(model, None, IDS, window=10, stride=11, progress=False)
     with pytest.raises(ValueError, match="use one of"):
         perplexity(model, None, IDS, mode="quick", progress=False)  # type: ignore[arg-type]
-    other = AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "num_key_value_heads": 4}))
-    with pytest.raises(ValueError, match="expected 4 KV heads"):
-        perplexity(other, None, IDS, mode="distort", codebook=random_codebook(model), progress=False)
+    book = Codebook(torch.zeros(1, 16, 3).half(), torch.zeros(1, 16, 2).half())
+    with pytest.raises(ValueError, match="3 numbers fits no keys of 16"):
+        perplexity(model, None, IDS, mode="distort", codebook=book, progress=False)
 
 
-def test_bits_count_every_side_table() -> None:
-    config = PQConfig(num_subspaces=8, num_bits=4)
-    book = Codebook({0: random_codebook(build("llama")).layers[0]}, num_bits=4, num_subspaces=8)
-    bits = bits_per_value(config, book, 1000)
-    values, coded = 1000 * 2 * 32, config.coded_tokens(1000)
-    assert bits["codes"] == pytest.approx(coded * 2 * 2 * 8 * 4 / values)
-    assert bits["window"] == pytest.approx((4 + 128 + 64) * 2 * 32 * 16 / values)
-    assert bits["table"] == pytest.approx(coded // 64 * 32 / values)
-    assert bits["codebook"] == pytest.approx(book.nbytes * 8 / values)
-    assert bits["with_codebook"] == pytest.approx(sum(bits[x] for x in ("codes", "window", "table", "codebook")))
+@pytest.mark.parametrize("book", ["shipped", "own"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_stream_is_what_a_cache_computes_token_by_token(name: str, book: str) -> None:
+    model, window = build(name), 90
+    options: dict[str, Any] = {"window": window, "max_windows": 2, "progress": False}
+
+    def make(tokens: int, rows: int) -> Any:
+        return ReferenceCache(model.config, BOOKS[book], CONFIG)
+
+    run = cache_perplexity(model, IDS, make, chunk=1, **options)
+    simulated = perplexity(model, None, IDS, mode="stream", codebook=BOOKS[book], config=CONFIG, **options)
+    assert simulated.value == pytest.approx(run, rel=1e-4)
+    assert simulated.config is not None
+    assert simulated.config["num_subspaces"] == 8
+
+
+def test_distort_codes_whole_pages_and_nothing_else() -> None:
+    """A window of sinks and less than a page is exact; one token more makes a page, which every query sees as codes."""
+    model, page = build("llama"), CONFIG.sink_tokens + CONFIG.page_size
+    for window, is_exact in ((page - 1, True), (page, False)):
+        options: dict[str, Any] = {"window": window, "max_windows": 1, "progress": False}
+        exact = perplexity(model, None, IDS, **options)
+        distorted = perplexity(model, None, IDS, mode="distort", config=CONFIG, **options)
+        assert (distorted.value == pytest.approx(exact.value, rel=1e-6)) == is_exact
+
+
+def test_heads_that_no_codebook_cuts_stay_exact_as_in_the_cache() -> None:
+    config = LlamaConfig(**{**SIZES, "head_dim": 6})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    options: dict[str, Any] = {"window": 100, "max_windows": 1, "progress": False}
+    plain = PQConfig(page_size=16, extended_residual=20)
+    assert perplexity(model, None, IDS, mode="distort", config=plain, **options).value == pytest.approx(
+        perplexity(model, None, IDS, **options).value
+    )
+
+
+def test_real_model_loses_little_and_less_with_more_bits() -> None:
+    model, tokenizer = load_model(MODEL, dtype="float32", device="cpu")
+    text = TEXT.read_text(encoding="utf-8")
+    common: dict[str, Any] = {"window": 1024, "max_windows": 1, "progress": False}
+
+    def rise(mode: Any, bits: int) -> float:
+        found = perplexity(model, tokenizer, text[-20000:], mode=mode, config=PQConfig(bits=bits), **common)
+        return found.value / exact.value - 1
+
+    exact = perplexity(model, tokenizer, text[-20000:], **common)
+    # Short articles owe little to far context, so a stream figure is near zero at any bits: order shows in distort.
+    assert abs(rise("stream", 4)) < 0.01
+    assert 0 < rise("distort", 4) < rise("distort", 2) < 0.2

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_pqcache import Codebook, PagedPQCache, demo
 from hf_pqcache.cli import main
-from hf_pqcache.codebook.codebook import LayerCodebook
-from hf_pqcache.eval.publish import RECIPE, evaluations, publish
+from hf_pqcache.config import OPERATING_POINTS
+from hf_pqcache.eval.publish import RECIPE, evaluations, model_config, publish
 from hf_pqcache.eval.session.model_config import load_model_config
 from hf_pqcache.eval.session.results import Results, Row
 from hf_pqcache.models.names import cache_kwargs
@@ -37,15 +38,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 
 def book() -> Codebook:
-    """For the embedded model (4 layers, 2 heads of 64), centroids at random."""
+    """For any model, centroids at random."""
     generator = torch.Generator().manual_seed(0)
-
-    def side() -> torch.Tensor:
-        return torch.randn(2, 32, 16, 2, generator=generator).half()
-
+    keys, values = (torch.randn(1, 16, 2, generator=generator).half() for _ in range(2))
     metadata = {"model": "user/tiny", "tokens": 100, "seed": 0, "window": 64, "source": "wikitext-2-raw-v1/train"}
-    layers = {i: LayerCodebook(side(), side()) for i in range(4)}
-    return Codebook(layers, num_bits=4, num_subspaces=32, metadata=metadata, settings=SETTINGS)
+    return Codebook(keys, values, metadata=metadata, settings=SETTINGS)
 
 
 def row(value: float, codebook: str | None, **kw: Any) -> Row:
@@ -83,6 +80,7 @@ def test_a_dry_run_writes_everything_and_asks_nobody(made: tuple[Path, Path], tm
     assert (card.data.license, card.data.base_model, card.data.datasets) == ("mit", "user/tiny", ["Salesforce/wikitext"])
     assert all(f"]({name})" in card.content for name in plots)
     assert "| pq M=32 n=4 |" in card.content
+    assert "| keys | a code of 4 bits for 2 numbers, 2 bits a number without scales |" in card.content
     assert "20.50" in card.content
     assert "another" not in card.content
     measured = {result.metric_type: result for result in card.data.eval_results}
@@ -97,6 +95,30 @@ def test_a_dry_run_writes_everything_and_asks_nobody(made: tuple[Path, Path], tm
         assert str(tmp_path).encode() not in (tmp_path / "out" / file).read_bytes(), f"{file} tells where it was made"
     config = load_model_config(tmp_path / "out" / "model_config.yaml")
     assert (config.codebook, config.model, config.page_size) == (REPO, "user/tiny", 16)
+
+
+def test_a_codebook_that_no_cache_takes_is_not_published(tmp_path: Path) -> None:
+    Codebook(*(torch.randn(32, 16, 2).half() for _ in range(2))).save_pretrained(tmp_path / "million")
+    with pytest.raises(ValueError, match=r"MILLION.*no cache takes it.*pqcache calibrate"):
+        publish(tmp_path / "million", REPO, license="mit", dry_run=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("own", "is_told"), [(0.01, False), (0.02, True), (0.03, True)])
+def test_it_is_told_that_nobody_needs_a_codebook_which_does_not_win(tmp_path: Path, own: float, is_told: bool) -> None:
+    facts = {"held_out": "demo/test", "held_out_loss": own, "held_out_loss_shipped": 0.02}
+    replace(book(), metadata=facts).save_pretrained(tmp_path / "codebook")
+    line = ["publish", str(tmp_path / "codebook"), "--repo", REPO, "--license", "mit", "--dry-run", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, line)
+    assert done.exit_code == 0, done.output
+    assert ("nobody needs it" in done.output) == is_told
+
+
+@pytest.mark.parametrize("point", OPERATING_POINTS)
+def test_the_model_config_names_the_operating_point(point: int) -> None:
+    keys, values = (torch.randn(1, 1 << n, width).half() for width, n in OPERATING_POINTS[point])
+    made = model_config(Codebook(keys, values, settings={"page_size": 32}), REPO)
+    assert (made.bits, made.codebook, made.page_size) == (point, REPO, 32)
 
 
 def test_figures_of_other_settings_are_never_mixed_in() -> None:

@@ -1,4 +1,4 @@
-"""The README's list of refusals and limits: it is complete, and each line is so."""
+"""The list of refusals and limits, hf_pqcache/cache/REFUSALS.md: it is complete, and each line is so."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from refusals import ENTRIES, Entry, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-README = Path(__file__).parents[1] / "README.md"
+LIST = Path(__file__).parents[1] / "hf_pqcache" / "cache" / "REFUSALS.md"
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.what)
@@ -16,5 +16,5 @@ def test_it_is_so(entry: Entry) -> None:
     entry.check()
 
 
-def test_the_readme_has_the_table() -> None:
-    assert table() in README.read_text(encoding="utf-8"), "`python tests/helpers/refusals.py` prints it"
+def test_the_list_has_the_table() -> None:
+    assert table() in LIST.read_text(encoding="utf-8"), "`python tests/helpers/refusals.py` prints it"

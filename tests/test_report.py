@@ -38,7 +38,7 @@ def rows(model: str = "small") -> list[Row]:
             "cache": cache,
             "cache_config": config,
             "true_bits": bits,
-            "provenance": PROVENANCE,
+            "provenance": {**PROVENANCE, "code_bits": bits},
         }
         loss = 0.0 if cache == "dynamic" else 0.5 / bits
         mode = "exact" if cache == "dynamic" else "stream"
@@ -74,8 +74,13 @@ def test_names_tell_caches_apart_and_no_more() -> None:
     assert set(naming.labels(books).values()) == {"pq M=32 n=8 #ababab", "pq M=32 n=8 #cdcdcd"}
     models = [Row("t", "m", 1.0, model=book, cache="pq", cache_config=PQ[0], codebook=book * 32) for book in ("ab", "cd")]
     assert set(naming.labels(models).values()) == {"pq M=32 n=8"}  # of course each model has its own
-    test_split = Row("t", "m", 1.0, cache="pq", cache_config=PQ[0], settings={"calibrated_on": "ptb/test", "merged": True})
-    assert set(naming.labels([test_split]).values()) == {"pq M=32 n=8, merged, calibrated on ptb/test"}
+    test_split = Row("t", "m", 1.0, cache="pq", cache_config=PQ[0], settings={"calibrated_on": "ptb/test", "normalised": False})
+    assert set(naming.labels([test_split]).values()) == {"pq M=32 n=8, not normalised, calibrated on ptb/test"}
+    shipped = [Row("t", "m", 1.0, cache="pq", cache_config={"bits": 4}, codebook=book) for book in (None, "ab" * 32)]
+    assert list(naming.labels(shipped).values()) == ["pq 4 bits", "pq 4 bits, own codebook"]
+    sides = {"bits": 4, "num_subspaces": 64, "num_bits": 8, "value_subspaces": 32, "value_bits": 6}
+    apart = Row("t", "m", 1.0, cache="pq", cache_config=sides)
+    assert list(naming.labels([apart]).values()) == ["pq M=64/32 n=8/6"]
     paged = Row("t", "m", 1.0, cache="paged-kv", cache_config={"page_size": 64, "num_bits": 8})
     assert naming.labels([paged]) == {paged.key: "paged-kv"}
 
@@ -85,6 +90,7 @@ def test_summary_has_each_figure_once() -> None:
     lines = [dict(zip(table.columns, line, strict=True)) for line in table.rows]
     assert [line["cache"] for line in lines] == ["dynamic", "quanto n=4", "pq M=32 n=8", "pq M=32 n=6", "pq M=16 n=8"]
     exact, two_bits = lines[0], lines[-1]
+    assert exact["true bits"] == 16.0
     assert (exact["bits at 4K"], exact["perplexity, wikitext-2-raw-v1"], exact["change"]) == (16.0, 20.0, None)
     assert two_bits["perplexity, wikitext-2-raw-v1"] == 20 + 0.5 / 2.3
     assert two_bits["change"] == pytest.approx(100 * 0.5 / 2.3 / 20)

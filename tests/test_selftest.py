@@ -17,8 +17,8 @@ from hf_pqcache.cli import main
 from hf_pqcache.codebook import pq
 from hf_pqcache.eval import selftest
 from hf_pqcache.eval.selftest import checks, timing
-from hf_pqcache.pages import layout
 from hf_pqcache.pages.block_pool import PageAllocator
+from hf_pqcache.pages.layout import PageLayout
 from hf_pqcache.storage.storage import Storage
 
 CPU = checks.Machine(torch.device("cpu"))
@@ -62,8 +62,9 @@ def second_nearest(x: Any, centroids: Any, original: Callable[..., Any] = pq.enc
     return original(x, centroids) ^ 1
 
 
-def shifted(*args: Any, original: Callable[..., Any] = layout.unpack_pages) -> Any:
-    return original(*args).roll(1, dims=-1)
+def shifted(*args: Any, original: Callable[..., Any] = PageLayout.unpack) -> Any:
+    codes, scales = original(*args)
+    return codes.roll(1, dims=-1), scales
 
 
 def louder(*args: Any, original: Callable[..., Any] = torch_backend.attend) -> Any:
@@ -72,7 +73,7 @@ def louder(*args: Any, original: Callable[..., Any] = torch_backend.attend) -> A
 
 FAULTS: dict[str, tuple[Any, str, Any, str]] = {
     "a page that is never freed": (PageAllocator, "release", lambda self, pages: None, "page allocator"),
-    "codes read in another order": (layout, "unpack_pages", shifted, "layout of pages"),
+    "codes read in another order": (PageLayout, "unpack", shifted, "layout of pages"),
     "a centroid that is not nearest": (pq, "encode", second_nearest, "product quantization"),
     "a crop that is off by one": (Storage, "crop", off_by_one, "rows of codes"),
     "a fork that shares nothing": (Storage, "fork", lambda self, source, target: None, "sequences"),
@@ -94,7 +95,7 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_failure_is_named_and_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(layout, "unpack_pages", shifted)
+    monkeypatch.setattr(PageLayout, "unpack", shifted)
     result = run("--phase", "1", "--json", str(tmp_path / "out.json"))
     assert result.exit_code == 1
     last = result.output.splitlines()[-1]

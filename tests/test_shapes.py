@@ -11,7 +11,7 @@ import transformers as tf
 from tiny_models import build
 
 from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.backends import selection
+from hf_pqcache.backends import dispatch
 from hf_pqcache.cache import caches as cache_module
 from hf_pqcache.eval.session import caches
 from hf_pqcache.eval.session.model_config import ModelConfig
@@ -43,13 +43,14 @@ def test_a_number_that_differs_by_layer_stops_no_cache() -> None:
 def test_kernels_serve_a_model_if_they_serve_each_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def select_paged(head_dim: int, *rest: Any) -> Any:
+    def select(dims: tuple[int, int], *rest: Any) -> Any:
+        head_dim, _ = dims
         asked.append(head_dim)
         return SimpleNamespace(name="cuda" if head_dim == 16 else "torch")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(selection, "select_paged", select_paged)
+    monkeypatch.setattr(dispatch, "select", select)
     assert cache_module._kernels_serve(build("llama").config, None)
     assert not cache_module._kernels_serve(build("gemma4").config, None)
     assert {16, 32} == set(asked)
@@ -58,7 +59,7 @@ def test_kernels_serve_a_model_if_they_serve_each_of_its_layers(monkeypatch: pyt
 def test_tools_take_models_whose_layers_differ() -> None:
     model = build("gemma4")
     assert caches.kv_numbers_per_token(model) == 2 * 1 * 32  # one full-attention layer that keeps tokens of its own
-    assert caches.head_dim(model) == 32
+    assert caches.head_dim_of(model.config) == 32
     mine = {"model": "gemma4", "calibration_text": "text"}
     ModelConfig(**mine, head_dim=32).check(model.config)
     with pytest.raises(ValueError, match="expected head_dim=64, got 16 and 32"):

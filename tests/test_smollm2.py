@@ -43,18 +43,23 @@ def perplexity(model: Any, tokenizer: Any, name: str) -> float:
 
 
 def test_it_is_a_language_model_and_fewer_bits_cost_more(smollm2: Any) -> None:
-    found = {name: perplexity(*smollm2, name) for name in ("dynamic", "kivi:4", "turboquant:4", "kivi:2")}
+    found = {
+        name: perplexity(*smollm2, name) for name in ("dynamic", "kivi:4", "turboquant:4", "kivi:2", "pq:4", "pq:3", "pq:2")
+    }
     assert 10 < found["dynamic"] < 40
     change = {name: value / found["dynamic"] - 1 for name, value in found.items()}
     assert abs(change["kivi:4"]) < 0.02
     assert abs(change["turboquant:4"]) < 0.02
+    assert abs(change["pq:4"]) < 0.01
+    assert abs(change["pq:3"]) < 0.03
+    assert change["pq:2"] < change["kivi:2"]
     assert change["kivi:2"] > 0.03
 
 
 def test_pass_keys_are_found_through_four_bits(smollm2: Any) -> None:
     model, tokenizer = smollm2
     filler = token_ids(tokenizer, text_of(NOISE)[0][:10_000])
-    for name in ("dynamic", "kivi:4"):
+    for name in ("dynamic", "kivi:4", "pq:4", "pq:3"):
         spec = CacheSpec.parse(name, 64)
         found = recall_at(model, tokenizer, filler, lambda: spec.make(model, 520), tokens=512, depths=(0.2, 0.6))  # noqa: B023
         assert found == [True, True], name
@@ -65,9 +70,10 @@ def test_outliers_are_the_end_of_integers_per_token(smollm2: Any) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items() if "q_proj" in name or "k_proj" in name}
     try:
         plant_outliers(model)
-        found = {name: perplexity(model, tokenizer, name) for name in ("dynamic", "kivi:4", "int4-token")}
+        found = {name: perplexity(model, tokenizer, name) for name in ("dynamic", "kivi:4", "int4-token", "pq:4")}
     finally:
         with torch.no_grad():
             model.load_state_dict(before, strict=False)
     assert found["kivi:4"] < 1.02 * found["dynamic"]
+    assert found["pq:4"] < 1.01 * found["dynamic"]
     assert found["int4-token"] > 2 * found["dynamic"]

@@ -25,7 +25,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_pqcache.cache.base import PagedCache
 from hf_pqcache.cache.caches import PagedPQCache
-from hf_pqcache.codebook.codebook import Codebook, LayerCodebook
 from hf_pqcache.eval.measure.speed import deferred_stop_check, timed_generate
 from hf_pqcache.eval.session.caches import CacheSpec
 from hf_pqcache.models.names import cache_kwargs
@@ -61,9 +60,9 @@ SHAPES = {"llama-3.1-8b": Shape(8, 14336, 128256), "llama-2-7b": Shape(32, 11008
 #: (shape, tokens) that a full run times.
 CASES = (("llama-3.1-8b", 32768), ("llama-3.1-8b", 131072), ("llama-2-7b", 32768))
 #: Ours, the fp16 ones, and transformers' quantized ones where their libraries are installed.
-CACHES = ("pq", "pq-2bit", "pq-eager", "pq-offload", "paged-kv", "static", "dynamic", "quanto", "hqq", "fp8")
-#: Bytes of a key or value number in each cache; 0.5 where this does not say.
-NUMBER_BYTES = {"pq-2bit": 0.25, "paged-kv": 2.0, "static": 2.0, "dynamic": 2.0, "fp8": 1.0}
+CACHES = ("pq", "pq-3bit", "pq-2bit", "pq-eager", "pq-offload", "paged-kv", "static", "dynamic", "quanto", "hqq", "fp8")
+#: Operating points of ours; 4 where this does not say.
+BITS = {"pq-3bit": 3, "pq-2bit": 2}
 
 
 def build_model(shape: Shape, device: str = "cuda") -> Any:
@@ -78,26 +77,20 @@ def build_model(shape: Shape, device: str = "cuda") -> Any:
     return model.eval()
 
 
-def random_codebook(config: Any, num_subspaces: int, num_bits: int = 8) -> Codebook:
-    """Centroids drawn at random: good enough for time, not for text."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (config.num_key_value_heads, num_subspaces, 1 << num_bits, config.head_dim // num_subspaces)
-
-    def draw() -> Tensor:
-        return torch.randn(shape, generator=generator).half()
-
-    layers = {i: LayerCodebook(draw(), draw()) for i in range(config.num_hidden_layers)}
-    return Codebook(layers, num_bits=num_bits, num_subspaces=num_subspaces)
-
-
-def make_cache(name: str, config: Any, tokens: int, codebook: Codebook | None = None) -> Any:
-    """A cache for `tokens` tokens of one sequence and what a benchmark generates on top; ours with a random codebook."""
+def make_cache(name: str, config: Any, tokens: int) -> Any:
+    """A cache for `tokens` tokens of one sequence and what a benchmark generates on top."""
     total = tokens + SPARE_TOKENS
     if not name.startswith("pq"):
         return CacheSpec.parse(name, config.head_dim).make(SimpleNamespace(config=config), total)
-    codebook = codebook or random_codebook(config, 32 if name == "pq-2bit" else 64)
     compile = False if name == "pq-eager" else None
-    return PagedPQCache(config, codebook, expected_tokens=total, compile=compile, offload=name == "pq-offload")
+    bits, is_offloaded = BITS.get(name, 4), name == "pq-offload"
+    return PagedPQCache(config, bits=bits, expected_tokens=total, compile=compile, offload=is_offloaded)
+
+
+def number_bytes(name: str, config: Any) -> float:
+    """Bytes that a step reads for each key or value number of a cache."""
+    spec = CacheSpec.parse(f"pq:{BITS.get(name, 4)}" if name.startswith("pq") else name, config.head_dim)
+    return (spec.true_bits(config) or 16.0) / 8
 
 
 def fill(cache: Any, config: Any, tokens: int, device: str = "cuda", seed: int = 0) -> None:
@@ -181,10 +174,9 @@ def _with_torch_attention(model: Any, cache: PagedPQCache, ids: Tensor) -> Tenso
 def time_prefill(model: Any, lengths: Sequence[int], repeats: int = 7) -> list[dict[str, Any]]:
     """Seconds of a prefill with DynamicCache and with ours (codes written as it goes), and the difference's share.
 
-    Each prefill is that of a new cache; ours have one codebook, whose tables the first of them brings to the device.
+    Each prefill is that of a new cache.
     """
     results = []
-    codebook = random_codebook(model.config, 64)
     for tokens in lengths:
         ids = torch.randint(10, model.config.vocab_size, (1, tokens), device=model.device)
         seconds: dict[str, list[float]] = {"dynamic": [], "pq": []}
@@ -192,7 +184,7 @@ def time_prefill(model: Any, lengths: Sequence[int], repeats: int = 7) -> list[d
         for _ in range(repeats + 1):  # the first of each warms up
             for name, taken in seconds.items():
                 cache = None
-                cache = make_cache(name, model.config, tokens, codebook)
+                cache = make_cache(name, model.config, tokens)
                 torch.cuda.synchronize()
                 begin = time.perf_counter()
                 with torch.inference_mode():
@@ -211,13 +203,13 @@ def measure_memory(config: Any, tokens: int) -> dict[str, dict[str, Any]]:
     """
     results: dict[str, dict[str, Any]] = {}
     handed_over = 2 * 2 * tokens * config.num_key_value_heads * config.head_dim
-    for name in ("dynamic", "pq", "pq-2bit"):
+    for name in ("dynamic", "pq", "pq-3bit", "pq-2bit"):
         _free()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         cache: Any = DynamicCache(config=config)
         if name != "dynamic":
-            cache = PagedPQCache(config, random_codebook(config, 64 if name == "pq" else 32))
+            cache = PagedPQCache(config, bits=BITS.get(name, 4))
         fill(cache, config, tokens)
         torch.cuda.synchronize()
         results[name] = {
@@ -297,7 +289,7 @@ def bench_generate(
             per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
             for name in caches:
                 _free()
-                bytes_moved = weights + tokens * per_token * NUMBER_BYTES.get(name, 0.5)
+                bytes_moved = weights + tokens * per_token * number_bytes(name, config)
                 row: dict[str, Any] = {"kind": "decode", "shape": shape_name, "tokens": tokens, "cache": name}
                 row |= {"floor_ms": bytes_moved / bandwidth * 1e3} | conditions
                 try:

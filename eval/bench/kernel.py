@@ -23,13 +23,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_pqcache.backends import cuda_backend, jit
-from hf_pqcache.config import PQConfig
-from hf_pqcache.pages import layout
-from hf_pqcache.pages.codec import CODED, EXACT
-from hf_pqcache.pages.device_state import layer_row
-from hf_pqcache.pages.layer_kv import LayerView
-from hf_pqcache.pages.slabs import PageSpec, PageStore
+from hf_pqcache.backends.launch import Geometry
+from hf_pqcache.codebook import normalise, pq
+from hf_pqcache.config import CodeShape, PQConfig, Side
+from hf_pqcache.pages.layout import PageLayout
 
+SIDES: tuple[Side, Side] = ("key", "value")
 ROTATED_BYTES = 600 * 2**20  # ten times the L2 cache of an H200
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -42,7 +41,7 @@ BACKENDS = {
 class Case:
     """One decode step of one layer: `tokens` held by each of `batch` rows, window included.
 
-    num_subspaces = num_bits = 0: pages of exact tokens, as in PagedKVCache.
+    bits: the operating point; 0: pages of exact tokens, as in PagedKVCache. keys, values: other codes than those of `bits`.
     """
 
     batch: int
@@ -50,25 +49,37 @@ class Case:
     group: int
     tokens: int
     head_dim: int = 128
-    num_subspaces: int = 64
-    num_bits: int = 8
+    bits: int = 4
     page_size: int = 64
     dtype: str = "float16"
+    keys: tuple[int, int] | None = None
+    values: tuple[int, int] | None = None
 
     @property
     def is_exact(self) -> bool:
-        return self.num_subspaces == 0
+        return self.bits == 0
 
     @property
     def cache_config(self) -> PQConfig:
         if self.is_exact:
             return PQConfig(page_size=self.page_size, sink_tokens=0, extended_residual=1)
-        return PQConfig(num_subspaces=self.num_subspaces, num_bits=self.num_bits, page_size=self.page_size)
+        return PQConfig(bits=self.bits, page_size=self.page_size)
+
+    def codes(self, which: Side) -> CodeShape | None:
+        if self.is_exact:
+            return None
+        given = self.keys if which == "key" else self.values
+        return self.cache_config.codes(which, self.head_dim) if given is None else CodeShape(*given)
 
     def __str__(self) -> str:
-        codes = "exact pages" if self.is_exact else f"M={self.num_subspaces} n={self.num_bits}"
-        shape = f"d={self.head_dim} {codes}"
-        return f"({self.batch}, {self.kv_heads}, {self.group}, {self.tokens}) {shape}"
+        keys, values = (self.codes(which) for which in SIDES)
+        if keys is None or values is None:
+            codes = "exact pages"
+        elif self.keys or self.values:
+            codes = f"{keys.num_subspaces}x{keys.num_bits} + {values.num_subspaces}x{values.num_bits}"
+        else:
+            codes = f"bits={self.bits}"
+        return f"({self.batch}, {self.kv_heads}, {self.group}, {self.tokens}) d={self.head_dim} {codes}"
 
 
 DEFAULT_CASES = (
@@ -76,16 +87,17 @@ DEFAULT_CASES = (
     Case(1, 8, 4, 131072),
     Case(8, 8, 4, 32768),
     Case(1, 8, 8, 131072),
-    Case(8, 8, 4, 32768, num_subspaces=32),
-    Case(1, 8, 4, 131072, num_subspaces=32),
+    Case(8, 8, 4, 32768, bits=2),
+    Case(1, 8, 4, 131072, bits=2),
+    Case(1, 8, 4, 131072, bits=3),
     Case(1, 8, 4, 32768),
     Case(1, 8, 4, 8192),
     Case(1, 8, 4, 2048),
     Case(1, 32, 1, 2048),
     Case(1, 8, 8, 2048),
     Case(16, 8, 4, 2048),
-    Case(1, 8, 4, 32768, num_subspaces=0, num_bits=0),
-    Case(8, 8, 4, 32768, num_subspaces=0, num_bits=0),
+    Case(1, 8, 4, 32768, bits=0),
+    Case(8, 8, 4, 32768, bits=0),
 )
 
 
@@ -140,84 +152,111 @@ class Layers:
         coded = config.coded_tokens(case.tokens)
         width = coded // case.page_size
         dtype = getattr(torch, case.dtype)
-        page_bytes = 2 * case.page_size * case.head_dim if case.is_exact else config.code_bytes(case.head_dim)
+        self.layouts, self.centroids, self.side_bytes = [], [], []
+        for which in SIDES:
+            codes = case.codes(which)
+            if codes is None:
+                self.side_bytes.append(case.kv_heads * case.page_size * case.head_dim * 2)
+                continue
+            layout = PageLayout(which, case.page_size, case.head_dim, *codes)
+            self.layouts.append(layout)
+            self.side_bytes.append(-(-case.kv_heads * layout.nbytes // 64) * 64)
+            book = (1, 1 << codes.num_bits, case.head_dim // codes.num_subspaces)
+            self.centroids.append((torch.rand(book, device="cuda") * 2 - 1).half())
+        stride = sum(self.side_bytes)
         per_set = case.batch * width
-        self.coded_bytes = 2 * per_set * case.kv_heads * page_bytes
+        self.coded_bytes = per_set * stride
         self.sets = max(1, min(16, math.ceil(ROTATED_BYTES / max(self.coded_bytes, 1))))
         num_pages = self.sets * per_set
-        order = torch.randperm(num_pages, device="cuda", dtype=torch.int32).view(self.sets, case.batch, width)
+        self.order = torch.randperm(num_pages, device="cuda", dtype=torch.int32).view(self.sets, case.batch, width)
+        self.pool = torch.empty(num_pages, stride, dtype=torch.uint8, device="cuda")
+        self._fill()
         window = (case.batch, case.kv_heads, config.sink_tokens + config.window_slots, case.head_dim)
-        if case.is_exact:
-            spec = PageSpec((case.kv_heads, case.page_size, case.head_dim), dtype)
-            centroids = [torch.empty(0, device="cuda")] * 2
-        else:
-            spec = PageSpec((case.kv_heads, page_bytes), torch.uint8)
-            books = (case.kv_heads, case.num_subspaces, 1 << case.num_bits, case.head_dim // case.num_subspaces)
-            centroids = [torch.randn(books, device="cuda").half() for _ in range(2)]
-        store = PageStore(spec, spec, torch.device("cuda", torch.cuda.current_device()))
-        store.add(0, store.new_slab(0, num_pages))
-        for side in store.slabs[0].keys, store.slabs[0].values:
-            side.copy_(torch.randn_like(side) if case.is_exact else torch.randint_like(side, 256))
-        self.views = [
-            LayerView(
-                config=config,
-                num_subspaces=case.num_subspaces,
-                pages=store,
-                key_centroids=centroids[0],
-                value_centroids=centroids[1],
-                window_keys=torch.randn(window, device="cuda").to(dtype),
-                window_values=torch.randn(window, device="cuda").to(dtype),
-                seq_lens=torch.tensor([[case.tokens, coded]] * case.batch, dtype=torch.int32, device="cuda"),
-                left_pad=torch.zeros(case.batch, dtype=torch.int32, device="cuda"),
-                page_table=(2 * order[i]).contiguous(),  # the two sides of a page alternate
-                codec=EXACT if case.is_exact else CODED,
-            )
-            for i in range(self.sets)
+        self.windows = [[torch.randn(window, device="cuda").to(dtype) for _ in SIDES] for _ in range(self.sets)]
+        self.counts = torch.tensor([[case.tokens, coded]] * case.batch, dtype=torch.int32, device="cuda")
+        self.starts = torch.zeros(case.batch, dtype=torch.int32, device="cuda")
+        self.tables = [self.order[i].contiguous() for i in range(self.sets)]
+        self.tickets = torch.zeros(case.batch * (1 + 2 * case.kv_heads), dtype=torch.int32, device="cuda")
+        self.geometry = Geometry(
+            case.head_dim, case.codes("key"), case.codes("value"), case.kv_heads, case.batch, case.page_size, stride,
+            config.sink_tokens, config.window_slots, width,
+        )  # fmt: skip
+        base = self.pool.data_ptr()
+        books = [c.data_ptr() for c in self.centroids] or [0, 0]
+        self.equaliser = torch.ones(case.kv_heads, case.head_dim, device="cuda")
+        after = [self.tickets.data_ptr(), 128, 0]
+        rows = [
+            [base, base + self.side_bytes[0], *books, self.equaliser.data_ptr(), *(w.data_ptr() for w in pair), *after]
+            for pair in self.windows
         ]
-        self.geometry, self.books = cuda_backend.prepare_layer(self.views[0])
-        self.desc = torch.tensor([layer_row(view, self.books) for view in self.views], device="cuda")
+        self.desc = torch.tensor(rows, device="cuda")
         heads = case.kv_heads * case.group
         self.query = torch.randn(case.batch, heads, 1, case.head_dim, device="cuda").to(dtype)
         # Compiled generate always passes a mask as wide as the cache; it is False beyond the row.
         self.mask = (torch.arange(case.tokens + 4096, device="cuda") < case.tokens)[None, None, None]
         self.bytes_moved = self.coded_bytes + 4 * case.batch * case.kv_heads * (case.tokens - coded) * case.head_dim
 
-    def attend(self, i: int, name: str, is_masked: bool = False) -> Tensor:
-        view = self.views[i]
+    def _pages(self, side: int) -> Tensor:
+        """(pages, bytes): one side of the pool."""
+        first, case = side * self.side_bytes[0], self.case
+        size = case.page_size * case.head_dim * 2 if case.is_exact else self.layouts[side].nbytes
+        return self.pool[:, first : first + case.kv_heads * size]
+
+    def _fill(self) -> None:
+        """Random numbers, or codes with the scales of such numbers."""
+        for side, which in enumerate(SIDES):
+            pages = self._pages(side)
+            if self.case.is_exact:
+                numbers = pages.view(getattr(torch, self.case.dtype))
+                for part in range(0, len(numbers), 4096):
+                    numbers[part : part + 4096] = torch.randn_like(numbers[part : part + 4096])
+                continue
+            layout = self.layouts[side]
+            d = self.case.head_dim
+            pages.random_(256)
+            scales = pages[:, self.case.kv_heads * layout.code_bytes :].unflatten(1, (self.case.kv_heads, -1))
+            if which == "value":
+                scales.random_(164, 180)
+            else:
+                scales[..., d : 2 * d].random_(164, 176)
+                scales[..., 2 * d :] = 0
+                step = torch.rand(scales.shape[:-1], device="cuda").mul(0.002).half()
+                scales[..., 2 * d : 2 * d + 2] = step[..., None].view(torch.uint8)
+
+    def attend(self, i: int, is_masked: bool = False) -> Tensor:
         return cuda_backend.attend(
-            self.query, self.desc, i, view.seq_lens, view.left_pad, view.page_table, self.mask if is_masked else None, None,
-            self.geometry, self.case.head_dim**-0.5, 0.0, self.case.tokens, name,
+            self.query, self.desc, i, self.counts, self.starts, self.tables[i], self.mask if is_masked else None, None,
+            self.geometry, self.case.head_dim**-0.5, 0.0, self.case.tokens,
         )  # fmt: skip
 
-    def tokens_of(self, i: int, row: int, which: str) -> Tensor:
+    def tokens_of(self, i: int, row: int, which: Side) -> Tensor:
         """(H, tokens, d) in float64, as the storage says."""
-        view, config, case = self.views[i], self.config, self.case
+        config, case, side = self.config, self.case, SIDES.index(which)
         coded, sinks = config.coded_tokens(case.tokens), config.sink_tokens
-        slab = view.store.slabs[0]
-        pages, centroids, window = (
-            (slab.keys, view.key_centroids, view.window_keys)
-            if which == "key"
-            else (slab.values, view.value_centroids, view.window_values)
-        )
-        stored = pages[view.page_table[row].long() // 2]
+        stored = self._pages(side)[self.tables[i][row].long()]
+        window = self.windows[i][side]
         if case.is_exact:
-            decoded = stored.transpose(0, 1).flatten(1, 2).double()
+            exact = stored.view(window.dtype).unflatten(1, (case.kv_heads, case.page_size, case.head_dim))
+            decoded = exact.transpose(0, 1).flatten(1, 2).double()
         else:
-            order_of = layout.key_order if which == "key" else layout.value_order
-            order = order_of(config.page_size, case.num_subspaces, config.num_bits)
-            codes = layout.unpack_pages(stored, order, case.num_subspaces, config.num_bits)
-            codes = codes.transpose(0, 1).flatten(1, 2)  # (H, coded, M)
-            subspace = torch.arange(case.num_subspaces, device="cuda")
-            parts = [centroids[h].double()[subspace, codes[h].long()].flatten(-2) for h in range(case.kv_heads)]
-            decoded = torch.stack(parts)
+            codes, scales = self.layouts[side].unpack(self.layouts[side].split(stored))
+            numbers = pq.decode(codes, self.centroids[side], torch.float64)
+            scale = torch.exp2((scales["magnitude"].double() - 160) / 8)
+            if which == "key":
+                mean = scales["mean"].double() * scales["step"].double()[..., None]
+                numbers = numbers * scale[..., None, :] + mean[..., None, :]
+            else:
+                numbers = numbers * scale[..., None]
+            rotation = normalise.hadamard(case.head_dim, numbers.device).double()
+            decoded = (numbers @ rotation).transpose(0, 1).flatten(1, 2)
         tokens = torch.arange(sinks + coded, case.tokens, device="cuda")
         slots = sinks + (tokens - sinks) % config.window_slots
         return torch.cat([window[row, :, :sinks].double(), decoded, window[row][:, slots].double()], dim=1)
 
-    def error(self, name: str) -> float:
+    def error(self) -> float:
         """Relative L2 distance from float64 attention of the first set's output, without or with the mask: the larger."""
         case = self.case
-        outs = [self.attend(0, name, is_masked).double()[:, 0] for is_masked in (False, True)]
+        outs = [self.attend(0, is_masked).double()[:, 0] for is_masked in (False, True)]
         wrong, total = [0.0, 0.0], 0.0
         for row in range(case.batch):
             query = self.query[row, :, 0].double().view(case.kv_heads, case.group, case.head_dim)
@@ -256,41 +295,33 @@ def time_sdpa(case: Case) -> dict[str, float]:
     return times
 
 
-def kernels_of(case: Case, names: Sequence[str]) -> Sequence[str]:
-    """The kernels to time for a case: `names` where pages hold codes."""
-    return ("paged",) if case.is_exact else names
-
-
-def time_ours(case: Case, bandwidth: float, names: Sequence[str]) -> dict[str, float]:
-    """Microseconds, error and floor of our kernels; the storage is freed again on return."""
+def time_ours(case: Case, bandwidth: float) -> dict[str, float]:
+    """Microseconds, error and floor of our kernel; the storage is freed again on return."""
     layers = Layers(case)
     tolerance = 1e-3 if case.dtype == "float16" else 4e-3
-    result = {"floor_us": layers.bytes_moved / bandwidth * 1e6}
-    for name in names:
-        error = layers.error(name)
-        if not error < tolerance:
-            raise RuntimeError(f"{name} kernel is wrong for {case}: relative L2 error {error:.2e}")
-        for is_masked, key in ((False, f"{name}_us"), (True, f"{name}_masked_us")):
-            calls = [partial(layers.attend, i, name, is_masked) for i in range(layers.sets)]
-            result[key] = graph_time_us(calls * max(1, 4 // layers.sets))
-        result[f"{name}_error"] = error
+    error = layers.error()
+    if not error < tolerance:
+        raise RuntimeError(f"the kernel is wrong for {case}: relative L2 error {error:.2e}")
+    result = {"floor_us": layers.bytes_moved / bandwidth * 1e6, "error": error}
+    for is_masked, key in ((False, "ours_us"), (True, "masked_us")):
+        calls = [partial(layers.attend, i, is_masked) for i in range(layers.sets)]
+        result[key] = graph_time_us(calls * max(1, 4 // layers.sets))
     return result
 
 
-def bench_case(case: Case, bandwidth: float, names: Sequence[str] = ("tuned",), baseline: bool = True) -> dict[str, Any]:
-    """Check, then time one case; `names` are the kernels for codes. Raises RuntimeError if a kernel is wrong."""
-    names = kernels_of(case, names)
-    result: dict[str, Any] = asdict(case) | time_ours(case, bandwidth, names)
+def bench_case(case: Case, bandwidth: float, baseline: bool = True) -> dict[str, Any]:
+    """Check, then time one case. Raises RuntimeError if the kernel is wrong."""
+    result: dict[str, Any] = asdict(case) | time_ours(case, bandwidth)
     if baseline:
         result["fp16_us"] = time_sdpa(case)
         best = min(result["fp16_us"], key=result["fp16_us"].get)
         result["best_fp16"], result["best_fp16_us"] = best, result["fp16_us"][best]
-        result["speedup"] = result["best_fp16_us"] / result[f"{names[0]}_us"]
+        result["speedup"] = result["best_fp16_us"] / result["ours_us"]
     torch.cuda.empty_cache()
     return result
 
 
-def bench_kernel(cases: Sequence[Case] = DEFAULT_CASES, names: Sequence[str] = ("tuned",)) -> Iterator[dict[str, Any]]:
+def bench_kernel(cases: Sequence[Case] = DEFAULT_CASES) -> Iterator[dict[str, Any]]:
     """Bench each case and print the table as it grows. Yields one dict a case."""
     if (missing := jit.why_unavailable()) is not None or not torch.cuda.is_available():
         raise RuntimeError(f"the kernel benchmark needs a GPU and CuPy: {missing or 'torch sees no CUDA device'}")
@@ -299,11 +330,10 @@ def bench_kernel(cases: Sequence[Case] = DEFAULT_CASES, names: Sequence[str] = (
     columns = ("ours us", "masked us", "floor us", "fp16 us", "speedup", "rel. L2")
     print(f"{'(batch, KV heads, group, tokens)':42s}" + "".join(f"{name:>10s}" for name in columns))
     for case in cases:
-        r = bench_case(case, bandwidth, names)
-        name = kernels_of(case, names)[0]
-        times = [r[f"{name}_us"], r[f"{name}_masked_us"], r["floor_us"], r["best_fp16_us"]]
+        r = bench_case(case, bandwidth)
+        times = [r["ours_us"], r["masked_us"], r["floor_us"], r["best_fp16_us"]]
         row = f"{case!s:42s}" + "".join(f"{us:10.1f}" for us in times) + f"{r['speedup']:9.2f}x"
-        print(f"{row}{r[f'{name}_error']:10.1e} {r['best_fp16']}", flush=True)
+        print(f"{row}{r['error']:10.1e} {r['best_fp16']}", flush=True)
         yield r | {"copy_tb_per_s": bandwidth / 1e12, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
 
 

@@ -92,8 +92,8 @@ def _by_backend(times: dict[str, float]) -> dict[str, float]:
 
 def _case(row: dict[str, Any]) -> str:
     heads = f"{row['kv_heads']} KV heads x {row['group']}"
-    bits = row["num_subspaces"] * row["num_bits"] / row["head_dim"]
-    stored = f"{bits:g} bits" if bits else "exact pages"
+    own = [f"{m}x{n}" for m, n in filter(None, (row["keys"], row["values"]))]
+    stored = " + ".join(own) or (f"{row['bits']} bits" if row["bits"] else "exact pages")
     return f"batch {row['batch']}, {tokens_text(row['tokens'])} tokens\n{heads}, {stored}"
 
 

@@ -56,8 +56,8 @@ def cache_perplexity(
         ids: token ids int64 (N).
         make_cache: makes a fresh cache for windows of so many tokens, and so many of them as rows.
         chunk: tokens of one step.
-        prefill: tokens of the first step, as a prompt would come; None means `chunk`. fp8 caches take their scale, and
-            caches without a codebook their centroids, from what comes first.
+        prefill: tokens of the first step, as a prompt would come; None means `chunk`. fp8 caches take their scale from what
+            comes first.
         batch: windows that run together, as rows. It changes no figure where the rows of a cache are independent, and
             spares time on a GPU.
 

@@ -18,14 +18,15 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.measure.deployed import ANSWER_CHUNK
-from hf_pqcache.eval.session.caches import CacheSpec, head_dim
+from hf_pqcache.eval.session.caches import CacheSpec, head_dim_of
 from hf_pqcache.eval.session.given import check_given
 from hf_pqcache.eval.session.model_config import load_model_config
 from hf_pqcache.eval.session.models import load_model, public_name
 from hf_pqcache.eval.session.session import Session
-from hf_pqcache.eval.session.setup import Calibration, with_codebook
+from hf_pqcache.eval.session.setup import Calibration, fitted
 from hf_pqcache.models.identity import model_fingerprint
 from hf_pqcache.models.names import cache_kwargs
 
@@ -53,11 +54,12 @@ class CacheLM(HFLM):
     Args:
         pretrained: a name of model_configs/, a YAML file, a folder or a Hub id; or a loaded model.
         cache: name and bits as in `--cache`: dynamic, quanto:4, hqq:3, fp8, pq:2, ...; or a finished CacheSpec.
-        codebook: folder or Hub repository; without one a pq cache is calibrated. codebook_revision: its commit.
-        calibration: text to calibrate on, the model config's if absent. data_dir: where data sets' plain files lie.
+        codebook: folder or Hub repository; the model config's, or the one that comes with the package, if absent.
+            codebook_revision: its commit.
+        calibration: text to learn a codebook of the model's own from. data_dir: where data sets' plain files lie.
         chunk: tokens of a continuation that go in at once; they see each other exactly. 1 is token by token.
-        options: settings of a model config (num_subspaces, num_bits, page_size, extended_residual, calibration_tokens, ...)
-            and all arguments of the harness's `hf`.
+        options: settings of a model config (bits, num_subspaces, page_size, extended_residual, calibration_tokens, ...) and
+            all arguments of the harness's `hf`.
 
     Raises:
         ValueError: batch_size is "auto", or the model is no causal one.
@@ -101,14 +103,19 @@ class CacheLM(HFLM):
         else:
             config.check(self.model.config)
             given = {name: value for name, value in shape.items() if value is not None}
-            check_given([cache], given, None, {"codebook": codebook, "calibration": calibration})
-            more = {} if calibration is None else {"source": calibration}
-            learning = Calibration.of(config, data_dir=data_dir, **more)
-            spec = CacheSpec.parse(cache, head_dim(self.model), config.pq_config)
-            book = codebook or (None if ":" in cache else config.codebook)
+            width, own = head_dim_of(self.model.config), codebook or (config.codebook if cache == "pq" else None)
+            revision = codebook_revision or (None if codebook else config.codebook_revision)
+            book = Codebook.from_pretrained(own, revision=revision) if own and not (calibration and not codebook) else None
+            sources = {"codebook": codebook, "calibration": calibration}
+            check_given([cache], given, book, sources, head_dim=width)
+            self.spec = CacheSpec.parse(cache, width, config.pq_config)
             fingerprint = model_fingerprint(self.model, config.source, config.revision)
             session = Session(self.model, self.tokenizer, public_name(config.source), fingerprint=fingerprint)
-            self.spec = with_codebook(session, spec, learning, book, codebook_revision or config.codebook_revision)
+            if calibration is not None:
+                learning = Calibration.of(config, source=calibration, data_dir=data_dir)
+                book = learning.codebook(session, self.spec.config)
+            if book is not None:
+                self.spec = fitted(session, self.spec, book)
 
     def _loglikelihood_tokens(
         self,

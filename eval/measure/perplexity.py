@@ -1,19 +1,19 @@
 """Perplexity of a text under exact or product-quantized keys and values; simulates the cache, so it needs none.
 
-Four modes. `exact` is the usual strided perplexity. `distort` replaces every key and value, the newest included, by
-its decoded code (how MILLION, Wang et al. 2025, reports it). `stream` is what a deployed cache does token by token: for
-every query the sinks and the recent window are exact and the tokens between are decoded codes; all queries of a window
-run in one forward pass. `forget` is the same cache with those tokens gone: how much worse it gets tells how much of a text
-hangs on them at all.
+Four modes. `exact` is the usual strided perplexity. `distort` has no recent window: every key and value of a whole page,
+the newest included, is replaced by its decoded code (how MILLION, Wang et al. 2025, reports it; without normalisation, as
+there, every token is). `stream` is what a deployed cache does token by token: for every query the sinks and the recent
+window are exact and the tokens between are decoded codes; all queries of a window run in one forward pass. `forget` is the
+same cache with those tokens gone: how much worse it gets tells how much of a text hangs on them at all.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,12 +24,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_pqcache import arguments
 from hf_pqcache.attention.functions import call_eager_function
-from hf_pqcache.codebook import pq
-from hf_pqcache.codebook.codebook import Codebook, LayerCodebook
+from hf_pqcache.codebook import normalise, pq, shipped
+from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.codebook.samples import compressible_layers
-from hf_pqcache.config import PQConfig
+from hf_pqcache.config import PQConfig, Side
+from hf_pqcache.eval.session.caches import codes_of, head_dim_of
 from hf_pqcache.eval.session.models import token_ids
 from hf_pqcache.models.positions import check_positions, max_positions
+from hf_pqcache.pages.codec import CodedPages
 
 Mode = Literal["exact", "distort", "stream", "forget"]
 MODES = ("exact", "distort", "stream", "forget")
@@ -47,7 +49,7 @@ class PerplexityResult:
         value: exp of the mean negative log-likelihood of the scored tokens.
         tokens: how many were scored. windows: how many forward passes that took.
         window, stride: tokens of one pass, and by how many the next one starts later.
-        mode: exact, distort or stream. codebook: fingerprint, None in exact mode.
+        mode: exact, distort, stream or forget. codebook: fingerprint of the model's own, if it was used.
         config: shape of the simulated cache, None in exact mode.
     """
 
@@ -88,13 +90,14 @@ def perplexity(
         stride: the next window starts this many tokens later; only tokens not scored yet are scored, the rest is
             context. None means `window`: no overlap.
         mode: "exact", "distort", "stream" or "forget", see the module's head.
-        codebook: centroids for distort and stream. Layers that it lacks stay exact.
-        config: sink_tokens, extended_residual and page_size of stream and forget mode. None means the defaults.
+        codebook: the model's own, for distort and stream; None is the one that comes with the package.
+        config: shape of the simulated cache; a codebook decides how vectors are cut and coded. None means the codebook's
+            settings, or the defaults.
         max_windows: stop after so many windows.
         progress: show a progress bar.
 
     Raises:
-        ValueError: fewer than two tokens, an impossible window or stride, no codebook, a codebook of another model.
+        ValueError: fewer than two tokens, an impossible window or stride, a codebook of another model.
     """
     arguments.check_codebook(codebook)
     arguments.check_pq_config(config)
@@ -103,11 +106,11 @@ def perplexity(
     stride = window if stride is None else stride
     if window < 2 or not 1 <= stride <= window:
         raise ValueError(f"window={window} and stride={stride}: use a window of 2 or more, and a stride from 1 to window")
-    if mode in ("distort", "stream"):
-        if codebook is None:
-            raise ValueError(f"mode={mode!r} needs a codebook; make one with hf_pqcache.calibrate")
+    if codebook is not None:
         codebook.check_model(model.config)
-        config = (config or codebook.config).replace(num_bits=codebook.num_bits, num_subspaces=codebook.num_subspaces)
+    config = config or PQConfig(**(codebook.settings if codebook is not None else {}))
+    if codebook is not None and (width := head_dim_of(model.config)):
+        config = config.replace(**codes_of(codebook, width))
     ids = text if isinstance(text, Tensor) else token_ids(tokenizer, text)
     parts = list(spans(ids.numel(), window, stride))[:max_windows]
     if not parts:
@@ -134,18 +137,18 @@ def perplexity(
         stride=stride,
         mode=mode,
         codebook=codebook.fingerprint if codebook is not None and mode in ("distort", "stream") else None,
-        config=config.to_dict() if config is not None and mode != "exact" else None,
+        config=config.to_dict() if mode != "exact" else None,
     )
 
 
 @contextmanager
-def simulated_attention(model: Any, codebook: Codebook | None, config: PQConfig | None, mode: Mode) -> Iterator[None]:
-    """Within it, `model` run without a cache attends as if its keys and values were compressed.
+def simulated_attention(model: Any, codebook: Codebook | None, config: PQConfig, mode: Mode) -> Iterator[None]:
+    """Within it, `model` run without a cache attends as if its keys and values were compressed, see `perplexity`.
 
     The attention function is replaced under the name that the model looks up, for every model of the process that uses
     the same name, and put back at the end, after an error too.
     """
-    if mode == "exact" or (codebook is None and mode != "forget"):
+    if mode == "exact":
         yield
         return
     name = model.config.get_text_config(decoder=True)._attn_implementation or "eager"
@@ -154,11 +157,7 @@ def simulated_attention(model: Any, codebook: Codebook | None, config: PQConfig 
         raise ValueError(f"attn_implementation={name!r} is not registered with transformers; load the model with 'sdpa'")
     local = ALL_ATTENTION_FUNCTIONS._local_mapping
     had_entry = name in local
-    books: dict[int, LayerCodebook | None] = dict.fromkeys(compressible_layers(model.config))
-    if codebook is not None and mode != "forget":
-        books = dict(codebook.to(next(model.parameters()).device).layers)
-    shape = config or (PQConfig() if codebook is None else codebook.config)
-    simulation = _Simulation(original, books, shape, mode)
+    simulation = _Simulation(original, compressible_layers(model.config), codebook, config, mode)
     ALL_ATTENTION_FUNCTIONS[name] = simulation
     try:
         yield
@@ -175,12 +174,12 @@ def simulated_attention(model: Any, codebook: Codebook | None, config: PQConfig 
 
 
 class _Simulation:
-    """An attention function that compresses the layers of `books` and is the original for all others."""
+    """An attention function that compresses some layers and is the original for all others."""
 
     def __init__(
-        self, original: Callable[..., Any], books: dict[int, LayerCodebook | None], config: PQConfig, mode: Mode
+        self, original: Callable[..., Any], layers: Sequence[int], book: Codebook | None, config: PQConfig, mode: Mode
     ) -> None:
-        self.original, self.books, self.config, self.mode = original, books, config, mode
+        self.original, self.layers, self.book, self.config, self.mode = original, layers, book, config, mode
         self.calls = 0
 
     def __call__(
@@ -193,13 +192,10 @@ class _Simulation:
         *args: Any,
         **kw: Any,
     ) -> Any:
-        if (layer := getattr(module, "layer_idx", -1)) not in self.books:
+        if getattr(module, "layer_idx", -1) not in self.layers:
             return self.original(module, query, key, value, attention_mask, *args, **kw)
         self.calls += 1
-        coded_key, coded_value = key, value
-        if (book := self.books[layer]) is not None:
-            coded_key = pq.decode(pq.encode(key, book.keys), book.keys, dtype=key.dtype)
-            coded_value = pq.decode(pq.encode(value, book.values), book.values, dtype=value.dtype)
+        coded_key, coded_value = (key, value) if self.mode == "forget" else self._coded(key, value)
         if self.mode == "distort":
             return self.original(module, query, coded_key, coded_value, attention_mask, *args, **kw)
         if kw.get("position_bias") is not None or key.shape[2] != query.shape[2]:
@@ -218,6 +214,30 @@ class _Simulation:
             forgets=self.mode == "forget",
         )
         return out.transpose(1, 2).contiguous(), None
+
+    def _coded(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (B, H, n, d) and values (B, H, n, dv) as their codes give them back; both exact where none can cut them."""
+        try:
+            book = self.book or shipped.codebook(self.config, key.shape[-1], value.shape[-1])
+        except ValueError:  # so does the cache
+            return key, value
+        return self._side("key", key, book), self._side("value", value, book)
+
+    def _side(self, which: Side, x: Tensor, book: Codebook) -> Tensor:
+        if not book.is_normalised:
+            centroids = book.to(x.device).side(which)
+            return pq.decode(pq.encode(x, centroids), centroids, dtype=x.dtype)
+        page, begin, out = self.config.page_size, self.config.sink_tokens, x.clone()
+        end = begin + max(0, x.shape[2] - begin) // page * page
+        if end == begin:
+            return out
+        codec = CodedPages.like(x, which, page, book)
+        if which == "key":  # the cache makes it of what it codes first: token by token of a page, of a prompt of all
+            first = page if self.mode == "stream" else min(end - begin, normalise.EQUALISER_TOKENS)
+            codec = replace(codec, equaliser=normalise.equaliser(x[0, :, begin : begin + first]))
+        for row in out[:, :, begin:end]:
+            row.copy_(codec.decode(codec.encode(row), x.dtype))
+        return out
 
 
 def stream_attention(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from hf_pqcache.eval.session.caches import CODES, codes_text
 from hf_pqcache.eval.session.results import Row
 from hf_pqcache.models.identity import short
 
@@ -28,8 +29,6 @@ LENGTH_METRICS = {
 #: Settings that say how long the sequence is, in the order in which they are looked for.
 LENGTH_KEYS = ("tokens", "prefill_tokens", "length", "context_tokens")
 _SHORT = {
-    "num_subspaces": "M",
-    "num_bits": "n",
     "nbits": "n",
     "page_size": "page",
     "extended_residual": "recent",
@@ -40,11 +39,11 @@ _SHORT = {
     "group": "group",
 }
 #: Always told of a cache, even where all caches of the file agree.
-_TOLD = {"num_subspaces", "num_bits", "nbits"}
-#: Never told: they change no figure, or only how much room is reserved.
-_UNTOLD = {"max_pages", "learn_tokens", "backend"}
+_TOLD = {"nbits"}
+#: Never told: they change no figure, or only how much room is reserved; or, of pq, they are told in words of their own.
+_UNTOLD = {"max_pages", "backend", "bits", *CODES}
 #: Settings that belong to a cache, not to the condition that it was measured under.
-_OF_CACHE = {"calibrated_on", "merged", "codebook_of"}
+_OF_CACHE = {"calibrated_on", "normalised", "codebook_of"}
 #: Settings that say how a perplexity was computed, not of what.
 HOW = {"mode", "chunk", "prefill"}
 #: Settings that keep measurements apart and that nobody wants to read.
@@ -64,15 +63,18 @@ def labels(rows: Sequence[Row]) -> dict[str, str]:
                 seen[key].add(json.dumps(value))
         absent = {key for key in seen if any(key not in row.cache_config for row in members)}
         varying = {key for key, values in seen.items() if len(values) > 1 or (key in absent and len(members) > 1)}
-        books: dict[tuple[str, str], set[str]] = defaultdict(set)
+        books: dict[tuple[str, str], set[str | None]] = defaultdict(set)
         for row in members:
-            books[row.model, _name(row, varying)] |= {row.codebook} if row.codebook else set()
+            books[row.model, _name(row, varying)].add(row.codebook)
         for row in members:
             name = _name(row, varying)
-            if len(books[row.model, name]) > 1 and row.codebook:
+            same = books[row.model, name]
+            if row.codebook and len(same - {None}) > 1:
                 name += f" #{row.codebook[:6]}"
-            if row.settings.get("merged"):
-                name += ", merged"
+            elif row.codebook and len(same) > 1:
+                name += ", own codebook"
+            if row.settings.get("normalised") is False:
+                name += ", not normalised"
             if row.settings.get("codebook_of"):
                 name += f", codebook of {row.settings['codebook_of']}"
             if str(row.settings.get("calibrated_on", "")).endswith("/test"):
@@ -89,7 +91,7 @@ def _name(row: Row, varying: set[str]) -> str:
         if key not in _UNTOLD and config[key] is not None and (key in varying or key in _TOLD)
         if not (is_exact(row) and key in _TOLD)
     ]
-    return " ".join([row.cache, *told])
+    return " ".join(filter(None, [row.cache, codes_text(config) if row.cache == "pq" else "", *told]))
 
 
 def models(rows: Iterable[Row]) -> list[str]:

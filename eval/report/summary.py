@@ -59,19 +59,22 @@ class _Column:
 def summary_table(rows: Sequence[Row], model: str) -> Table:
     """One line for each cache of a model: bits, perplexity and its change, recall, bytes and time.
 
-    What depends on length is told at the one length and condition that most caches were measured at. LongBench and other
-    scores come as their mean; `score_table` tells them apart.
+    True bits are those of a number that is not exact, with its scales and offsets; bits at a length count everything. What
+    depends on length is told at the one length and condition that most caches were measured at. LongBench and other scores
+    come as their mean; `score_table` tells them apart.
     """
     rows = [row for row in rows if row.model == model]
     names = labels(rows)
     lines: dict[str, dict[_Column, Any]] = {}
     weighed = bits_by_length(rows, names)
     (_, at), bits = max(weighed.items(), key=lambda item: (len(item[1]), item[0][1] or 0), default=((model, None), {}))
-    for row in sorted(rows, key=lambda row: (not is_exact(row), -bits.get(names[row.key], 0.0))):
+    true = {names[row.key]: x for row in rows if isinstance(x := row.provenance.get("code_bits"), int | float)}
+    for row in sorted(rows, key=lambda row: (not is_exact(row), -(true | bits).get(names[row.key], 0.0))):
         lines.setdefault(names[row.key], {})
-    columns = [_Column(f"bits at {tokens_text(at)}" if at else "bits")]
-    for name, value in bits.items():
-        lines[name][columns[0]] = value
+    columns = [_Column("true bits"), _Column(f"bits at {tokens_text(at)}" if at else "bits")]
+    for column, known in zip(columns, (true, bits), strict=True):
+        for name, value in known.items():
+            lines[name][column] = value
     told = _told_lengths(rows, names)
     for row in rows:
         for column, value in _summary_cells(row, rows, told):

@@ -1,10 +1,10 @@
-"""Subspaces x bits x windows x tasks: every shape's figures against the exact cache's, and the bytes that it saves."""
+"""Codes x windows x tasks: every shape's figures against the exact cache's, and the bytes that it saves."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hf_pqcache.cache.footprint import plan_memory
-from hf_pqcache.config import PQConfig
+from hf_pqcache.config import OPERATING_POINTS, PQConfig
 from hf_pqcache.eval import tasks
-from hf_pqcache.eval.session.caches import CacheSpec
+from hf_pqcache.eval.report.naming import format_value, split
+from hf_pqcache.eval.session.caches import CODES, CacheSpec, codes_of, codes_text
 from hf_pqcache.eval.session.results import Row
 from hf_pqcache.eval.session.session import Session
 
@@ -27,21 +28,25 @@ class Line:
     """One shape, or the exact cache (config None).
 
     Attributes:
+        bits: true ones, see `CacheSpec.true_bits`.
         bytes_used: of one sequence of the sweep's length. saved: share of the exact cache's bytes, 0 to 1.
         values: by task. changes: by task against the exact cache: of a perplexity the relative rise, else the difference.
     """
 
     config: PQConfig | None
+    bits: float | None
     bytes_used: int
     saved: float
     values: dict[str, float] = field(default_factory=dict)
     changes: dict[str, float] = field(default_factory=dict)
 
     @property
+    def codes(self) -> str:
+        return "" if self.config is None else codes_text(self.config.to_dict())
+
+    @property
     def label(self) -> str:
-        if self.config is None:
-            return "exact"
-        return f"M={self.config.num_subspaces} n={self.config.num_bits} recent={self.config.extended_residual}"
+        return "exact" if self.config is None else f"{self.codes} recent={self.config.extended_residual}"
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,25 @@ class Sweep:
     metrics: dict[str, str]
 
 
-def grid(
-    base: PQConfig, head_dim: int, subspaces: Sequence[int], bits: Sequence[int], windows: Sequence[int]
-) -> list[PQConfig]:
-    """All shapes, the rest as in `base`. Raises ValueError for one that this head_dim has not."""
+def grid(base: PQConfig, head_dim: int, windows: Sequence[int], codes: Mapping[str, Sequence[int]]) -> list[PQConfig]:
+    """All shapes, what is not varied as in `base`.
+
+    Args:
+        head_dim: see `head_dim_of`. windows: of recent tokens.
+        codes: what to try of the settings `bits` and CODES; without any, all operating points.
+
+    Raises ValueError for one that this head_dim has not.
+    """
+    varied = dict(codes) or {"bits": tuple(OPERATING_POINTS)}
+    if "bits" in varied:  # codes of their own would win over it
+        base = base.replace(**dict.fromkeys(CODES))
     found = []
-    for m, n, window in itertools.product(subspaces or [head_dim // 2, head_dim // 4], bits, windows):
-        config = base.replace(num_subspaces=m, num_bits=n, extended_residual=window)
-        config.subspaces(head_dim)
-        found.append(config)
-    return found
+    for values in itertools.product(*varied.values()):
+        config = base.replace(**dict(zip(varied, values, strict=True)))
+        if head_dim and set(varied) & set(CODES):
+            config = config.replace(**codes_of(config, head_dim))
+        found += [config.replace(extended_residual=window) for window in windows]
+    return list(dict.fromkeys(found))
 
 
 def sweep(
@@ -71,24 +85,23 @@ def sweep(
     """Run every task under the exact cache and under every shape. What the session's results hold is not run again.
 
     Args:
-        ready: the session under a cache, with its codebook.
+        ready: the session under a cache, see `Setup.ready`.
         tokens: length of the sequence whose bytes are told.
     """
     config = session.model.config
     dtype_bytes = session.model.dtype.itemsize
     planned = {c: plan_memory(config, tokens=tokens, pq_config=c, dtype_bytes=dtype_bytes) for c in configs}
     exact_bytes = plan_memory(config, tokens=tokens, dtype_bytes=dtype_bytes)["dynamic"].total
-    exact = Line(None, exact_bytes, 0.0)
-    lines, rows, metrics = [exact], [], {}
     specs = [CacheSpec("dynamic"), *(CacheSpec("pq", c.to_dict()) for c in configs)]
+    exact = Line(None, specs[0].true_bits(config, 8 * dtype_bytes), exact_bytes, 0.0)
+    lines, rows, metrics = [exact], [], {}
     with tqdm(total=len(specs) * len(runs), desc="sweep", unit="task", disable=not session.progress, leave=False) as bar:
         for spec, shape in zip(specs, [None, *configs], strict=True):
             one = ready(spec)
             line = exact
             if shape is not None:
                 used = planned[shape]["pq"]
-                used_bytes = used.total - used.codebooks
-                line = Line(shape, used_bytes, 1 - used_bytes / exact_bytes)
+                line = Line(shape, spec.true_bits(config), used.total, 1 - used.total / exact_bytes)
                 lines.append(line)
             for name, run in runs.items():
                 found = list(run(one))
@@ -105,11 +118,10 @@ def sweep(
 
 def table(found: Sweep) -> dict[str, list[str]]:
     """The columns of the table: bytes, what is saved, and by task the figure and its change against the exact cache."""
-    from hf_pqcache.eval.report.naming import format_value
-
     lines = found.lines
     columns = {
         "cache": [line.label for line in lines],
+        "true bits": ["" if line.bits is None else f"{line.bits:.2f}" for line in lines],
         "bytes": [format_value(line.bytes_used, "bytes") for line in lines],
         "saved": ["" if line.config is None else f"{line.saved:.1%}" for line in lines],
     }
@@ -124,7 +136,7 @@ def table(found: Sweep) -> dict[str, list[str]]:
 
 
 def picture(found: Sweep, title: str, condition: str) -> bytes:
-    """A PNG: for every task the change against the exact cache over the bytes saved, a line for each M and n."""
+    """A PNG: for every task the change against the exact cache over the bytes saved, a line for each way to code."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -133,15 +145,14 @@ def picture(found: Sweep, title: str, condition: str) -> bytes:
     with mpl.rc_context(plots.style(plots.LIGHT)):
         names = list(found.metrics)
         figure = Figure(figsize=(max(6.4, 4.6 * len(names)), 4.2), layout="constrained")
-        codes = sorted({(line.config.num_subspaces, line.config.num_bits) for line in found.lines if line.config})
+        lines = split(found.lines[1:], lambda line: line.codes)
         for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
             is_perplexity = found.metrics[name] == "perplexity"
-            for i, (m, n) in enumerate(codes):
-                own = [x for x in found.lines if x.config and (x.config.num_subspaces, x.config.num_bits) == (m, n)]
-                own.sort(key=lambda line: line.saved)
+            for i, (codes, own) in enumerate(lines.items()):
+                own = sorted(own, key=lambda line: line.saved)
                 ys = [line.changes[name] * (100 if is_perplexity else 1) for line in own]
                 colour = plots.LIGHT[f"series-{i % plots.NUM_SERIES + 1}"]
-                axes.plot([100 * line.saved for line in own], ys, marker="o", color=colour, label=f"M={m} n={n}")
+                axes.plot([100 * line.saved for line in own], ys, marker="o", color=colour, label=codes)
             axes.axhline(0, color=plots.LIGHT["exact-1"], linewidth=1)
             axes.set_xlabel("bytes saved, %")
             unit = "%" if is_perplexity else "points of the score"

@@ -77,10 +77,10 @@ def window_of(setup: Setup, text: str, *, told_twice: bool = False) -> int:
 
 
 class Runner:
-    """Measures shapes, each once; learns each codebook once.
+    """Measures shapes, each once.
 
     Args:
-        learn: calibrates a codebook for num_subspaces and num_bits of a shape.
+        ready: the session under a cache, see `Setup.ready`.
         widest: the shape with the largest exact window of the search.
         recall_tokens: length of the prompts that hide pass keys. recall_count: keys at each of DEPTHS; 0 asks for none.
 
@@ -90,7 +90,7 @@ class Runner:
     def __init__(
         self,
         session: Session,
-        learn: Callable[[PQConfig], Codebook],
+        ready: Callable[[CacheSpec], Session],
         text: Material,
         widest: PQConfig,
         *,
@@ -98,11 +98,10 @@ class Runner:
         recall_tokens: int,
         recall_count: int,
     ) -> None:
-        self.session, self.learn, self.text, self.window = session, learn, text, window
+        self.session, self.ready, self.text, self.window = session, ready, text, window
         self.recall_tokens, self.recall_count = recall_tokens, recall_count
-        self.codebooks: dict[tuple[int | None, int], Codebook] = {}
         self.rows: list[Row] = []
-        self.exact = self._perplexity(CacheSpec("dynamic"), text.search)
+        self.exact = self._perplexity(_spec(None), text.search)
         self.reach = self._forgotten(widest) / self.exact - 1
         if self.reach < LEAST_REACH:
             raise ValueError(
@@ -111,22 +110,19 @@ class Runner:
             )
         self.exact_recall = self.recall(None)
 
-    def codebook(self, config: PQConfig) -> Codebook:
-        key = (config.num_subspaces, config.num_bits)
-        if key not in self.codebooks:
-            self.codebooks[key] = self.learn(config)
-        return self.codebooks[key]
+    def codebook(self, config: PQConfig) -> Codebook | None:
+        """The one of the model's own that the shape is measured with, if any."""
+        return self.ready(_spec(config)).cache.codebook
 
     def perplexity(self, config: PQConfig) -> float:
         """Of the text of the search, as the deployed cache would have it."""
-        return self._perplexity(self._spec(config), self.text.search)
+        return self._perplexity(_spec(config), self.text.search)
 
     def recall(self, config: PQConfig | None, seed: int = 0) -> float | None:
         """Share of the pass keys that the running cache gives back; of the exact cache without a shape. None: not asked."""
         if not self.recall_count:
             return None
-        spec = CacheSpec("dynamic") if config is None else self._spec(config)
-        session = replace(self.session.with_cache(spec), seed=self.session.seed + seed)
+        session = replace(self.ready(_spec(config)), seed=self.session.seed + seed)
         lengths, count = (self.recall_tokens,), self.recall_count
         rows = tasks.get("recall").run(session, self.text.filler, lengths=lengths, depths=DEPTHS, count=count)
         self.rows += rows
@@ -134,18 +130,19 @@ class Runner:
 
     def again(self, config: PQConfig) -> tuple[float, float | None, float | None]:
         """(relative rise of perplexity by running the cache, recall, the exact cache's recall) on other windows and keys."""
-        exact = self._perplexity(CacheSpec("dynamic"), self.text.check)
-        found = self._perplexity(self._spec(config), self.text.check, "cache")
+        exact = self._perplexity(_spec(None), self.text.check)
+        found = self._perplexity(_spec(config), self.text.check, "cache")
         return found / exact - 1, self.recall(config, seed=1), self.recall(None, seed=1)
 
-    def _spec(self, config: PQConfig) -> CacheSpec:
-        return CacheSpec("pq", config.to_dict(), self.codebook(config))
-
     def _perplexity(self, spec: CacheSpec, ids: Tensor, mode: str | None = None) -> float:
-        row = run_perplexity(self.session.with_cache(spec), self.text.name, "1", ids, window=self.window, mode=mode)
+        row = run_perplexity(self.ready(spec), self.text.name, "1", ids, window=self.window, mode=mode)
         self.rows.append(row)
         return row.value
 
     def _forgotten(self, config: PQConfig) -> float:
         options = {"window": self.window, "mode": "forget", "config": config, "progress": self.session.progress}
         return perplexity(self.session.model, None, self.text.search, **options).value  # type: ignore[arg-type]
+
+
+def _spec(config: PQConfig | None) -> CacheSpec:
+    return CacheSpec("dynamic") if config is None else CacheSpec("pq", config.to_dict())

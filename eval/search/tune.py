@@ -1,8 +1,7 @@
 """Searches the shape of a cache: the least loss under a budget of bytes, or the fewest bytes under a budget of loss.
 
 Bytes follow from the shape, so that only what can win is run. Taken for granted, which saves most of the runs: with the
-codes given, a larger exact window (recent tokens, and a page) never loses accuracy and always takes more bytes. A codebook
-depends on subspaces and bits only: every page size and window reuses it.
+codes given, a larger exact window (recent tokens) never loses accuracy and always takes more bytes.
 """
 
 from __future__ import annotations
@@ -10,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from operator import le
 from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
+from hf_pqcache.cache.footprint import plan_memory
 from hf_pqcache.codebook.codebook import Codebook
-from hf_pqcache.codebook.samples import compressible_layers
-from hf_pqcache.config import PQConfig
-from hf_pqcache.eval.session.bits import cache_bits
+from hf_pqcache.config import OPERATING_POINTS, PQConfig
+from hf_pqcache.eval.session.caches import CODES, codes_of
 from hf_pqcache.eval.session.results import Row
-from hf_pqcache.models.shapes import kv_shape, layer_configs
 
 FULL_BITS = 16
 
@@ -57,22 +54,41 @@ class Budget:
 
 @dataclass(frozen=True)
 class Grid:
-    """The shapes to choose from; num_subspaces None means a half and a quarter of head_dim."""
+    """The shapes to choose from.
+
+    Attributes:
+        num_subspaces, num_bits: of keys and of values: all pairs in which keys take no fewer bits. None of the one means a half
+            and a quarter of head_dim, of the other 8 and 6; None of both means the operating points.
+    """
 
     num_subspaces: Sequence[int] | None = None
-    num_bits: Sequence[int] = (8, 6, 4)
+    num_bits: Sequence[int] | None = None
     page_size: Sequence[int] = (32, 64, 128)
     extended_residual: Sequence[int] = (64, 128, 256)
 
     def configs(self, base: PQConfig, head_dim: int) -> list[PQConfig]:
-        """All shapes, what the grid leaves open as in `base`. Raises ValueError if one is impossible."""
-        subspaces = self.num_subspaces or [m for m in (head_dim // 2, head_dim // 4) if m >= 8]
-        for m in subspaces:
-            base.replace(num_subspaces=m).subspaces(head_dim)
+        """All shapes, what the grid leaves open as in `base`. Raises ValueError if one is impossible.
+
+        head_dim: see `head_dim_of`.
+        """
         return [
-            base.replace(num_subspaces=m, num_bits=n, page_size=page, extended_residual=recent)
-            for m, n, page, recent in product(subspaces, self.num_bits, self.page_size, self.extended_residual)
+            config.replace(page_size=page, extended_residual=recent)
+            for config, page, recent in product(self._codes(base, head_dim), self.page_size, self.extended_residual)
         ]
+
+    def _codes(self, base: PQConfig, head_dim: int) -> list[PQConfig]:
+        points = [base.replace(bits=bits, **dict.fromkeys(CODES)) for bits in OPERATING_POINTS]
+        if not self.num_subspaces and not self.num_bits:
+            return points
+        if not head_dim:
+            raise ValueError(
+                "the layers differ in head_dim, so that one number of codes does not suit all: try operating points"
+            )
+        one = list(product(self.num_subspaces or (head_dim // 2, head_dim // 4), self.num_bits or (8, 6)))
+        pairs = [(*key, *value) for key in one for value in one if key[0] * key[1] >= value[0] * value[1]]
+        named = {tuple(codes_of(point, head_dim).values()): point for point in points}
+        configs = [base.replace(**dict(zip(CODES, pair, strict=True))) for pair in pairs]
+        return [named.get(tuple(codes_of(config, head_dim).values()), config) for config in configs]
 
 
 @dataclass(frozen=True)
@@ -100,7 +116,7 @@ class Search:
 
     Attributes:
         best: the shape that keeps to the budget best, None if none does. trials: all shapes, by bytes.
-        exact, exact_recall: of the exact cache. codebook: of the best shape.
+        exact, exact_recall: of the exact cache. codebook: of the best shape, if it was measured with one of the model's own.
         again: (loss, recall, exact recall) of the best shape when it was measured anew, by the running cache.
     """
 
@@ -123,13 +139,13 @@ class Measurer(Protocol):
     def perplexity(self, config: PQConfig) -> float: ...
     def recall(self, config: PQConfig | None) -> float | None: ...
     def again(self, config: PQConfig) -> tuple[float, float | None, float | None]: ...
-    def codebook(self, config: PQConfig) -> Codebook: ...
+    def codebook(self, config: PQConfig) -> Codebook | None: ...
 
 
 def tune(
     runner: Measurer,
     configs: Sequence[PQConfig],
-    shapes: Sequence[tuple[int, int, int]],
+    model_config: Any,
     budget: Budget,
     *,
     tokens: int,
@@ -138,10 +154,12 @@ def tune(
     """Find the best of `configs`. A winner counts when it keeps to the budget a second time, measured anew.
 
     Args:
-        shapes: of the model's layers, see `layer_shapes`.
+        model_config: a transformers config, from which bytes follow.
         tokens: length of the sequence whose bytes count: the exact window weighs less in a longer one.
+
+    Raises ValueError if the config does not say how large keys and values are, or nothing of the model is compressed.
     """
-    ratios = {config: cache_bits(config, shapes, tokens)["total"] / FULL_BITS for config in configs}
+    ratios = {config: share_of_bytes(config, model_config, tokens) for config in configs}
     with tqdm(total=len(ratios), desc="shapes", unit="shape", disable=not progress, leave=False) as bar:
         state = _State(runner, budget, {config: Trial(config, ratio) for config, ratio in ratios.items()}, bar)
         search = _within_bytes if budget.max_ratio is not None else _within_loss
@@ -208,29 +226,19 @@ class _State:
         return config not in self.out
 
 
-def layer_shapes(config: Any) -> list[tuple[int, int, int]]:
-    """(KV heads, numbers in a key, numbers in a value) of the layers that are compressed, from a transformers config.
-
-    Raises ValueError if the config does not say.
-    """
-    text = config.get_text_config(decoder=True)
-    views = layer_configs(text)
-    shapes = []
-    for i in compressible_layers(config):
-        heads, head_dim = kv_shape(views[i])
-        if heads is None or head_dim is None:
-            raise ValueError(f"layer {i}: the model's config does not say how many KV heads it has, or their head_dim")
-        shapes.append((heads, head_dim, head_dim))
-    if not shapes:
+def share_of_bytes(config: PQConfig, model_config: Any, tokens: int) -> float:
+    """Bytes of a sequence as a share of a half-precision cache's, window and tables included."""
+    planned = plan_memory(model_config, tokens=tokens, pq_config=config)
+    if not planned.values:
         raise ValueError("the model has no full-attention layer, so there is nothing to tune")
-    return shapes
+    return planned.bits("pq") / FULL_BITS
 
 
 def _within_bytes(state: _State) -> Trial | None:
     """Of shapes that differ in their exact window only, the one with the largest that fits is the only one to run."""
     largest: dict[tuple[Any, ...], Trial] = {}
     for trial in state.all:
-        key = (*_codes(trial.config), trial.config.page_size)
+        key = _codes(trial.config)
         if trial.ratio > (state.budget.max_ratio or 0.0):
             state.rule_out(trial.config, "too many bytes")
         elif key not in largest or trial.config.extended_residual > largest[key].config.extended_residual:
@@ -250,23 +258,19 @@ def _within_loss(state: _State) -> Trial | None:
     best: Trial | None = None
     for family in sorted(families.values(), key=lambda members: members[0].ratio):
         pending = [t for t in family if t.config not in state.out and (best is None or t.ratio < best.ratio)]
-        while pending:
-            most_exact = max(pending, key=lambda t: _window(t.config))
-            if state.keeps(most_exact.config):
-                best = next(state.trials[t.config] for t in pending if state.keeps(t.config))
-                break
-            for config in (t.config for t in pending if all(map(le, _window(t.config), _window(most_exact.config)))):
-                state.rule_out(config, f"{state.trials[most_exact.config].note} at its largest window")
-            pending = [t for t in pending if t.config not in state.out]
+        if not pending:
+            continue
+        most_exact = max(pending, key=lambda t: t.config.extended_residual)
+        if state.keeps(most_exact.config):
+            best = next(state.trials[t.config] for t in pending if state.keeps(t.config))
+        for trial in pending if most_exact.config in state.out else ():
+            state.rule_out(trial.config, f"{state.trials[most_exact.config].note} at its largest window")
     return best
 
 
-def _window(config: PQConfig) -> tuple[int, int]:
-    return config.extended_residual, config.page_size
-
-
-def _codes(config: PQConfig) -> tuple[int | None, int]:
-    return config.num_subspaces, config.num_bits
+def _codes(config: PQConfig) -> tuple[Any, ...]:
+    """What decides how well old tokens are kept; pages too, as keys are scaled by the page."""
+    return (config.bits, *(getattr(config, name) for name in CODES), config.page_size)
 
 
 def _beats(a: Trial, b: Trial) -> bool:

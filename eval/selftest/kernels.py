@@ -14,19 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pqcache.backends import diagnose, jit, nvrtc
+from hf_pqcache.backends import diagnose, dispatch, jit, nvrtc
 from hf_pqcache.cache.caches import PagedKVCache, PagedPQCache
-from hf_pqcache.config import PQConfig
+from hf_pqcache.config import PQConfig, Side
 from hf_pqcache.eval.selftest.checks import REPORT, Check, CheckFailed, CheckSkipped, Machine, expect, expect_close
-from hf_pqcache.eval.selftest.structures import model_config, random_codebook, random_tokens
-from hf_pqcache.pages.codec import Which
+from hf_pqcache.eval.selftest.structures import model_config, random_tokens
+from hf_pqcache.pages.codec import CodedPages
 from hf_pqcache.pages.layer_kv import LayerView
 
 #: Rounding of probabilities and of the output: relative L2 distance from float64.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 GROUP, KV_HEADS = 4, 2
-QUICK_SHAPES = ((128, 64, 8), (64, 32, 8))
-OTHER_SHAPES = ((80, 40, 5), (128, 8, 8), (256, 128, 4), (96, 24, 7))
+#: (head_dim, what else shapes the codes).
+Shape = tuple[int, dict[str, int]]
+QUICK_SHAPES: tuple[Shape, ...] = ((128, {"bits": 4}), (64, {"bits": 4}), (128, {"bits": 2}))
+FULL_SHAPES: tuple[Shape, ...] = tuple((d, {"bits": bits}) for d in (64, 128) for bits in (4, 3, 2))
+FULL_SHAPES += (
+    (128, {"num_subspaces": 128, "num_bits": 4}),
+    (128, {"num_subspaces": 32, "num_bits": 6}),
+    (64, {"num_bits": 6}),
+)
+OTHER_SHAPES: tuple[Shape, ...] = (
+    (80, {"num_bits": 5}),
+    (128, {"num_subspaces": 8}),
+    (96, {"num_subspaces": 24, "num_bits": 7}),
+)
 FIX = "set HF_PQCACHE_KERNEL=torch, which is slow and needs no kernel, until it is mended; "
 
 
@@ -57,7 +69,7 @@ class Filled:
     """
 
     def __init__(
-        self, machine: Machine, shape: tuple[int, int, int] | None, dtype: torch.dtype, lengths: list[int], head_dim: int = 0
+        self, machine: Machine, shape: Shape | None, dtype: torch.dtype, lengths: list[int], head_dim: int = 0
     ) -> None:
         head_dim = shape[0] if shape else head_dim
         config = model_config(1, GROUP * KV_HEADS, KV_HEADS, head_dim)
@@ -65,8 +77,8 @@ class Filled:
         if shape is None:
             self.cache = PagedKVCache(config, page_size=32, max_pages=256)
         else:
-            settings = PQConfig(num_subspaces=shape[1], num_bits=shape[2], page_size=32, extended_residual=24, max_pages=256)
-            self.cache = PagedPQCache(config, random_codebook(settings, 1, KV_HEADS, head_dim), settings, compile=False)
+            settings = PQConfig(**shape[1], page_size=32, extended_residual=24, max_pages=256)
+            self.cache = PagedPQCache(config, pq_config=settings, compile=False)
         steps, total = 40, max(lengths)
         self.starts = [total - length for length in lengths]
         full = (2, len(lengths), KV_HEADS, total, head_dim)
@@ -87,14 +99,13 @@ class Filled:
         view: LayerView = self.cache.storage.layers.views[0]
         return view
 
-    def held(self, which: Which, row: int) -> tuple[Tensor, Tensor]:
+    def held(self, which: Side, row: int) -> tuple[Tensor, Tensor]:
         """A row's keys or values in float64 as the cache has them, and as they went in: (H, n, d) each."""
         view = self.view
         given = (self.keys if which == "key" else self.values)[row, :, self.starts[row] :].double()
-        centroids = view.key_centroids if which == "key" else view.value_centroids
         coded, sinks = view.coded_tokens(given.shape[1]), view.config.sink_tokens
         pages = view.store.read(which, view.page_numbers(row, 0, coded // view.config.page_size))
-        decoded = view.codec.decode(pages, centroids, view.config, which, torch.float64)
+        decoded = view.codec(which).decode(pages, torch.float64)
         return torch.cat([given[:, :sinks], decoded.double(), given[:, sinks + coded :]], dim=1), given
 
     def attend(
@@ -119,30 +130,33 @@ class Filled:
 
 
 def _check_codes(filled: Filled, what: str, fix: str) -> None:
-    """Every stored code stands for a centroid that is as near as the nearest."""
+    """What the engine has coded loses no more than plain torch's coding of the same pages does."""
     view = filled.view
-    sides: tuple[tuple[Which, Tensor], ...] = (("key", view.key_centroids), ("value", view.value_centroids))
-    for which, centroids in sides:
+    sides: tuple[Side, Side] = ("key", "value")
+    for which in sides:
+        codec = view.codec(which)
+        assert isinstance(codec, CodedPages)
         for row in range(len(filled.starts)):
-            held, given = (x.unflatten(-1, (centroids.shape[1], -1)) for x in filled.held(which, row))
-            first = view.config.sink_tokens
-            last = first + view.coded_tokens(given.shape[1])
-            if first == last:
+            held, given = filled.held(which, row)
+            first, count = view.config.sink_tokens, view.coded_tokens(given.shape[1])
+            if not count:
                 continue
-            held, given = held[:, first:last], given[:, first:last]  # (H, n, M, d/M)
-            nearest = torch.cdist(given.transpose(1, 2), centroids.double()).amin(-1).transpose(1, 2)
-            distance = (held - given).norm(dim=-1)
-            excess = float(((distance - nearest) / nearest.amax()).max())
-            expect(excess < 1e-4, f"{what}: the nearest centroid for every {which}", f"{excess:.3g} farther, relative", fix)
+            held, given = held[:, first : first + count], given[:, first : first + count]
+            plain = codec.decode(codec.encode(given.to(filled.keys.dtype)), torch.float64)
+            lost, must = float((held - given).norm()), float((plain - given).norm())
+            expect(
+                lost < 1.001 * must,
+                f"{what}: {which}s coded as well as plain torch does",
+                f"{lost / must - 1:.2%} more lost",
+                fix,
+            )
 
 
-def check_engine(
-    machine: Machine, engine: str, shape: tuple[int, int, int] | None, dtype: torch.dtype, head_dim: int = 0
-) -> None:
+def check_engine(machine: Machine, engine: str, shape: Shape | None, dtype: torch.dtype, head_dim: int = 0) -> None:
     """One engine for codes of a shape (None: exact pages): encoding, appending and attention with all it may be asked."""
-    name = f"exact pages d={head_dim}" if shape is None else "d={} M={} n={}".format(*shape)
+    name = f"exact pages d={head_dim}" if shape is None else f"d={shape[0]} {dispatch.codes_text(_codes(shape))}"
     what, fix = f"{engine} {name} {str(dtype).removeprefix('torch.')}", _fix(engine)
-    with forced("" if engine == "paged" else engine):  # exact pages have one kernel: nothing to choose
+    with forced("" if engine == "exact" else engine):  # exact pages have one kernel: nothing to choose
         filled = Filled(machine, shape, dtype, [700, 300, 45], head_dim)
         if shape is not None:
             _check_codes(filled, what, fix)
@@ -163,8 +177,13 @@ def check_engine(
     expect(ran.get(f"attend/{engine}") == len(calls), f"attention by the {engine} engine", ran, fix)
 
 
+def _codes(shape: Shape) -> dispatch.Codes:
+    config = PQConfig(**shape[1])
+    return config.codes("key", shape[0]), config.codes("value", shape[0])
+
+
 def plain_torch(machine: Machine) -> str:
-    shapes = ((64, 32, 8), (80, 40, 5), (128, 128, 4)) if not machine.is_full else (*jit.tuned_shapes(), *OTHER_SHAPES)
+    shapes = (*FULL_SHAPES, *OTHER_SHAPES) if machine.is_full else (QUICK_SHAPES[1], OTHER_SHAPES[0], QUICK_SHAPES[2])
     dtypes = (torch.float32, torch.float16, torch.bfloat16) if machine.is_full else (torch.float32, torch.float16)
     for shape in shapes:
         for dtype in dtypes:
@@ -185,9 +204,7 @@ def _dtypes(machine: Machine) -> tuple[torch.dtype, ...]:
     return (torch.float16, torch.bfloat16) if machine.is_full else (torch.bfloat16,)
 
 
-def _check_shapes(
-    machine: Machine, engine: str, quick: Sequence[tuple[int, int, int]], full: Sequence[tuple[int, int, int]]
-) -> str:
+def _check_shapes(machine: Machine, engine: str, quick: Sequence[Shape], full: Sequence[Shape]) -> str:
     _kernels_or_skip(machine)
     shapes = full if machine.is_full else quick
     for shape in shapes:
@@ -197,18 +214,19 @@ def _check_shapes(
 
 
 def tuned_kernels(machine: Machine) -> str:
-    return _check_shapes(machine, "tuned", QUICK_SHAPES, sorted(jit.tuned_shapes()))
+    tuned = [shape for shape in FULL_SHAPES if dispatch.kind_of(_codes(shape)) == "tuned"]
+    return _check_shapes(machine, "tuned", [shape for shape in QUICK_SHAPES if shape in tuned], tuned)
 
 
 def generic_kernel(machine: Machine) -> str:
-    return _check_shapes(machine, "generic", OTHER_SHAPES[:2], (*OTHER_SHAPES, *QUICK_SHAPES))
+    return _check_shapes(machine, "generic", OTHER_SHAPES[:1], OTHER_SHAPES)
 
 
 def exact_pages(machine: Machine) -> str:
     _kernels_or_skip(machine)
     for head_dim in (64, 128, 256) if machine.is_full else (128,):
         for dtype in _dtypes(machine):
-            check_engine(machine, "paged", None, dtype, head_dim=head_dim)
+            check_engine(machine, "exact", None, dtype, head_dim=head_dim)
     return "append and attend agree with float64"
 
 
@@ -218,12 +236,11 @@ def compilation(machine: Machine) -> str:
         raise CheckSkipped("the kernels run here, see above")
     if nvrtc.find() is None:
         raise CheckSkipped("no GPU and no NVRTC library (pip install nvidia-cuda-nvrtc-cu12)")
-    tuned = sorted(jit.tuned_shapes()) if machine.is_full else QUICK_SHAPES[:1]
-    shapes = [*tuned, diagnose.GENERIC_SHAPE, diagnose.PAGED_SHAPE]
+    shapes = dispatch.SHAPES if machine.is_full else [*dispatch.SHAPES[3:4], *dispatch.SHAPES[-2:]]
     targets = dict(list(diagnose.ARCHITECTURES.items())[0 if machine.is_full else -1 :])
-    for shape in shapes:
-        errors = diagnose.kernel_errors(shape, targets)
-        expect(not errors, "kernels d={} M={} n={} that compile".format(*shape), "; ".join(errors))
+    for head_dim, codes in shapes:
+        errors = diagnose.kernel_errors(head_dim, codes, targets)
+        expect(not errors, f"kernels d={head_dim} {codes} that compile", "; ".join(errors))
     return f"{len(shapes)} shapes compile for {', '.join(f'sm_{major}{minor}' for major, minor in targets)}"
 
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig
 
-from hf_pqcache.backends import jit
+from hf_pqcache.backends import dispatch
 from hf_pqcache.cache.caches import PagedKVCache, PagedPQCache
 from hf_pqcache.cache.reference import ReferenceCache
-from hf_pqcache.codebook import pq
-from hf_pqcache.codebook.codebook import Codebook, LayerCodebook
-from hf_pqcache.config import PQConfig
+from hf_pqcache.codebook import normalise, pq
+from hf_pqcache.config import PQConfig, Side
 from hf_pqcache.errors import PagesExhaustedError
 from hf_pqcache.eval.selftest.checks import Check, Machine, expect, expect_close, expect_equal
 from hf_pqcache.pages import layout
 from hf_pqcache.pages.block_pool import MIN_SLAB, PageAllocator, PageTable
+from hf_pqcache.pages.layout import PageLayout
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 16
 SMALL = PQConfig(num_subspaces=8, num_bits=4, page_size=16, sink_tokens=4, extended_residual=16, max_pages=96)
@@ -34,14 +34,6 @@ def model_config(layers: int = LAYERS, heads: int = HEADS, kv_heads: int = HEADS
         head_dim=head_dim,
         hidden_size=heads * head_dim,
     )
-
-
-def random_codebook(config: PQConfig, layers: int, kv_heads: int, head_dim: int, seed: int = 0) -> Codebook:
-    generator = torch.Generator().manual_seed(seed)
-    m = config.subspaces(head_dim)
-    shape = (kv_heads, m, config.num_centroids, head_dim // m)
-    books = {i: LayerCodebook(*(torch.randn(shape, generator=generator).half() for _ in range(2))) for i in range(layers)}
-    return Codebook(books, num_bits=config.num_bits, num_subspaces=m)
 
 
 def random_tokens(shape: tuple[int, ...], seed: int, machine: Machine, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -103,38 +95,46 @@ def layout_round_trip(machine: Machine) -> str:
     """Codes survive packing in the order of every kernel; the bits themselves are as the documentation says."""
     packed = layout.pack_bits(torch.tensor([1, 2, 3, 4], dtype=torch.uint8), 6)
     expect_equal("bytes of the 6-bit codes 1 2 3 4", packed.tolist(), [0x81, 0x30, 0x10])
-    shapes = [(m, bits) for _, m, bits in jit.tuned_shapes()] + [(10, 5), (9, 7), (24, 8)]
-    generator = torch.Generator().manual_seed(0)
+    shapes = {tuple(codes) for _, both in dispatch.SHAPES for codes in both if codes is not None}
+    shapes |= {(10, 5), (9, 7), (24, 8)}
     for m, bits in shapes:
         for page_size in (16, 48, 512) if machine.is_full else (16, 64):
-            codes = torch.randint(0, 1 << bits, (2, page_size, m), generator=generator, dtype=torch.uint8).to(machine.device)
-            for order_of in (layout.key_order, layout.value_order):
-                order = order_of(page_size, m, bits)
-                expect_equal("order sorted", order.sort().values, torch.arange(page_size * m))
-                pages = layout.pack_pages(codes, order, bits)
-                expect_equal("bytes of a page", pages.shape[-1], page_size * m * bits // 8)
-                expect_equal(f"codes M={m} n={bits} unpacked", layout.unpack_pages(pages, order, m, bits), codes)
+            for which in get_args(Side):
+                page = PageLayout(which, page_size, 2 * m, m, bits)
+                codes = (random_tokens((2, page_size, m), 1, machine) * 1000).int().remainder(1 << bits).to(torch.uint8)
+                numbers = random_tokens((2, page_size, 2 * m), 2, machine)
+                if which == "key":
+                    scales = normalise.normalise_keys(numbers)[1]._asdict()
+                else:
+                    scales = {"magnitude": normalise.normalise_values(numbers)[1]}
+                blocks = page.pack(codes, **scales)
+                expect_equal("bytes of a page", blocks.shape[-1], page.nbytes)
+                found, kept = page.unpack(blocks)
+                expect_equal(f"codes M={m} n={bits} unpacked", found, codes)
+                for name, x in scales.items():
+                    expect_equal(f"{name} of {which}s unpacked", kept[name], x)
     return f"{len(shapes)} shapes of codes"
 
 
 def quantization(machine: Machine) -> str:
-    """The nearest centroids by brute force in float64, and attention over codes against decoded keys and values."""
+    """The nearest centroids by brute force in float64; what is normalised comes back, and a rotation is its own inverse."""
     for width, m, bits in ((2, 32, 8), (4, 8, 6), (2, 40, 5)):
-        x = random_tokens((3, 2, 50, width * m), 1, machine)
-        centroids = random_tokens((2, m, 1 << bits, width), 2, machine)
-        codes = pq.encode(x, centroids)
-        parts = x.double().unflatten(-1, (m, width))[..., None, :]
-        distance = (parts - centroids.double()[:, None]).square().sum(-1)  # (3, H, T, M, C)
-        chosen = distance.gather(-1, codes.long()[..., None])[..., 0]
-        expect_close(f"distance to the chosen centroids M={m} n={bits}", chosen, distance.amin(-1), 1e-6)
-        decoded = pq.decode(codes, centroids)
-        expect_equal("codes of decoded vectors", pq.encode(decoded, centroids), codes)
-        q = random_tokens((3, 4, 1, width * m), 3, machine)
-        scale = (width * m) ** -0.5
-        keys, values = (decoded.repeat_interleave(2, dim=1).double() for _ in range(2))
-        want = ((q.double() @ keys.mT) * scale).softmax(-1) @ values
-        expect_close("attention over codes", pq.attention(q, codes, codes, centroids, centroids, scale), want, 1e-4)
-    return "encoded, decoded, attended to"
+        x = random_tokens((3, 2, 48, width * m), 1, machine)
+        for sets in (1, m):
+            centroids = random_tokens((sets, 1 << bits, width), 2, machine)
+            codes = pq.encode(x, centroids)
+            parts = x.double().unflatten(-1, (m, width))[..., None, :]
+            distance = (parts - centroids.double()).square().sum(-1)  # (3, 2, T, M, C)
+            chosen = distance.gather(-1, codes.long()[..., None])[..., 0]
+            expect_close(f"distance to the chosen centroids M={m} n={bits}", chosen, distance.amin(-1), 1e-6)
+            expect_equal("codes of decoded vectors", pq.encode(pq.decode(codes, centroids), centroids), codes)
+        rotated = normalise.rotate(x)
+        expect_close("what was rotated twice", normalise.rotate(rotated), x, 1e-5)
+        expect_close("keys that were normalised", normalise.restore_keys(*normalise.normalise_keys(rotated)), rotated, 1e-5)
+        expect_close(
+            "values that were normalised", normalise.restore_values(*normalise.normalise_values(rotated)), rotated, 1e-5
+        )
+    return "encoded, decoded, normalised"
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -193,8 +193,8 @@ def _check_owners(cache: Any) -> None:
 
 def coded_rows(machine: Machine) -> str:
     config, steps = model_config(), 300 if machine.is_full else 60
-    book = random_codebook(SMALL, LAYERS, HEADS, HEAD_DIM)
-    _drive(PagedPQCache(config, book, SMALL), ReferenceCache(config, book, SMALL), machine, steps, seed=1)
+    ours, plain = PagedPQCache(config, pq_config=SMALL), ReferenceCache(config, pq_config=SMALL)
+    _drive(ours, plain, machine, steps, seed=1)
     return f"{steps} random appends, crops, reorders, repeats and selections equal a dense cache"
 
 

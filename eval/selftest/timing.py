@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from hf_pqcache.eval.measure.speed import measure_speed
 from hf_pqcache.eval.selftest.checks import REPORT, CheckFailed, Machine, expect
 from hf_pqcache.eval.selftest.integration import Setup, setup
-from hf_pqcache.eval.session.caches import CacheSpec, head_dim, weigh
+from hf_pqcache.eval.session.caches import CacheSpec, head_dim_of, weigh
 from hf_pqcache.models.names import cache_kwargs
 
 PERFORMANCE = ("dynamic", "static", "pq:4", "paged-kv")
@@ -51,14 +51,12 @@ def measure(names: Sequence[str], machine: Machine) -> Iterator[Figures]:
     exact = CacheSpec("dynamic").make(s.model, TOKENS)
     continued = s.model.generate(prompt, attention_mask=mask, **cache_kwargs(exact), **options)
     for name in names:
-        spec = CacheSpec.parse(name, head_dim(s.model))
+        spec = CacheSpec.parse(name, head_dim_of(s.config))
         try:
             spec.make(s.model, TOKENS)
         except ImportError as error:
             yield Figures(spec.label, note=str(error))
             continue
-        if spec.name == "pq":
-            spec = replace(spec, codebook=_codebook(s, spec))
         yield _measure(s, spec, continued)
 
 
@@ -80,11 +78,3 @@ def _measure(s: Setup, spec: CacheSpec, continued: torch.Tensor) -> Figures:
     if not speed.tokens_per_s > 0:
         raise CheckFailed("a positive speed", str(speed), REPORT)
     return Figures(spec.label, weight.tokens, round(speed.ttft_ms, 2), round(speed.tokens_per_s, 2), agreement)
-
-
-def _codebook(s: Setup, spec: CacheSpec) -> Any:
-    from hf_pqcache.codebook.calibrate import calibrate
-    from hf_pqcache.demo import TEXT
-
-    text = TEXT.read_text(encoding="utf-8")
-    return calibrate(s.model, s.tokenizer, text, spec.config, num_tokens=2048, window=1024, iterations=10, progress=False)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from hf_pqcache.cache.caches import PagedKVCache, PagedPQCache
-from hf_pqcache.cache.footprint import OTHERS, PQ_BITS
+from hf_pqcache.cache.footprint import OTHERS, layer_shapes
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.codebook.samples import compressible_layers
-from hf_pqcache.config import PQConfig
+from hf_pqcache.config import OPERATING_POINTS, PQConfig, Side
 from hf_pqcache.eval import quantizers
-from hf_pqcache.models.shapes import kv_shape, layer_configs
+from hf_pqcache.pages.layout import PageLayout
 
 #: The caches by name, in a few words each.
 ABOUT = {
@@ -32,10 +32,11 @@ ABOUT = {
 }
 CACHES = tuple(ABOUT)
 #: Bits a value that each family offers, its default first; families that are not here offer no choice.
-BITS: dict[str, tuple[float, ...]] = {"quanto": (4, 2), "hqq": (4, 8, 3, 2, 1), "pq": (4, 3, 2)}
+BITS: dict[str, tuple[float, ...]] = {"quanto": (4, 2), "hqq": (4, 8, 3, 2, 1), "pq": tuple(OPERATING_POINTS)}
 BITS |= {name: method.bits for name, method in quantizers.METHODS.items() if method.bits}
-#: Settings of PQConfig that say which tokens stay exact.
+#: Settings of PQConfig that say which tokens stay exact; and how vectors are coded, where its `bits` do not.
 WINDOW = ("sink_tokens", "extended_residual", "page_size")
+CODES = ("num_subspaces", "num_bits", "value_subspaces", "value_bits")
 _PIP = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq")}
 
 
@@ -64,7 +65,7 @@ class CacheSpec:
     Attributes:
         name: one of CACHES.
         settings: the cache's own settings, JSON values: arguments of transformers' QuantizedCache or of PQConfig.
-        codebook: for pq; None learns one from the first tokens of every sequence.
+        codebook: for pq; None is the one that comes with the package.
     """
 
     name: str
@@ -80,7 +81,7 @@ class CacheSpec:
         """ "hqq", "quanto:2", "pq:3", "kivi:2:g32": a name and, after colons, bits a value and options.
 
         Args:
-            head_dim: of the model; decides the number of subspaces of pq at so many bits.
+            head_dim: of the model; with it the settings of codes say both sides. 0 where layers differ.
             config: what else shapes a pq or paged-kv cache; without bits it decides everything. Its window (WINDOW) is also
                 that of the quantizers that we re-made, so that all keep the same tokens exact; ":own" is their authors'.
 
@@ -88,11 +89,12 @@ class CacheSpec:
         """
         name, wanted, options = check_name(text)
         if name == "pq":
-            settings = (config or PQConfig()).to_dict()
-            if wanted or config is None:
-                width, num_bits = PQ_BITS[int(wanted or 4)]
-                settings |= {"num_subspaces": head_dim // width, "num_bits": num_bits}
-            return cls(name, settings)
+            config = config or PQConfig()
+            if wanted:
+                config = config.replace(bits=int(wanted), **dict.fromkeys(CODES))
+            elif head_dim and any(getattr(config, code) is not None for code in CODES):
+                config = config.replace(**codes_of(config, head_dim))
+            return cls(name, config.to_dict())
         if name == "paged-kv":
             config = config or PQConfig()
             return cls(name, {"page_size": config.page_size, "max_pages": config.max_pages})
@@ -103,9 +105,9 @@ class CacheSpec:
 
     @property
     def label(self) -> str:
-        """For tables: "hqq 3 bits", "pq M=64 n=8"."""
+        """For tables: "hqq 3 bits", "pq 4 bits", "pq M=64/32 n=8/6"."""
         if self.name == "pq":
-            return f"pq M={self.settings.get('num_subspaces')} n={self.settings['num_bits']}"
+            return f"pq {codes_text(self.settings)}"
         name = f"{self.name} {self.settings['nbits']} bits" if "nbits" in self.settings else self.name
         if self.settings.get("group", quantizers.GROUPS[0]) != quantizers.GROUPS[0]:
             name += f", groups of {self.settings['group']}"
@@ -145,15 +147,26 @@ class CacheSpec:
 
         What is exact beside them (sinks, window) and what all sequences share (codebooks) does not count.
         """
-        width = head_dim_of(model_config)
-        if not width:
-            return None
-        if self.name == "pq":
-            return self.config.bits_per_value(width)
-        if self.name in quantizers.METHODS:
-            return quantizers.true_bits(self.name, self.settings, width)
         bits = self.settings.get("nbits")
-        return OTHERS.get(self.name if bits is None else f"{self.name}:{bits}", None if bits else float(dtype_bits))
+        if self.name != "pq" and self.name not in quantizers.METHODS:
+            return OTHERS.get(self.name if bits is None else f"{self.name}:{bits}", None if bits else float(dtype_bits))
+        taken = numbers = 0.0
+        try:
+            for heads, *dims in layer_shapes(model_config):
+                for which, dim in zip(get_args(Side), dims, strict=True):
+                    taken += heads * dim * self._side_bits(which, dim)
+                    numbers += heads * dim
+        except ValueError:  # the config does not say how large keys are, or they are too small to be cut
+            return None
+        return taken / numbers if numbers else None
+
+    def _side_bits(self, which: Side, head_dim: int) -> float:
+        if self.name in quantizers.METHODS:
+            return quantizers.true_bits(self.name, self.settings, head_dim)
+        codes = (self.config if self.codebook is None else self.codebook).codes(which, head_dim)
+        if self.codebook is not None and not self.codebook.is_normalised:
+            return codes.num_subspaces * codes.num_bits / head_dim
+        return PageLayout(which, self.config.page_size, head_dim, *codes).bits_per_number
 
     def check_room(self, max_tokens: int, batch: int = 1) -> None:
         """Raises ValueError if `max_pages` was set and is too few for `batch` sequences of `max_tokens` tokens."""
@@ -219,21 +232,32 @@ def weigh(cache: Any, model: Any, num_tokens: int) -> CacheBytes:
 
 def kv_numbers_per_token(model: Any) -> int:
     """Key and value numbers of one token, over the layers that keep every token; 0 if the config does not say."""
-    layers = layer_configs(model.config.get_text_config(decoder=True))
-    shapes = [kv_shape(layers[i]) for i in compressible_layers(model.config)]
-    return 2 * sum((heads or 0) * (dim or 0) for heads, dim in shapes)
-
-
-def head_dim(model: Any) -> int:
-    """Numbers in a key of one head, in the first layer that can be compressed; 0 if the config does not say."""
-    return head_dim_of(model.config)
+    try:
+        return sum(heads * (dk + dv) for heads, dk, dv in layer_shapes(model.config))
+    except ValueError:
+        return 0
 
 
 def head_dim_of(config: Any) -> int:
-    """The same from a transformers config."""
-    layers = layer_configs(config.get_text_config(decoder=True))
-    first = next(iter(compressible_layers(config)), 0)
-    return kv_shape(layers[first])[1] or 0
+    """Numbers of every key and every value that is compressed, from a transformers config; 0 if they differ or it is silent."""
+    try:
+        dims = {dim for _, *dims in layer_shapes(config) for dim in dims}
+    except ValueError:
+        return 0
+    return dims.pop() if len(dims) == 1 else 0
+
+
+def codes_of(source: PQConfig | Codebook, head_dim: int) -> dict[str, int]:
+    """The settings CODES of keys and values of so many numbers. Raises ValueError naming the legal choices."""
+    return dict(zip(CODES, (*source.codes("key", head_dim), *source.codes("value", head_dim)), strict=True))
+
+
+def codes_text(settings: Mapping[str, Any]) -> str:
+    """How a cache of these settings codes: "4 bits", "M=64 n=8", of keys and values "M=64/32 n=8/6"; "" if they do not say."""
+    m, n, value_m, value_n = (settings.get(name) for name in CODES)
+    sides = {"M": (m, m if value_m is None else value_m), "n": (n, n if value_n is None else value_n)}
+    told = [f"{name}={'/'.join(str(x or '') for x in dict.fromkeys(both))}" for name, both in sides.items() if any(both)]
+    return " ".join(told) or (f"{settings['bits']} bits" if "bits" in settings else "")
 
 
 def storage_bytes(root: Any) -> int:

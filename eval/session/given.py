@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from hf_pqcache.codebook.codebook import Codebook
+from hf_pqcache.config import PQConfig
 from hf_pqcache.eval import quantizers
-from hf_pqcache.eval.session.caches import PQ_BITS, WINDOW
+from hf_pqcache.eval.session.caches import CODES, WINDOW, codes_of, codes_text
 
 #: Settings of a cache that shape what it computes -> how the command line calls them.
 FLAGS = {
+    "bits": "--bits",
     "num_subspaces": "-M",
     "num_bits": "--nbits",
+    "value_subspaces": "--value-subspaces",
+    "value_bits": "--value-nbits",
     "page_size": "--page-size",
     "max_pages": "--max-pages",
     "extended_residual": "--extended-residual",
@@ -32,34 +36,50 @@ def check_data_dir(data_dir: Path | None, *, is_read: bool) -> None:
 
 
 def check_given(
-    caches: Sequence[str], given: Mapping[str, Any], book: Codebook | None, sources: Mapping[str, str | None]
+    caches: Sequence[str],
+    given: Mapping[str, Any],
+    book: Codebook | None,
+    sources: Mapping[str, str | None],
+    *,
+    head_dim: int = 0,
+    learns: bool = False,
 ) -> None:
-    """Raises ValueError if something was asked for that none of the caches would heed."""
+    """Raises ValueError if something was asked for that none of the caches would heed.
+
+    Args:
+        sources: codebook and calibration as they were given, by the names that the user knows. head_dim: see `head_dim_of`.
+        learns: whether a codebook is learnt even if nobody names a text for it.
+    """
     names = {text.partition(":")[0] for text in caches if not text.endswith(":own")}
     told = ", ".join(caches)
     for name in (name for name in FLAGS if name in given):
         if not any(name in _SHAPED.get(cache, ()) for cache in names):
             raise ValueError(f"{FLAGS[name]} does nothing for {told}: leave it out, or use --cache pq")
-        if name in ("num_subspaces", "num_bits"):
-            if "pq" not in caches:
-                raise ValueError(f"{FLAGS[name]} does nothing for {told}: the bits after the colon decide; use pq without them")
-            if book is None:
-                continue
-            found = book.num_bits if name == "num_bits" else next(iter(book.layers.values())).keys.shape[1]
-            if found != given[name]:
-                asked = f"{FLAGS[name]} {given[name]}"
-                raise ValueError(f"{asked} and a codebook of {found}: the codebook decides; leave {FLAGS[name]} out")
+        if name in ("bits", *CODES) and "pq" not in caches:
+            raise ValueError(f"{FLAGS[name]} does nothing for {told}: the bits after the colon decide; use pq without them")
     used = {name: value for name, value in sources.items() if value is not None}
-    if "pq" not in names:
-        for name in (*used, *(("--calibration-tokens",) if "calibration_tokens" in given else ())):
-            raise ValueError(f"{name} does nothing for {told}: only pq caches have a codebook")
+    used |= {"--calibration-tokens": ""} if "calibration_tokens" in given else {}
+    if "pq" not in names and used:
+        raise ValueError(f"{next(iter(used))} does nothing for {told}: only pq caches have a codebook")
+    of_calibration = [name for name in used if name.lstrip("-").startswith("calibration")]
+    if of_calibration == ["--calibration-tokens"] and not (learns or book):
+        raise ValueError("--calibration-tokens does nothing without --calibration TEXT: pq caches need no calibration")
     if book is not None:
-        unused = [n for n in ("--calibration",) if n in used] + ["--calibration-tokens"] * ("calibration_tokens" in given)
-        if unused:
-            raise ValueError(f"{unused[0]} does nothing beside a codebook that is there already: leave one of them out")
-        for bits in (text.partition(":")[2] for text in caches if text.startswith("pq:")):
-            width, num_bits = PQ_BITS[int(bits)]
-            keys = next(iter(book.layers.values())).keys
-            if (keys.shape[3], book.num_bits) != (width, num_bits):
-                made = f"M={keys.shape[1]}, {book.num_bits} bits"
-                raise ValueError(f"pq:{bits} and a codebook of {made}: the codebook decides; use --cache pq")
+        if of_calibration:
+            raise ValueError(f"{of_calibration[0]} does nothing beside a codebook that is there already: leave one of them out")
+        if head_dim:
+            _check_codes(caches, given, book, head_dim)
+
+
+def _check_codes(caches: Sequence[str], given: Mapping[str, Any], book: Codebook, head_dim: int) -> None:
+    """Raises ValueError for codes that were asked for and are not those of the codebook."""
+    found = codes_of(book, head_dim)
+    asked = {FLAGS[name]: (given[name], found[name]) for name in CODES if name in given}
+    for flag, (value, own) in asked.items():
+        if value != own:
+            raise ValueError(f"{flag} {value} and a codebook of {own}: the codebook decides; leave {flag} out")
+    points = {text: text.partition(":")[2] for text in caches if text.startswith("pq:")}
+    points |= {f"--bits {given['bits']}": given["bits"]} if "bits" in given else {}
+    for name, bits in points.items():
+        if codes_of(PQConfig(bits=int(bits)), head_dim) != found:
+            raise ValueError(f"{name} and a codebook of {codes_text(found)}: the codebook decides; use --cache pq alone")

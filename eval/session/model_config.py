@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from hf_pqcache import demo
-from hf_pqcache.config import PQConfig
+from hf_pqcache.config import PQConfig, Side
 from hf_pqcache.models.shapes import kv_shape, layer_configs
 
 #: The YAML files that come along: inside the installed package, and beside this folder in a checkout.
@@ -25,6 +25,7 @@ PACKAGE = "package:"
 #: Settings that may be paths.
 _PATH_KEYS = ("model", "calibration_text", "codebook")
 _CACHE_KEYS = tuple(field.name for field in fields(PQConfig))
+_CODE_KEYS = ("num_subspaces", "num_bits", "value_subspaces", "value_bits")
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,15 @@ class ModelConfig:
         revision: commit, branch or tag of the Hub repository; None is its newest commit.
         head_dim, num_kv_heads: shape of the compressed layers' cache, None if unknown. Checked by `check`.
         max_context_tokens: the length that the model was trained on, None if unknown.
-        num_subspaces, num_bits, page_size, max_pages, sink_tokens, extended_residual, learn_tokens: of the cache, see
-            PQConfig.
+        bits, num_subspaces, num_bits, value_subspaces, value_bits, page_size, max_pages, sink_tokens, extended_residual:
+            of the cache, see PQConfig.
         window_tokens: tokens of a perplexity window and of a calibration window.
-        calibration_text: a UTF-8 file (plain or .xz), "dataset/split" as in wikitext-2-raw-v1/train, or "demo", the
-            part of the embedded articles that is kept for calibration.
+        calibration_text: what a codebook of the model's own is learnt from, if one is asked for: a UTF-8 file (plain or
+            .xz), "dataset/split" as in wikitext-2-raw-v1/train, or "demo", the part of the embedded articles that is kept
+            for it.
         calibration_tokens: how many tokens of it are sampled. calibration_seed: of the sample and of k-means.
-        codebook: folder or Hub repository of a codebook that is used instead of calibrating. codebook_revision: its commit.
+        codebook: folder or Hub repository of a codebook of the model's own; None is the one that comes with the package.
+            codebook_revision: its commit.
     """
 
     model: str
@@ -51,13 +54,15 @@ class ModelConfig:
     head_dim: int | None = None
     num_kv_heads: int | None = None
     max_context_tokens: int | None = None
+    bits: int = 4
     num_subspaces: int | None = None
-    num_bits: int = 8
+    num_bits: int | None = None
+    value_subspaces: int | None = None
+    value_bits: int | None = None
     page_size: int = 64
     max_pages: int | None = None
     sink_tokens: int = 4
     extended_residual: int = 128
-    learn_tokens: int | None = None
     window_tokens: int = 2048
     calibration_text: str = DEMO
     calibration_tokens: int = 65536
@@ -89,7 +94,8 @@ class ModelConfig:
         except TypeError as error:
             raise ValueError(str(error)) from None
         if self.head_dim is not None:
-            config.subspaces(self.head_dim)
+            for which in get_args(Side):
+                config.codes(which, self.head_dim)
 
     @property
     def pq_config(self) -> PQConfig:
@@ -153,9 +159,11 @@ def load_model_config(name_or_path: str | os.PathLike[str], overrides: Mapping[s
         ValueError: the file is no YAML mapping, has an unknown key, or a value is out of range. The message names them.
     """
     name = os.fspath(name_or_path)
-    values = _values(name)
-    values.update({key: value for key, value in (overrides or {}).items() if value is not None})
-    if (overrides or {}).get("model") is not None:
+    values, given = _values(name), {key: value for key, value in (overrides or {}).items() if value is not None}
+    if "bits" in given:  # the file's own codes would win over it
+        values = {key: value for key, value in values.items() if key not in _CODE_KEYS}
+    values.update(given)
+    if "model" in given:
         values["model"] = _local_first(values["model"])
     known = [field.name for field in fields(ModelConfig)]
     if unknown := sorted(set(map(str, values)) - set(known)):
@@ -228,7 +236,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold settings such as 'num_bits: 8', got {type(data).__name__}")
+        raise ValueError(f"{path} must hold settings such as 'bits: 4', got {type(data).__name__}")
     return {key: _path(value, path.parent) if key in _PATH_KEYS else value for key, value in data.items()}
 
 

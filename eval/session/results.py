@@ -39,7 +39,8 @@ class Row:
         settings: what else identifies the measurement: window, stride, mode, tokens, depth, limit, dtype, ...
         cache_config: the cache's own settings, e.g. of PQConfig, or num_bits and group size of a peer.
         task_version: raised whenever a change of the task's code could change its figures.
-        true_bits: bits of memory for each key or value number, side tables included; None where not known.
+        true_bits: bits of memory for each key or value number, exact window and tables included; None where not known. Those
+            of an old number alone, with its scales, are in the provenance (code_bits).
         codebook: fingerprint of the codebook, None without one.
         seed: of whatever was drawn at random.
         provenance: versions, device, commit, time, notes. Never compared.

@@ -77,7 +77,7 @@ class Session:
         """A row still without a value. The model's dtype and the calibration text are settings too."""
         book = self.cache.codebook
         if book is not None:
-            learnt = {"calibrated_on": book.metadata.get("source"), "merged": book.metadata.get("merged") or None}
+            learnt = {"calibrated_on": book.metadata.get("source"), "normalised": None if book.is_normalised else False}
             if is_of_model(book.metadata, self.model, self.fingerprint or None) is False:
                 learnt["codebook_of"] = f"{book.metadata.get('model')} ({short(book.metadata['model_fingerprint'])})"
             settings |= {name: value for name, value in learnt.items() if value is not None}

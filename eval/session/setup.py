@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from hf_pqcache.codebook.calibrate import calibrate
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.session import distributed
-from hf_pqcache.eval.session.caches import CacheSpec, check_name, head_dim, head_dim_of
+from hf_pqcache.eval.session.caches import CODES, CacheSpec, check_name, codes_of, head_dim_of
 from hf_pqcache.eval.session.given import RECOMMENDED, check_data_dir, check_given
 from hf_pqcache.eval.session.model_config import DEMO, ModelConfig, load_model_config, stated_settings
 from hf_pqcache.eval.session.models import check_device, load_config, load_model, load_tokenizer, public_name, token_ids
@@ -31,22 +30,20 @@ LOADING_SETTINGS = ("quantization", "attn_implementation", "model_kwargs")
 
 @dataclass(frozen=True)
 class Calibration:
-    """How a codebook is made when none is given.
+    """How a codebook of the model's own is made, where one is asked for.
 
     Attributes:
         source: text, see `text_of`. tokens: how many to sample. window: tokens of one window. seed: of sample and k-means.
-        merge: one codebook for all layers and heads. folder: where codebooks are kept to be found again; None keeps none.
-        data_dir: where plain files of data sets lie. force: make anew what `folder` has.
+        normalise: whether keys and values are normalised; False is MILLION's way, see `learn`.
+        data_dir: where plain files of data sets lie.
     """
 
     source: str = DEMO
     tokens: int = 65536
     window: int = 2048
     seed: int = 0
-    merge: bool = False
-    folder: Path | None = None
+    normalise: bool = True
     data_dir: Path | None = None
-    force: bool = False
 
     @classmethod
     def of(cls, config: ModelConfig, **changes: Any) -> Calibration:
@@ -70,12 +67,12 @@ class Calibration:
         return self.__dict__["_ids"]
 
     def check(self, tokenizer: Any, config: PQConfig) -> None:
-        """Raises ValueError if the text has fewer tokens than a codebook has centroids."""
-        found = self.ids(tokenizer).numel()
-        if found < config.num_centroids:
+        """Raises ValueError if the text fills no page."""
+        found, needed = self.ids(tokenizer).numel(), config.sink_tokens + config.page_size
+        if found < needed:
             raise ValueError(
-                f"the text {self.text[1]} has {found} tokens, {config.num_centroids} centroids are to be learnt: "
-                f"give a text of {4 * config.num_centroids} or more with --calibration, or fewer --nbits"
+                f"the text {self.text[1]} has {found} tokens, {config.sink_tokens} sinks and a page of {config.page_size} take "
+                f"{needed}: give a longer one with --calibration"
             )
 
     def asked(self, session: Session, config: PQConfig) -> dict[str, Any]:
@@ -94,22 +91,13 @@ class Calibration:
         }
 
     def codebook(self, session: Session, config: PQConfig) -> Codebook:
-        """The codebook of the session's model for `config`, from `folder` if it was made before."""
-        asked = self.asked(session, config)
-        codes = {"codes": [config.subspaces(head_dim(session.model)), config.num_bits], "merged": self.merge}
-        key = hashlib.sha256(json.dumps({**asked, **codes}, sort_keys=True).encode()).hexdigest()[:16]
-        folder = None if self.folder is None else self.folder / key
-        if folder is not None and not self.force and (folder / "codebook.json").is_file():
-            return Codebook.from_pretrained(folder)
+        """A codebook of the session's model for `config`."""
         ids = self.tokens_of(session)
-        options: dict[str, Any] = {"num_tokens": self.tokens, "window": self.window, "seed": self.seed, "merge": self.merge}
+        options: dict[str, Any] = {"num_tokens": self.tokens, "window": self.window, "seed": self.seed}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that the text is short has been said
-            book = calibrate(session.model, None, ids, config, progress=session.progress, **options)
-        book = replace(book, metadata={**book.metadata, **asked})
-        if folder is not None:
-            book.save_pretrained(folder)
-        return book
+            book = calibrate(session.model, None, ids, config, normalise=self.normalise, progress=session.progress, **options)
+        return replace(book, metadata={**book.metadata, **self.asked(session, config)})
 
     def tokens_of(self, session: Session) -> Any:
         """Token ids int64 (N) of the text; says which text that is, and whether it is long enough."""
@@ -131,8 +119,9 @@ class Setup:
 
     Attributes:
         config: the model config. hf_config: the model's own. loading: arguments of `load_model`.
-        specs: the caches, as far as they are known without a codebook. learning: how codebooks are made.
+        specs: the caches, as far as they are known without a codebook.
         book: the codebook that was asked for, if any; is_recommended: the settings in which it is followed.
+        learning: how codebooks of the model's own are made. learns: whether they are, for pq caches without `book`.
         needs_text: whether there is something to calibrate. show: called with every row as soon as it is there.
     """
 
@@ -148,8 +137,10 @@ class Setup:
     notes: dict[str, Any] = field(default_factory=dict)
     book: Codebook | None = None
     is_recommended: Collection[str] = ()
+    learns: bool = False
     needs_text: bool = False
     show: Callable[[Row], None] | None = None
+    _learnt: dict[tuple[Any, ...], Codebook] = field(default_factory=dict)
 
     @property
     def limit(self) -> int | None:
@@ -192,10 +183,16 @@ class Setup:
         )
 
     def ready(self, session: Session, spec: CacheSpec) -> Session:
-        """The session under `spec`, with the codebook that was asked for, or else a calibrated one."""
-        if spec.name != "pq" or self.book is None:
-            return session.with_cache(with_codebook(session, spec, self.learning))
-        return session.with_cache(fitted(session, spec, self.book, self.is_recommended))
+        """The session under `spec`: with the codebook that was asked for, or one learnt on the text that was; else as it is."""
+        book = self.book
+        if spec.name != "pq" or not (book or self.learns):
+            return session.with_cache(spec)
+        if book is None:
+            key = (spec.config.bits, *(spec.settings[name] for name in CODES))
+            if key not in self._learnt:
+                self._learnt[key] = self.learning.codebook(session, spec.config)
+            book = self._learnt[key]
+        return session.with_cache(fitted(session, spec, book, self.is_recommended))
 
 
 def prepare(
@@ -205,7 +202,7 @@ def prepare(
     overrides: Mapping[str, Any] | None = None,
     codebook: str | None = None,
     calibration: str | None = None,
-    merge: bool = False,
+    normalise: bool = True,
     learns: bool = False,
     needs_text: bool = True,
     data_dir: Path | None = None,
@@ -226,11 +223,12 @@ def prepare(
         model: a name of model_configs/, a YAML file, a folder or a Hub id.
         caches: names and bits, see `CacheSpec.parse`; for pq without bits the model config decides the shape.
         overrides: settings of the model config that win over its file. One that none of the caches has is refused.
-        codebook: folder or Hub repository; without one a pq cache is calibrated. learns: also where the model config has one.
-        needs_text: whether the text to calibrate on will be read. reads_data: whether some other data set will be.
-        calibration: text to do that on, see `text_of`; None is the model config's.
+        codebook: folder or Hub repository; None is the model config's, or the one that comes with the package.
+        calibration: text to learn a codebook of the model's own from, see `text_of`; None learns none.
+        learns: learn one in any case, from the model config's text where no other is named. normalise: see `learn`.
+        needs_text: whether the text will be read at all. reads_data: whether some other data set will be.
         device: see `load_model`. loading: more of its arguments; dtype, quantization, attn_implementation, ...
-        results: JSONL file. Codebooks made here are kept in a folder beside it.
+        results: JSONL file.
         seed: of all that is drawn at random; None is 0, and the model config's for calibration.
         rows_file: where rows go without `results`. show: called with every row as soon as it is there.
 
@@ -244,24 +242,23 @@ def prepare(
     options = {name: loading[name] for name in ("trust_remote_code", "model_kwargs") if name in loading}
     hf_config = load_config(config.source, revision=config.revision, **options)
     config.check(hf_config)
-    specs = [CacheSpec.parse(text, head_dim_of(hf_config), config.pq_config) for text in caches]
-    own = codebook or (config.codebook if "pq" in caches and not learns else None)
+    width = head_dim_of(hf_config)
+    specs = [CacheSpec.parse(text, width, config.pq_config) for text in caches]
+    own = codebook or (config.codebook if "pq" in caches and not (learns or calibration) else None)
     book = None if own is None else Codebook.from_pretrained(own, revision=None if codebook else config.codebook_revision)
-    check_given(caches, given, book, {"--codebook": codebook, "--calibration": calibration})
+    sources = {"--codebook": codebook, "--calibration": calibration}
+    check_given(caches, given, book, sources, head_dim=width, learns=learns)
     if book is not None:
         book.check_model(hf_config)
-    folder = None if results is None else results.with_suffix(".codebooks")
-    changes: dict[str, Any] = {"source": calibration, "seed": seed, "folder": folder, "data_dir": data_dir}
-    learning = Calibration.of(config, merge=merge, force=force, **changes)
+    learns = (learns or calibration is not None) and book is None
+    changes: dict[str, Any] = {"source": calibration, "seed": seed, "data_dir": data_dir}
+    learning = Calibration.of(config, normalise=normalise, **changes)
     limit = max_positions(hf_config)
     learning = replace(learning, window=min(learning.window, limit or learning.window))
-    needs_text = needs_text and book is None and any(spec.name == "pq" for spec in specs)
+    needs_text = needs_text and learns
     check_data_dir(data_dir, is_read=reads_data or (needs_text and is_data_set(learning.source)))
     if needs_text:
         _ = learning.text  # found, or refused now
-    if width := head_dim_of(hf_config):
-        for spec in (spec for spec in specs if spec.name == "pq" and spec.config.num_subspaces is not None):
-            spec.config.subspaces(width)
     is_fixed = {*given, *(() if codebook else stated_settings(model))}
     return Setup(
         config=config,
@@ -276,32 +273,14 @@ def prepare(
         notes=dict(notes or {}),
         loading=loading,
         book=book,
+        learns=learns,
         needs_text=needs_text,
         is_recommended=[name for name in RECOMMENDED if name not in is_fixed],
     )
 
 
-def open_session(model: str, cache: str = "dynamic", **options: Any) -> tuple[Session, ModelConfig, Calibration]:
-    """`prepare`, with the same options, then load the model and make its cache ready."""
-    setup = prepare(model, [cache], **options)
-    return setup.ready(setup.open(), setup.specs[0]), setup.config, setup.learning
-
-
-def with_codebook(
-    session: Session, spec: CacheSpec, learning: Calibration, codebook: str | None = None, revision: str | None = None
-) -> CacheSpec:
-    """`spec` with the codebook at `codebook`, or else with a calibrated one; anything but pq as it is."""
-    if spec.name != "pq":
-        return spec
-    if codebook is not None:
-        return fitted(session, spec, Codebook.from_pretrained(codebook, revision=revision))
-    with distributed.main_first():  # the others find what it has made
-        learning = learning if distributed.is_main() else replace(learning, force=False)
-        return fitted(session, spec, learning.codebook(session, spec.config))
-
-
 def fitted(session: Session, spec: CacheSpec, book: Codebook, is_recommended: Collection[str] = ()) -> CacheSpec:
-    """A pq `spec` with `book`, whose M and bits it takes, and those of its other settings that are named.
+    """A pq `spec` with `book`, whose codes it takes, and those of its other settings that are named.
 
     Says so if the codebook was learnt from other weights: it may serve a fine-tune, but never unsaid.
     """
@@ -312,7 +291,8 @@ def fitted(session: Session, spec: CacheSpec, book: Codebook, is_recommended: Co
             f"note: the codebook was learnt from other weights than those of {session.model_name} (from {made_for}, "
             f"{book.metadata['model_fingerprint']}), and its rows say so; calibrate one for this model, unless that is wanted"
         )
-    subspaces = book.num_subspaces if book.num_subspaces is not None else head_dim(session.model) // 2
-    settings = {**spec.settings, "num_subspaces": subspaces, "num_bits": book.num_bits}
-    settings |= {name: value for name, value in book.settings.items() if name in is_recommended}
+    settings = {**spec.settings, **{name: value for name, value in book.settings.items() if name in is_recommended}}
+    width = head_dim_of(session.model.config)
+    if width and codes_of(spec.config, width) != codes_of(book, width):
+        settings |= codes_of(book, width)
     return replace(spec, settings=settings, codebook=book)

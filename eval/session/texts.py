@@ -37,6 +37,17 @@ def is_data_set(source: str) -> bool:
     return not Path(source).is_file() and source not in (DEMO, NOISE)
 
 
+def held_out_text(source: str, data_dir: str | Path | None = None) -> tuple[str, str]:
+    """(text, what rows call it) that calibration on `source` does not see: its test split, of a file the embedded articles."""
+    name, _, split = source.partition("/")
+    if not Path(source).is_file() and split != "test":
+        try:
+            return text_of(name, data_dir)
+        except OSError:  # no network, or a folder that holds the other split alone
+            pass
+    return text_of(DEMO)
+
+
 def text_of(source: str, data_dir: str | Path | None = None, *, is_calibration: bool = False) -> tuple[str, str]:
     """(text, what rows call it) of a file (plain or .xz), "demo", "noise", "task/split" or a text task's name.
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_pqcache.cache.footprint import plan_memory
 from hf_pqcache.eval.measure.deployed import CHUNK, PREFILL, cache_perplexity
 from hf_pqcache.eval.measure.perplexity import perplexity
 from hf_pqcache.eval.session import hub_data
-from hf_pqcache.eval.session.bits import bits_per_value
 from hf_pqcache.eval.session.caches import CacheSpec, kv_numbers_per_token
 from hf_pqcache.eval.session.models import token_ids
 from hf_pqcache.eval.session.results import Row
@@ -88,11 +88,12 @@ class TextTask:
         return run_perplexity(session, self.name, self.version, self.text(split, data_dir), split=split, **options)
 
 
-def mode_of(spec: CacheSpec, is_simulated: bool, mode: str | None, chunk: int | None) -> str:
+def mode_of(spec: CacheSpec, mode: str | None, chunk: int | None) -> str:
     """How the perplexity of a cache is computed: `mode`, or the cache's own.
 
     Raises ValueError for a mode that the cache cannot serve, and for a `chunk` in one that has none.
     """
+    is_simulated = spec.name == "pq"
     mode = mode or ("stream" if is_simulated else "exact" if spec.name == "dynamic" else "cache")
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; use one of {MODES}")
@@ -120,7 +121,7 @@ def check_perplexity(
     Raises ValueError or FileNotFoundError for what would fail or mean nothing once the model is loaded.
     """
     spec = setup.specs[0]
-    mode_of(spec, spec.name == "pq", mode, chunk)
+    mode_of(spec, mode, chunk)
     available = token_ids(setup.tokenizer, task.text(split, data_dir)).numel()
     found = min(setup.window, available) if window is None else window
     check_positions(found, setup.limit, "a perplexity window", "--window")
@@ -160,17 +161,16 @@ def run_perplexity(
     """One row: the perplexity of `text` (or token ids, int64 (N)) under the session's cache.
 
     Args:
-        mode: exact (dynamic caches only), distort, stream (pq with a codebook only) or cache. None means exact for a
-            dynamic cache, stream for pq with a codebook, and cache for every other.
+        mode: exact (dynamic caches only), distort, stream (pq only) or cache. None means exact for a dynamic cache, stream
+            for pq, and cache for every other.
         chunk: tokens of a step in mode cache after the first, CHUNK if None; in the others it must be None.
         limit: windows to measure; None measures the whole text.
         settings: more of the row's settings.
 
     Raises ValueError for a mode that the cache cannot serve.
     """
-    spec, book = session.cache, session.cache.codebook
-    simulated = spec.name == "pq" and book is not None
-    mode = mode_of(spec, simulated, mode, chunk)
+    spec = session.cache
+    mode = mode_of(spec, mode, chunk)
     settings |= {"window": window, "stride": stride or window, "mode": mode, "limit": limit}
     settings |= {"chunk": chunk or CHUNK, "prefill": PREFILL} if mode == "cache" else {}
     data = text.numpy().tobytes() if isinstance(text, torch.Tensor) else text.encode()
@@ -185,11 +185,17 @@ def run_perplexity(
         if mode == "cache":
             steps: dict[str, Any] = {"chunk": chunk or CHUNK, "prefill": PREFILL, "batch": _windows_at_once(session, window)}
             return [cache_perplexity(model, ids, lambda n, rows: spec.make(model, n, rows), **steps, **common)]
-        config = spec.config if simulated else None
-        return [perplexity(model, None, ids, mode=mode, codebook=book, config=config, **common).value]  # type: ignore[arg-type]
+        config = spec.config if spec.name == "pq" else None
+        options: dict[str, Any] = {"mode": mode, "codebook": spec.codebook, "config": config}
+        return [perplexity(model, None, ids, **options, **common).value]
 
-    bits = None
-    if simulated and book is not None:
-        element_bits = torch.finfo(session.model.dtype).bits
-        bits = bits_per_value(spec.config.replace(num_bits=book.num_bits), book, window, element_bits)["total"]
-    return session.measure([row], run, true_bits=bits)[0]
+    return session.measure([row], run, true_bits=None if mode == "cache" else _bits(session, window))[0]
+
+
+def _bits(session: Session, window: int) -> float | None:
+    """Bits of each number of a cache that is simulated, everything counted, after `window` tokens; None where none is."""
+    spec, config = session.cache, session.model.config
+    if spec.name != "pq" or (spec.codebook is not None and not spec.codebook.is_normalised):
+        return None
+    planned = plan_memory(config, tokens=window, pq_config=spec.config, dtype_bytes=session.model.dtype.itemsize)
+    return planned.bits("pq") if planned.values else None

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from hf_pqcache.pages.slabs import Which
+from hf_pqcache.config import Side
 
-KEY: Which = "key"
-VALUE: Which = "value"
+KEY: Side = "key"
+VALUE: Side = "value"
 
 #: Why codes are decoded at every step for models that read them before, or without, transformers' attention interface.
 DECODED = "the model reads keys and values itself; they are decoded for it at every step"
@@ -30,9 +30,9 @@ class HandledLayer(Protocol):
 
     eager_facts: Any
 
-    def dense(self, which: Which, new: Tensor) -> Tensor: ...
+    def dense(self, which: Side, new: Tensor) -> Tensor: ...
 
-    def dense_traced(self, which: Which, new: Tensor) -> Tensor: ...
+    def dense_traced(self, which: Side, new: Tensor) -> Tensor: ...
 
     def attend(
         self, query: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float, value_dim: int
@@ -50,7 +50,7 @@ class HandledLayer(Protocol):
 class KVHandle:
     """Keys or values of a layer in compiled code; `fresh` are this step's own, (B, H, T, d)."""
 
-    def __init__(self, layer: HandledLayer, which: Which, new: Tensor) -> None:
+    def __init__(self, layer: HandledLayer, which: Side, new: Tensor) -> None:
         self.layer = layer
         self.which = which
         self.fresh = new
@@ -96,13 +96,13 @@ class LazyKV(Tensor):
     """
 
     layer: HandledLayer
-    which: Which
+    which: Side
     fresh: Tensor
     is_touched: bool
     _dense: Tensor | None
 
     @staticmethod
-    def __new__(cls, layer: HandledLayer, which: Which, new: Tensor, total: int) -> LazyKV:
+    def __new__(cls, layer: HandledLayer, which: Side, new: Tensor, total: int) -> LazyKV:
         shape = (*new.shape[:2], total, new.shape[3])
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
         self.layer, self.which, self.fresh, self._dense = layer, which, new, None

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_pqcache.backends import cuda_backend, dispatch, store, torch_backend
+from hf_pqcache.config import Side
 from hf_pqcache.pages.device_state import DeviceState, state_of
-from hf_pqcache.pages.slabs import Which
 
 
 def _of_layer(state: DeviceState, seq_lens: Tensor, layer: int) -> Tensor:
@@ -31,8 +31,7 @@ def append(keys: Tensor, values: Tensor, seq_lens: Tensor, layer_ptrs: Tensor, l
     if view.kernels is not None and keys.shape[2] == 1:
         if not (keys.is_cuda and torch.cuda.is_current_stream_capturing()):
             state.before_append(layer, None)
-        if view.pages is not None:
-            view.pages.prefetch()
+        view.store.prefetch()
         state.calls["append", "cuda"] += 1
         geometry = view.kernels.geometry
         cuda_backend.append(keys, values, layer_ptrs, layer, advanced, view.page_table, state.flags, geometry)
@@ -67,8 +66,7 @@ def attend(
     state.calls["attend", name] += 1
     if name == "torch":
         return torch_backend.attend(view, query, mask, sinks, scale, softcap, lengths[:, 0].tolist(), state.left_pad.tolist())
-    if view.pages is not None:
-        view.pages.prefetch()
+    view.store.prefetch()
     geometry = view.kernels.geometry
     return cuda_backend.attend(
         query,
@@ -83,11 +81,10 @@ def attend(
         scale,
         softcap,
         geometry.max_tokens,
-        name,
     )
 
 
-def dense(like: Tensor, seq_lens: Tensor, layer_ptrs: Tensor, layer: int, which: Which, total: int) -> Tensor:
+def dense(like: Tensor, seq_lens: Tensor, layer_ptrs: Tensor, layer: int, which: Side, total: int) -> Tensor:
     """Keys or values decoded: (B, H, total, d), zeros where there is no token."""
     state = state_of(layer_ptrs)
     state.calls["dense", "torch"] += 1

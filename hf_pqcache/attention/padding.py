@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def _seen(mask: Tensor, first: int, last: int) -> Tensor:
-    """Which of the columns first..last-1 some head and query attends to: bool (B or 1, last - first).
+    """Side of the columns first..last-1 some head and query attends to: bool (B or 1, last - first).
 
     mask: (B, n), ones where a token is, or (B or 1, heads or 1, T, n), bool or additive.
     """

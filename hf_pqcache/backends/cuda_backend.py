@@ -1,91 +1,48 @@
-"""The CUDA engine: prepares a layer's tables, checks what it is given and launches kernels; knows no transformers.
+"""The CUDA backend: checks what it is given and launches kernels; knows no transformers.
 
-Storage is addressed through the descriptor (state.py), so a launch's arguments do not change when another cache takes
-over the same state, and a captured CUDA graph serves both. Launches go to torch's current stream; nothing is read from
+Storage is addressed through `layer_ptrs` (pages/device_state.py), so a launch's arguments do not change when another cache
+takes over the same state, and a captured CUDA graph serves both. Launches go to torch's current stream; nothing is read from
 the device; scratch comes from torch's allocator.
 """
 
 from __future__ import annotations
 
 from struct import Struct
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_pqcache.backends import jit, launch
 from hf_pqcache.backends.launch import Geometry
+from hf_pqcache.config import Side
+from hf_pqcache.pages.codec import CodedPages
 from hf_pqcache.pages.layer_kv import LayerView
 
 # The structs of kernels/page.cuh, as a 64-bit compiler lays them out.
-_CACHE = "3Q6iI4x"
+_CACHE = "3Qq6i2I"
 ATTEND_ARGS = Struct(f"<{_CACHE}6Q2q3iI4f")
 APPEND_ARGS = Struct(f"<{_CACHE}3Q")
-ENCODE_ARGS = Struct("<5Q3q6i")
+ENCODE_ARGS = Struct("<6Q4q6if4x")
 
 _LOG2_E = 1.4426950408889634
 
 
-# -- preparing -------------------------------------------------------------------------------------------------------
-def _table(centroids: Tensor, units: int, width: int, bits: int) -> Tensor:
-    """centroids (H, M, C, d/M) -> (H, 2**bits, 128) float16, the rows of 256 bytes that tuned kernels look up."""
-    num_centroids = centroids.shape[2]
-    split = centroids.shape[1] // units  # codes of a unit: two codes of 4 bits make one byte, the first in the low half
-    index = torch.arange(1 << bits, device=centroids.device)
-    parts = [centroids[:, i::split, index // num_centroids**i % num_centroids] for i in range(split)]
-    rows = torch.cat(parts, dim=-1).transpose(1, 2)  # (H, 2**bits, units, numbers)
-    rows = torch.nn.functional.pad(rows, (0, width - rows.shape[-1])).flatten(2)
-    if rows.shape[-1] == 64:  # half a row: a second copy, 16 banks away from the first
-        rows = torch.cat([rows, rows.roll(32, dims=-1)], dim=-1)
-    return rows.half().contiguous()
-
-
-def make_book(centroids: Tensor) -> Tensor:
-    """centroids (H, M, C, d/M) -> uint8 book of the kernels: the tables of all heads, then the centroids as float16."""
-    _, subspaces, num_centroids, width = centroids.shape
-    plain = centroids.half().contiguous().view(torch.uint8).flatten()
-    source = jit.tuned_shapes().get((subspaces * width, subspaces, num_centroids.bit_length() - 1))
-    if source is None:
-        return plain
-    return torch.cat([_table(centroids, *jit.table_shape(source)).view(torch.uint8).flatten(), plain])
-
-
 class Prepared(NamedTuple):
-    """What kernels need of one layer beside its storage; to be kept alive while the descriptor has its addresses.
+    """What kernels need of one layer beside its storage; to be kept alive while `layer_ptrs` has its address.
 
-    tensors: key book, value book (uint8; empty for exact pages, zeros before a layer has centroids) and tickets (int32,
-    zero): with them the blocks of a launch find out which of them is last; they are zero again after it. Columns 2, 3 and
-    6 of desc.
+    tickets: int32, zero: with them the blocks of a launch find out which of them is last; zero again after it.
     """
 
     geometry: Geometry
-    tensors: tuple[Tensor, Tensor, Tensor]
+    tickets: Tensor
 
 
-def centroids_of(book: Tensor, shape: torch.Size) -> Tensor:
-    """The centroids at the end of a book as float16 of `shape` (H, M, C, d/M); no copy."""
-    return book[book.numel() - 2 * shape.numel() :].view(torch.float16).view(shape)
-
-
-def prepare_layer(view: LayerView, books: tuple[Tensor, Tensor] | None = None) -> Prepared:
-    """Prepare a layer for the kernels; again when its tensors are replaced or its centroids change.
-
-    books: what `make_book` made of its key and its value centroids; made here if absent, of zeros before there are any.
-    """
-    window = view.window_keys
-    batch, kv_heads = window.shape[:2]
-    tickets = torch.zeros(batch + 2 * batch * kv_heads, dtype=torch.int32, device=window.device)
-    geometry = Geometry.of(view)
-    if geometry.is_exact:
-        none = torch.empty(0, dtype=torch.uint8, device=window.device)
-        return Prepared(geometry, (none, none, tickets))
-    if books is None:
-        sides = [view.key_centroids, view.value_centroids]
-        if not view.is_coded:  # kernels copy their tables before they know that no token is coded
-            shape = (kv_heads, view.num_subspaces, 1 << geometry.num_bits, geometry.head_dim // view.num_subspaces)
-            sides = [torch.zeros(shape, dtype=torch.float16, device=window.device) for _ in sides]
-        books = make_book(sides[0]), make_book(sides[1])
-    return Prepared(geometry, (*books, tickets))
+def prepare_layer(view: LayerView) -> Prepared:
+    """Prepare a layer for the kernels; again when its tensors are replaced."""
+    batch, kv_heads = view.window_keys.shape[:2]
+    tickets = torch.zeros(batch + 2 * batch * kv_heads, dtype=torch.int32, device=view.device)
+    return Prepared(Geometry.of(view), tickets)
 
 
 # -- launching -------------------------------------------------------------------------------------------------------
@@ -93,15 +50,16 @@ def attend_values(
     q: Tensor,
     out: Tensor,
     partial: Tensor | None,
-    desc: Tensor,
+    layer_ptrs: Tensor,
     layer: int,
-    counts: Tensor,
-    starts: Tensor,
+    seq_lens: Tensor,
+    left_pad: Tensor,
     page_table: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
     geometry: Geometry,
     splits: int,
+    piece_tiles: int,
     scale: float,
     softcap: float,
 ) -> tuple[Any, ...]:
@@ -114,11 +72,11 @@ def attend_values(
         mask_values = (mask.data_ptr(), row_stride, mask.stride(3), mask.shape[3])
     scale_log2 = scale * _LOG2_E
     return (
-        desc.data_ptr() + layer * desc.stride(0) * 8,
-        counts.data_ptr(),
+        layer_ptrs.data_ptr() + layer * layer_ptrs.stride(0) * 8,
+        seq_lens.data_ptr(),
         page_table.data_ptr(),
-        *geometry.tail,
-        starts.data_ptr(),
+        *geometry.tail(piece_tiles),
+        left_pad.data_ptr(),
         q.data_ptr(),
         out.data_ptr(),
         0 if partial is None else partial.data_ptr(),
@@ -149,10 +107,10 @@ def _check_mask(mask: Tensor, q: Tensor) -> int:
 
 def attend(
     q: Tensor,
-    desc: Tensor,
+    layer_ptrs: Tensor,
     layer: int,
-    counts: Tensor,
-    starts: Tensor,
+    seq_lens: Tensor,
+    left_pad: Tensor,
     page_table: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
@@ -160,20 +118,18 @@ def attend(
     scale: float,
     softcap: float,
     max_tokens: int,
-    name: str = "tuned",
 ) -> Tensor:
     """Attention of one query token per row over everything a layer holds: one launch.
 
     Args:
         q: (B, Hq, 1, d) float16 or bfloat16.
-        desc: int64 (num_layers, 8), addresses; column 6 is the layer's tickets.
-        counts: int32 (B, 2) of the layer, read on the device. starts: int32 (B). page_table: int32 (B, width).
+        layer_ptrs: int64 (num_layers, columns), addresses, see pages/device_state.py.
+        seq_lens: int32 (B, 2) of the layer, read on the device. left_pad: int32 (B). page_table: int32 (B, width).
         mask: None or (B or 1, 1, 1, n) of any strides, bool (True attends) or additive in q's dtype; column
-            starts[r] + t is token t of row r, columns beyond n attend.
+            left_pad[r] + t is token t of row r, columns beyond n attend.
         sinks: None or (Hq) in q's dtype, logits that join the softmax and attend to nothing.
         scale: positive factor of the scores. softcap: 0, or the cap c of c * tanh(score / c).
         max_tokens: upper bound of row lengths that the host knows; fixes the launch, longer rows stay correct.
-        name: "tuned" or "generic", as `select` says, or "paged" for exact pages.
 
     Returns:
         (B, 1, Hq, d) in q's dtype; zeros for a row that attends to nothing.
@@ -191,7 +147,6 @@ def attend(
     plan = launch.attend_plan(
         geometry,
         heads // geometry.kv_heads,
-        name,
         q.dtype == torch.bfloat16,
         mask_kind,
         softcap != 0.0,
@@ -207,15 +162,16 @@ def attend(
             q,
             out,
             partial,
-            desc,
+            layer_ptrs,
             layer,
-            counts,
-            starts,
+            seq_lens,
+            left_pad,
             page_table,
             mask,
             sinks,
             geometry,
             plan.splits,
+            plan.piece_tiles,
             scale,
             softcap,
         ),
@@ -226,19 +182,19 @@ def attend(
 def append_values(
     k: Tensor,
     v: Tensor,
-    desc: Tensor,
+    layer_ptrs: Tensor,
     layer: int,
-    counts: Tensor,
+    seq_lens: Tensor,
     page_table: Tensor,
     flags: Tensor,
     geometry: Geometry,
 ) -> tuple[Any, ...]:
     """The values of APPEND_ARGS."""
     return (
-        desc.data_ptr() + layer * desc.stride(0) * 8,
-        counts.data_ptr(),
+        layer_ptrs.data_ptr() + layer * layer_ptrs.stride(0) * 8,
+        seq_lens.data_ptr(),
         page_table.data_ptr(),
-        *geometry.tail,
+        *geometry.tail(),
         k.data_ptr(),
         v.data_ptr(),
         flags.data_ptr(),
@@ -248,75 +204,66 @@ def append_values(
 def append(
     k: Tensor,
     v: Tensor,
-    desc: Tensor,
+    layer_ptrs: Tensor,
     layer: int,
-    counts: Tensor,
+    seq_lens: Tensor,
     page_table: Tensor,
     flags: Tensor,
     geometry: Geometry,
 ) -> None:
-    """Store one token's k and v (B, H, 1, d) of every row and advance counts (B, 2): one launch.
+    """Store one token's k and v (B, H, 1, d) of every row and advance seq_lens (B, 2): one launch.
 
     When the window has become a page too long, that page is encoded into page_table[row, coded / page_size], or copied
     there if the geometry says exact pages. If there is no such page (-1, or the table is too narrow) the row stays as it
-    was, counts included, and flags[0] |= 1.
+    was, seq_lens included, and flags[0] |= 1.
     """
     expected = (geometry.batch, geometry.kv_heads, 1, geometry.head_dim)
     if tuple(k.shape) != expected or tuple(v.shape) != expected:
         raise ValueError(f"k, v: expected {expected}, got {tuple(k.shape)} and {tuple(v.shape)}")
     k, v = k.contiguous(), v.contiguous()
     index = k.device.index
-    jit.load(launch.append_spec(geometry.shape, k.dtype == torch.bfloat16), index, APPEND_ARGS).launch(
+    spec = launch.append_spec(geometry.head_dim, geometry.keys, geometry.values, k.dtype == torch.bfloat16)
+    jit.load(spec, index, APPEND_ARGS).launch(
         launch.append_grid(geometry),
         torch._C._cuda_getCurrentRawStream(index),
-        *append_values(k, v, desc, layer, counts, page_table, flags, geometry),
+        *append_values(k, v, layer_ptrs, layer, seq_lens, page_table, flags, geometry),
     )
 
 
 def encode_values(
-    x: Tensor, pages: int, book: Tensor, page_ids: Tensor, first_token: Tensor, kind: str, geometry: Geometry
+    x: Tensor, pages: int, codec: CodedPages, page_ids: Tensor, first_token: Tensor, geometry: Geometry
 ) -> tuple[Any, ...]:
     """The values of ENCODE_ARGS."""
     return (
         x.data_ptr(),
         pages,
-        book.data_ptr() + geometry.kv_heads * launch.table_bytes(geometry.shape),
+        codec.centroids.data_ptr(),
+        codec.equaliser.data_ptr(),
         page_ids.data_ptr(),
         first_token.data_ptr(),
         x.stride(0),
         x.stride(1),
         x.stride(2),
+        geometry.page_stride,
         x.shape[0],
         x.shape[1],
         x.shape[2],
         page_ids.shape[1],
         geometry.page_size,
-        int(kind == "value"),
+        0,
+        codec.gain,
     )
 
 
-def is_aligned(x: Tensor) -> bool:
-    """Whether every vector of x (R, H, T, d) can be read 8 bytes at a time."""
-    return x.data_ptr() % 8 == 0 and all(stride % 4 == 0 for stride in x.stride()[:3]) and x.shape[3] % 4 == 0
-
-
-def encode(
-    x: Tensor,
-    pages: int,
-    book: Tensor,
-    page_ids: Tensor,
-    first_token: Tensor,
-    order_kind: Literal["key", "value"],
-    geometry: Geometry,
-) -> None:
+def encode(x: Tensor, pages: int, codec: CodedPages, page_ids: Tensor, first_token: Tensor, geometry: Geometry) -> None:
     """Encode whole pages of x: tokens first_token[r] + j * page_size .. of row r become page page_ids[r, j].
 
     No temporary memory. One launch.
 
     Args:
         x: (R, H, T, d) float16 or bfloat16 with a dense last dimension; R need not be the cache's batch.
-        pages: address of the page of id 0 of that side, uint8 (H, bytes), written in page layout.
-        book: what `prepare_layer` made of the centroids.
+        pages: address of the page of id 0 of that side; pages are written as `layout` says.
+        codec: the side, its centroids float16 (1, C, d/M) contiguous.
         page_ids: int32 (R, n) on x's device; -1 skips a page. All its tokens must lie in x.
         first_token: int32 (R) on x's device, indices into T.
     """
@@ -334,17 +281,17 @@ def encode(
     if page_ids.numel() == 0:
         return
     index = x.device.index
-    plan = launch.encode_plan(geometry.shape, x.dtype == torch.bfloat16, "encode.cu", is_aligned(x))
-    jit.load(plan.spec, index, ENCODE_ARGS).launch(
-        launch.encode_grid(geometry, x.shape[0], page_ids.shape[1], plan),
+    spec = launch.encode_spec(geometry.head_dim, codec.codes, codec.layout.which == "value", x.dtype == torch.bfloat16)
+    jit.load(spec, index, ENCODE_ARGS).launch(
+        launch.encode_grid(geometry, x.shape[0], page_ids.shape[1]),
         torch._C._cuda_getCurrentRawStream(index),
-        *encode_values(x, pages, book, page_ids, first_token, order_kind, geometry),
+        *encode_values(x, pages, codec, page_ids, first_token, geometry),
     )
 
 
-def encode_pages(view: LayerView, which: Literal["key", "value"], x: Tensor, pages: Tensor) -> None:
+def encode_pages(view: LayerView, which: Side, x: Tensor, pages: Tensor) -> None:
     """Write x (H, n * page_size, d) as codes into the n pages of a prepared layer whose ids are in `pages` (n) int32."""
-    prepared: Prepared = view.kernels
-    side = 0 if which == "key" else 1
+    codec, prepared = view.codec(which), view.kernels
+    assert isinstance(codec, CodedPages)
     first = torch.zeros(1, dtype=torch.int32, device=x.device)
-    encode(x[None], view.bases[side], prepared.tensors[side], pages[None], first, which, prepared.geometry)
+    encode(x[None], view.bases[which == "value"], codec, pages[None], first, prepared.geometry)

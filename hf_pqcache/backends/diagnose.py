@@ -16,16 +16,12 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from hf_pqcache.backends import jit, nvrtc, selection
+from hf_pqcache.backends import dispatch, nvrtc
 from hf_pqcache.models import tested
 
 Status = Literal["ok", "note", "fail"]
 #: Where no GPU is: architectures to compile for, with the shared memory that a block may have (A100, H100).
 ARCHITECTURES = {(8, 0): 166_912, (9, 0): 232_448}
-#: A shape without a tuned kernel, so that the generic one is compiled as well.
-GENERIC_SHAPE = (80, 40, 5)
-#: head_dim of exact pages, and no codes.
-PAGED_SHAPE = (128, 0, 0)
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "huggingface_hub", "datasets")
 _CUPY = {"cupy-cuda12x": 12, "cupy-cuda13x": 13, "cupy": 0}
 
@@ -125,7 +121,7 @@ def _gpu() -> Iterator[Finding]:
     for i in range(torch.cuda.device_count()):
         p: Any = torch.cuda.get_device_properties(i)
         detail = f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
-        if (p.major, p.minor) < selection.MIN_CAPABILITY:
+        if (p.major, p.minor) < dispatch.MIN_CAPABILITY:
             yield Finding(f"GPU {i}", "note", f"{detail}: too old for the kernels, plain torch serves")
         else:
             yield Finding(f"GPU {i}", "ok", detail)
@@ -178,10 +174,10 @@ def _kernels() -> Iterator[Finding]:
         targets = {(p.major, p.minor): p.shared_memory_per_block_optin}
     else:
         targets = ARCHITECTURES
-    for shape in [*sorted(jit.tuned_shapes()), GENERIC_SHAPE, PAGED_SHAPE]:
-        errors = kernel_errors(shape, targets)
-        kind = "exact pages" if shape == PAGED_SHAPE else "tuned" if shape in jit.tuned_shapes() else "generic"
-        name = f"kernels d={shape[0]}" + ("" if shape == PAGED_SHAPE else " M={} n={}".format(*shape[1:]))
+    for head_dim, codes in dispatch.SHAPES:
+        errors = kernel_errors(head_dim, codes, targets)
+        kind = dispatch.kind_of(codes)
+        name = f"kernels d={head_dim}" + ("" if codes[0] is None else f" {dispatch.codes_text(codes)}")
         where = ", ".join(f"sm_{major}{minor}" for major, minor in targets)
         if errors:
             yield Finding(name, "fail", errors[0], "pip install --upgrade --force-reinstall hf-pqcache nvidia-cuda-nvrtc-cu12")
@@ -189,23 +185,22 @@ def _kernels() -> Iterator[Finding]:
             yield Finding(name, "ok", f"{kind}, compile for {where}")
 
 
-def kernel_errors(shape: tuple[int, int, int], targets: Mapping[tuple[int, int], int]) -> list[str]:
-    """Compile what a layer of (head_dim, M, num_bits) uses, with NVRTC -> what failed, and the compiler's first words.
+def kernel_errors(head_dim: int, codes: dispatch.Codes, targets: Mapping[tuple[int, int], int]) -> list[str]:
+    """Compile what a layer uses, with NVRTC -> what failed, and the compiler's first words.
 
-    shape: M = num_bits = 0 for exact pages.
     targets: compute capability -> bytes of shared memory that a block may have.
     """
     return [
         f"{spec.source} for sm_{capability[0]}{capability[1]}: {error.strip().splitlines()[0]}"
         for capability, shared_bytes in targets.items()
-        for spec in selection.specs(shape, capability, shared_bytes)
+        for spec in dispatch.specs(head_dim, codes, capability, shared_bytes)
         if (error := nvrtc.compile_error(spec, capability))
     ]
 
 
 def _engine() -> Iterator[Finding]:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    choice = selection.select(128, 128, 64, 8, 4, torch.float16, device)
+    choice = dispatch.select((128, 128), dispatch.point(4, 128), 4, torch.float16, device)
     yield Finding("engine", "ok", f"{choice.name} (head_dim 128, 4 bits): {choice.reason}")
 
 

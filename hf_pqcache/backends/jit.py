@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 import importlib.util
 import logging
-import re
 import threading
 import time
 from dataclasses import dataclass
@@ -40,25 +39,6 @@ class KernelSpec:
     def options(self) -> list[str]:
         defines = [*self.defines, ("PQ_SHARED_BYTES", self.shared_bytes)]
         return [f"-D{name}={value}" for name, value in defines]
-
-
-@cache
-def tuned_shapes() -> dict[tuple[int, int, int], str]:
-    """(head_dim, M, num_bits) -> file name, of the shapes that have a tuned kernel. The folder is the registry."""
-    found = {}
-    for path in sorted(SOURCES.glob("attend_d*_m*_b*.cu")):
-        if match := re.fullmatch(r"attend_d(\d+)_m(\d+)_b(\d+)", path.stem):
-            found[int(match[1]), int(match[2]), int(match[3])] = path.name
-    return found
-
-
-@cache
-def table_shape(source: str) -> tuple[int, int, int]:
-    """(units, numbers of a unit, bits of a unit): what a tuned source says in its PQ_ATTEND line."""
-    match = re.search(r"PQ_ATTEND\((\d+), (\d+), (\d+), (\d+)\)", (SOURCES / source).read_text())
-    if match is None:
-        raise ValueError(f"kernels/{source} has no PQ_ATTEND(head_dim, units, width, bits) line; see kernels/README.md")
-    return int(match[2]), int(match[3]), int(match[4])
 
 
 @cache

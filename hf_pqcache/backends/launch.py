@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, lru_cache
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
 
 from hf_pqcache.backends import jit
+from hf_pqcache.config import CodeShape
 from hf_pqcache.pages import layout
 from hf_pqcache.pages.layer_kv import LayerView
 
@@ -22,16 +24,17 @@ def inverse(divisor: int) -> int:
 class Geometry:
     """The sizes of one layer's storage that a launch needs; equal for all layers of most caches.
 
-    window_slots counts the ring only, without sinks. num_subspaces and num_bits are 0 where pages hold the model's own
-    numbers, (max_pages, kv_heads, page_size, head_dim).
+    window_slots counts the ring only, without sinks. keys and values are None where pages hold the model's own numbers,
+    (kv_heads, page_size, head_dim) a side. page_stride: bytes from the page of one id to that of the next.
     """
 
     head_dim: int
-    num_subspaces: int
-    num_bits: int
+    keys: CodeShape | None
+    values: CodeShape | None
     kv_heads: int
     batch: int
     page_size: int
+    page_stride: int
     sink_tokens: int
     window_slots: int
     table_width: int
@@ -39,22 +42,19 @@ class Geometry:
     @classmethod
     def of(cls, view: LayerView) -> Geometry:
         batch, kv_heads, slots, head_dim = view.window_keys.shape
-        config, has_codes = view.config, view.codec.needs_centroids
+        config = view.config
         return cls(
             head_dim=head_dim,
-            num_subspaces=view.num_subspaces if has_codes else 0,
-            num_bits=config.num_bits if has_codes else 0,
+            keys=view.key_codec.codes,
+            values=view.value_codec.codes,
             kv_heads=kv_heads,
             batch=batch,
             page_size=config.page_size,
+            page_stride=view.store.page_bytes,
             sink_tokens=config.sink_tokens,
             window_slots=slots - config.sink_tokens,
             table_width=view.page_table.shape[1],
         )
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.head_dim, self.num_subspaces, self.num_bits
 
     @property
     def max_tokens(self) -> int:
@@ -63,19 +63,25 @@ class Geometry:
 
     @property
     def is_exact(self) -> bool:
-        return self.num_subspaces == 0
+        return self.keys is None
 
-    @cached_property
-    def tail(self) -> tuple[int, ...]:
-        """The integers at the end of CacheArgs."""
+    @property
+    def tiles_per_page(self) -> int:
+        return self.page_size // layout.TILE_TOKENS
+
+    @lru_cache(maxsize=64)  # noqa: B019 - few geometries, which are hashed anyway
+    def tail(self, piece_tiles: int = 1) -> tuple[int, ...]:
+        """The numbers of CacheArgs after its pointers."""
         return (
+            self.page_stride,
             self.batch,
             self.kv_heads,
             self.table_width,
             self.page_size,
             self.sink_tokens,
             self.window_slots,
-            inverse(self.page_size // layout.TILE_TOKENS),
+            inverse(self.tiles_per_page),
+            inverse(self.tiles_per_page // piece_tiles),
         )
 
 
@@ -92,46 +98,74 @@ def device_of(index: int) -> Device:
     return Device((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)
 
 
-def tuned_shared_bytes(units: int, width: int, bits: int, key_copies: int, staging_warps: int = 0) -> int:
-    """Shared memory of a tuned kernel; kernels/attend_tuned.cuh checks when compiled that it is enough."""
-    table = (1 << bits) * 256
-    keys = 2 * table + 128 if units == 64 and key_copies == 2 else table
-    stages = staging_warps * 2 * layout.TILE_TOKENS * units * bits // 8
-    return 1024 + max(keys + table + 128, _join_bytes(16, units * width)) + stages
+class TableShape(NamedTuple):
+    """How a side's codes are looked up, as `Table` of kernels/attend_warp.cuh: units of so many numbers, padded, and bits."""
+
+    units: int
+    width: int
+    bits: int
+
+    @classmethod
+    def of(cls, head_dim: int, codes: CodeShape) -> TableShape:
+        units, bits = layout.units_of(*codes)
+        return cls(units, max(2, 1 << (head_dim // units - 1).bit_length()), bits)
+
+    @property
+    def steps(self) -> int:
+        """Products of 16 numbers that a token takes."""
+        return -(-self.units * self.width // 16)
 
 
-class TunedBlock(NamedTuple):
-    """What a tuned kernel is compiled for: warps of a block, copies of the key table, codes by way of shared memory or not."""
+_MAX_PIECE = 4
+
+
+def coded_shared_bytes(geometry: Geometry, warps: int, piece: int) -> int:
+    """Shared memory of attend_codes.cu, which checks when compiled that it is enough."""
+    keys, values = (TableShape.of(geometry.head_dim, codes) for codes in _sides(geometry))
+    centroids = sum(2 * geometry.head_dim // codes.num_subspaces << codes.num_bits for codes in _sides(geometry))
+    warp = keys.steps * 64 + piece * 32 + 4 * geometry.head_dim
+    used = (1 << max(keys.bits, values.bits)) * 256 + -(-keys.steps // 2) * 512 + 64 + centroids + warps * warp
+    return 1024 + max(used, _join_bytes(warps, geometry.head_dim))
+
+
+def _sides(geometry: Geometry) -> tuple[CodeShape, CodeShape]:
+    if geometry.keys is None or geometry.values is None:
+        raise ValueError("pages of exact tokens have no codes")
+    return geometry.keys, geometry.values
+
+
+class CodedBlock(NamedTuple):
+    """What attend_codes.cu is compiled for: warps of a block, tiles of a page that a warp takes at a time, tiles of codes that
+    it holds in registers."""
 
     warps: int
-    key_copies: int
-    is_staged: bool
-    shared_bytes: int
+    piece: int
+    held: int
 
 
-def _tuned_block(table_shape: tuple[int, int, int], rows: int, tokens: int, mask: int, device: Device) -> TunedBlock:
-    """The block that has rows for so many heads and gets so many tokens; kernels/NOTES.md has the measurements.
+def _coded_block(geometry: Geometry, tokens: int) -> CodedBlock:
+    """The block that gets so many tokens; kernels/NOTES.md has the measurements.
 
-    Sixteen warps hide more of the way to memory, which pays for four heads and fewer and long sequences; twelve have more
-    registers each, are joined faster, and do as well elsewhere. Two heads need those registers, unless the codes are staged and
-    leave theirs free and no mask has to be added.
+    Twelve warps leave registers for two tiles of codes on their way. Eight, with a whole piece on its way, do as well for long
+    codes in long sequences; long vectors take these registers for their sums.
     """
-    units, width, bits = table_shape
-
-    def shared_bytes(key_copies: int, staging_warps: int = 0) -> int:
-        return tuned_shared_bytes(units, width, bits, key_copies, staging_warps)
-
-    # The second copy of the key table costs 1 us to load and pays where a block has many tiles.
-    key_copies = 2 if tokens > 1024 and shared_bytes(2) <= device.shared_bytes else 1
-    is_long = tokens > 4096 and rows <= 4 and device.capability >= (9, 0)
-    is_staged = is_long and units == 64 and bits == 8 and shared_bytes(key_copies, 16) <= device.shared_bytes
-    has_registers = rows == 4 or (is_staged and mask != 2)
-    warps = 16 if is_long and has_registers else 12
-    return TunedBlock(warps, key_copies, is_staged, shared_bytes(key_copies, warps if is_staged else 0))
+    sides = [TableShape.of(geometry.head_dim, codes) for codes in _sides(geometry)]
+    words = sum(side.units * side.bits // 64 for side in sides)  # of a tile's codes in a lane
+    has_long_vectors = max(side.steps for side in sides) > 8
+    warps = 8 if has_long_vectors or (words > 12 and tokens > 1024) else 12
+    piece = _piece_tiles(geometry, tokens, warps)
+    held = 1 if has_long_vectors else piece if warps == 8 else 2 - piece % 2
+    return CodedBlock(warps, piece, held)
 
 
-def _generic_shared_bytes(head_dim: int) -> int:
-    return 256 * 24 + 4 * (16 * head_dim + 32 * (head_dim + 1) + 16 * 32 + 3 * 16) + 64
+def _piece_tiles(geometry: Geometry, tokens: int, warps: int) -> int:
+    """Tiles of a page that a warp takes at a time, of a block with so many tokens: the fewest rounds of all its warps.
+
+    A piece costs what one and a half tiles do before its first tile.
+    """
+    tiles = max(1, tokens // layout.TILE_TOKENS)
+    choices = [n for n in range(1, _MAX_PIECE + 1) if geometry.tiles_per_page % n == 0]
+    return min(choices, key=lambda n: (ceil(ceil(tiles / n) / warps) * (n + 1.5), n))
 
 
 def _paged_warps(head_dim: int) -> int:
@@ -139,23 +173,19 @@ def _paged_warps(head_dim: int) -> int:
     return 16 if head_dim <= 64 else 12 if head_dim <= 128 else 8
 
 
-def _join_bytes(warps: int, wide: int) -> int:
-    """join_bytes of kernels/softmax.cuh."""
-    return warps * 8 * (wide + 2) * 4 + 256 + warps * 32 * 24
+def _join_bytes(warps: int, head_dim: int) -> int:
+    """Join::BYTES of kernels/softmax.cuh."""
+    wide = -(-head_dim // 32) * 32
+    return warps * 8 * (wide + 18) * 4 + 64 + max(warps * 32 * 24, 8 * wide * 4)
 
 
 # -- launches --------------------------------------------------------------------------------------------------------
-def table_bytes(shape: tuple[int, int, int]) -> int:
-    """Bytes of one head's table in a book; 0 for shapes without a tuned kernel."""
-    source = jit.tuned_shapes().get(shape)
-    return 0 if source is None else (1 << jit.table_shape(source)[2]) * 256
-
-
 class AttendPlan(NamedTuple):
     """A kernel and its launch: what depends on shapes only."""
 
     spec: jit.KernelSpec
     splits: int
+    piece_tiles: int
     grid: tuple[int, int, int]
     partial_floats: int
 
@@ -177,85 +207,65 @@ def num_splits(blocks: int, tokens: int, slots: int, fixed_tokens: int = 1500) -
 
 @lru_cache(maxsize=4096)
 def attend_plan(
-    geometry: Geometry, group: int, name: str, bf16: bool, mask: int, softcap: bool, max_tokens: int, device: Device
+    geometry: Geometry, group: int, bf16: bool, mask: int, softcap: bool, max_tokens: int, device: Device
 ) -> AttendPlan:
     """The launch for sequences of at most max_tokens. mask: 0 none, 1 bool, 2 additive."""
-    defines = {"PQ_BF16": int(bf16), "PQ_MASK": mask, "PQ_SOFTCAP": int(softcap)}
-    blocks = geometry.batch * geometry.kv_heads
-    if name == "tuned":
-        source = jit.tuned_shapes()[geometry.shape]
-        table_shape = jit.table_shape(source)
-        blocks *= -(-group // 8)
-        splits = num_splits(blocks, max_tokens, device.num_sms)
-        heads = min(-(-group // -(-group // 8)), 8)  # of one block
-        rows = 2 if heads <= 2 else 4 if heads <= 4 else 8
-        block = _tuned_block(table_shape, rows, max_tokens // splits, mask, device)
-        defines |= {"PQ_HEADS": rows, "PQ_KEY_COPIES": block.key_copies, "PQ_WARPS": block.warps}
-        defines["PQ_STAGED"] = int(block.is_staged)
-        threads = block.warps * 32
-        spec = jit.KernelSpec(source, "attend", threads, block.shared_bytes, tuple(defines.items()), overlaps=True)
-        row = table_shape[0] * table_shape[1] + 2
-    elif name == "paged":
-        head_dim, warps, wide = geometry.head_dim, _paged_warps(geometry.head_dim), -(-geometry.head_dim // 64) * 64
-        defines |= {"PQ_DIM": head_dim, "PQ_WARPS": warps}
-        spec = jit.KernelSpec(
-            "attend_paged.cu", "attend", warps * 32, _join_bytes(warps, wide), tuple(defines.items()), overlaps=True
-        )
-        blocks *= -(-group // 8)
-        splits = num_splits(blocks, max_tokens, device.num_sms, fixed_tokens=40000 // head_dim)
-        row = wide + 2
+    head_dim, wide = geometry.head_dim, -(-geometry.head_dim // 32) * 32
+    defines = {"PQ_BF16": int(bf16), "PQ_MASK": mask, "PQ_SOFTCAP": int(softcap), "PQ_DIM": head_dim}
+    blocks = geometry.batch * geometry.kv_heads * -(-group // 8)
+    if geometry.is_exact:
+        warps, wide = _paged_warps(head_dim), -(-head_dim // 64) * 64
+        source, shared = "attend_paged.cu", _join_bytes(warps, wide)
+        splits, piece = num_splits(blocks, max_tokens, device.num_sms, fixed_tokens=40000 // head_dim), 1
     else:
-        head_dim, num_subspaces, num_bits = geometry.shape
-        defines |= {"PQ_DIM": head_dim, "PQ_SUBSPACES": num_subspaces, "PQ_BITS": num_bits}
-        defines["PQ_TABLE_BYTES"] = table_bytes(geometry.shape)
-        shared = _generic_shared_bytes(head_dim)
-        spec = jit.KernelSpec("attend_generic.cu", "attend", 256, shared, tuple(defines.items()))
-        splits = num_splits(blocks, max_tokens, 4 * device.num_sms)
-        row = head_dim + 2
-    partial = geometry.batch * geometry.kv_heads * splits * group * row if splits > 1 else 0
-    grid = (splits, blocks // geometry.kv_heads, geometry.kv_heads)
-    return AttendPlan(spec, splits, grid, partial)
+        keys, values = _sides(geometry)
+        source = "attend_codes.cu"
+        defines |= {"PQ_KEY_M": keys.num_subspaces, "PQ_KEY_BITS": keys.num_bits}
+        defines |= {"PQ_VALUE_M": values.num_subspaces, "PQ_VALUE_BITS": values.num_bits}
+        splits = num_splits(blocks, max_tokens, device.num_sms)
+        block = _coded_block(geometry, max_tokens // splits)
+        warps, piece, shared = block.warps, block.piece, coded_shared_bytes(geometry, block.warps, block.piece)
+        defines |= {"PQ_PIECE": piece, "PQ_HELD": block.held}
+    defines["PQ_WARPS"] = warps
+    spec = jit.KernelSpec(source, "attend", warps * 32, shared, tuple(defines.items()), overlaps=True)
+    partial = geometry.batch * geometry.kv_heads * splits * group * (wide + 2) if splits > 1 else 0
+    return AttendPlan(spec, splits, piece, (splits, blocks // geometry.kv_heads, geometry.kv_heads), partial)
 
 
-class EncodePlan(NamedTuple):
-    """An encoding kernel and the tokens that one of its blocks takes."""
+ENCODE_WARPS = 8
 
-    spec: jit.KernelSpec
-    tokens: int
+
+def encode_shared_bytes(head_dim: int, *sides: CodeShape) -> int:
+    """Shared memory of encode.cu and append.cu, which check when compiled that it is enough."""
+    wide = -(-head_dim // 32) * 32
+    widths = [(1 << codes.num_bits, head_dim // codes.num_subspaces) for codes in sides]
+    tables = max(number * (width + 1) * 4 + number * width * 2 for number, width in widths)
+    tokens = 64 * (head_dim + 1) * 4 + 64 * max(codes.num_subspaces for codes in sides) + 32
+    return tables + tokens + (3 * ENCODE_WARPS * wide + 2 * wide + ENCODE_WARPS) * 4
 
 
 @cache
-def encode_plan(shape: tuple[int, int, int], bf16: bool, source: str, is_aligned: bool = False) -> EncodePlan:
-    """Plan of encode.cu or append.cu: as many warps as their centroid tables leave room for, eight at most."""
-    head_dim, num_subspaces, num_bits = shape
-    width = head_dim // num_subspaces
-    table = (1 << num_bits) * (width + 1) * 4
-    a_lane = 1 if source == "append.cu" else 8 if width <= 4 else 4 if width <= 8 else 2 if width <= 16 else 1
-    tokens = 32 * a_lane
-    warps = next(w for w in (8, 4, 2) if w * table + tokens * num_subspaces <= 96 * 1024 or w == 2)
-    defines = {"PQ_BF16": int(bf16), "PQ_DIM": head_dim, "PQ_SUBSPACES": num_subspaces, "PQ_BITS": num_bits}
-    defines |= {"PQ_TABLE_BYTES": table_bytes(shape), "PQ_WARPS": warps, "PQ_VECTOR": int(is_aligned)}
-    shared = warps * table + tokens * num_subspaces
-    entry = source.removesuffix(".cu")
-    spec = jit.KernelSpec(source, entry, warps * 32, shared, tuple(defines.items()), overlaps=source == "append.cu")
-    return EncodePlan(spec, tokens)
+def encode_spec(head_dim: int, codes: CodeShape, is_value: bool, bf16: bool) -> jit.KernelSpec:
+    """encode.cu for one side of a prompt."""
+    defines = {"PQ_BF16": int(bf16), "PQ_DIM": head_dim, "PQ_M": codes.num_subspaces, "PQ_BITS": codes.num_bits}
+    shared = encode_shared_bytes(head_dim, codes)
+    return jit.KernelSpec("encode.cu", "encode", ENCODE_WARPS * 32, shared, (*defines.items(), ("PQ_VALUE", int(is_value))))
 
 
-def append_spec(shape: tuple[int, int, int], bf16: bool) -> jit.KernelSpec:
+@cache
+def append_spec(head_dim: int, keys: CodeShape | None, values: CodeShape | None, bf16: bool) -> jit.KernelSpec:
     """append.cu, or append_paged.cu for exact pages, where bits are copied as they are."""
-    if shape[1]:
-        return encode_plan(shape, bf16, "append.cu").spec
-    return _copying_spec(shape[0])
-
-
-@cache
-def _copying_spec(head_dim: int) -> jit.KernelSpec:
-    return jit.KernelSpec("append_paged.cu", "append", 256, 0, (("PQ_DIM", head_dim),), overlaps=True)
+    if keys is None or values is None:
+        return jit.KernelSpec("append_paged.cu", "append", 256, 0, (("PQ_DIM", head_dim),), overlaps=True)
+    defines = {"PQ_BF16": int(bf16), "PQ_DIM": head_dim, "PQ_KEY_M": keys.num_subspaces, "PQ_KEY_BITS": keys.num_bits}
+    defines |= {"PQ_VALUE_M": values.num_subspaces, "PQ_VALUE_BITS": values.num_bits}
+    shared = encode_shared_bytes(head_dim, keys, values)
+    return jit.KernelSpec("append.cu", "append", ENCODE_WARPS * 32, shared, tuple(defines.items()), overlaps=True)
 
 
 def append_grid(geometry: Geometry) -> tuple[int, int, int]:
     return geometry.batch * geometry.kv_heads * 2 * (-(-geometry.page_size // 32)), 1, 1
 
 
-def encode_grid(geometry: Geometry, rows: int, pages_per_row: int, plan: EncodePlan) -> tuple[int, int, int]:
-    return rows * geometry.kv_heads * -(-pages_per_row * geometry.page_size // plan.tokens), 1, 1
+def encode_grid(geometry: Geometry, rows: int, pages_per_row: int) -> tuple[int, int, int]:
+    return rows * geometry.kv_heads * pages_per_row, 1, 1

@@ -7,16 +7,18 @@ from torch import Tensor
 
 from hf_pqcache.backends import cuda_backend, torch_backend
 from hf_pqcache.backends.torch_backend import read_window, write_window
+from hf_pqcache.codebook.normalise import EQUALISER_TOKENS
+from hf_pqcache.config import Side
+from hf_pqcache.errors import WindowOverflowError
 from hf_pqcache.pages.layer_kv import LayerView
-from hf_pqcache.pages.slabs import Which
 
 
-def _encode_pages(view: LayerView, which: Which, x: Tensor, row: int, first: int) -> None:
+def _encode_pages(view: LayerView, which: Side, x: Tensor, row: int, first: int) -> None:
     """Write x (H, n * page_size, d) into the n pages of a row from its page `first` on. Waits for no device."""
     last = first + x.shape[1] // view.config.page_size
     numbers = view.page_numbers(row, first, last)
     view.store.prefetch()
-    if view.kernels is not None and view.codec.needs_centroids:  # exact pages are a copy, which torch makes as fast
+    if view.kernels is not None and view.has_codes:  # exact pages are a copy, which torch makes as fast
         cuda_backend.encode_pages(view, which, x, view.page_table[row, first:last])
     else:
         torch_backend.encode_pages(view, which, x, numbers)
@@ -31,12 +33,20 @@ def write_pages(view: LayerView, row: int, keys: Tensor, values: Tensor, length:
     """
     config, new_length = view.config, length + keys.shape[1]
     size, old_coded, coded = config.page_size, view.coded_tokens(length), view.coded_tokens(new_length)
+    if (exact := new_length - config.sink_tokens - coded) > view.window_slots:
+        raise WindowOverflowError(
+            f"{exact} tokens do not fit an exact window of {view.window_slots}; report it, with the settings"
+        )
     if coded == old_coded:
         return
     first, page, count = config.sink_tokens + old_coded, old_coded // size, (coded - old_coded) // size
     begun = min(count, max(0, -(-(length - first) // size)))  # pages whose first tokens are in the window
     straight = first + begun * size
-    sides: tuple[tuple[Which, Tensor], ...] = (("key", keys), ("value", values))
+    if view.has_codes and not view.is_equalised:
+        end = first + min(count * size, EQUALISER_TOKENS)
+        old = read_window(view, "key", row, first, max(first, min(end, length)))
+        view.equalise(torch.cat([old, keys[:, max(0, first - length) : max(0, end - length)]], dim=1))
+    sides: tuple[tuple[Side, Tensor], ...] = (("key", keys), ("value", values))
     for which, x in sides:
         if begun:
             old = read_window(view, which, row, first, min(straight, length))
@@ -53,15 +63,7 @@ def write_recent_window(view: LayerView, row: int, keys: Tensor, values: Tensor,
     """
     new_length, sinks = length + keys.shape[1], view.config.sink_tokens
     kept = max(length, sinks, new_length - view.window_slots)
-    sides: tuple[tuple[Which, Tensor], ...] = (("key", keys), ("value", values))
+    sides: tuple[tuple[Side, Tensor], ...] = (("key", keys), ("value", values))
     for which, x in sides:
         write_window(view, which, row, length, x[:, : max(0, sinks - length)])
         write_window(view, which, row, kept, x[:, kept - length :])
-
-
-def write_window_as_pages(view: LayerView, row: int, length: int) -> None:
-    """Store as codes what the window holds beyond its share, once a layer has got its centroids."""
-    coded, sinks = view.coded_tokens(length), view.config.sink_tokens
-    if coded:
-        _encode_pages(view, "key", read_window(view, "key", row, sinks, sinks + coded), row, 0)
-        _encode_pages(view, "value", read_window(view, "value", row, sinks, sinks + coded), row, 0)

@@ -11,38 +11,34 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hf_pqcache.config import Side
 from hf_pqcache.pages.layer_kv import LayerView
-from hf_pqcache.pages.slabs import Which
 
 #: Pages encoded or decoded at once: bounds temporary memory whatever the length of the prompt.
 PAGES_PER_CHUNK = 64
 
 
-def _window(view: LayerView, which: Which) -> Tensor:
+def _window(view: LayerView, which: Side) -> Tensor:
     return view.window_keys if which == "key" else view.window_values
 
 
-def _centroids(view: LayerView, which: Which) -> Tensor:
-    return view.key_centroids if which == "key" else view.value_centroids
-
-
-def encode_pages(view: LayerView, which: Which, x: Tensor, pages: Sequence[int]) -> None:
+def encode_pages(view: LayerView, which: Side, x: Tensor, pages: Sequence[int]) -> None:
     """Write x (H, n * page_size, d) into n pages."""
     size = view.config.page_size
     for i in range(0, len(pages), PAGES_PER_CHUNK):
         numbers = pages[i : i + PAGES_PER_CHUNK]
         part = x[:, i * size : (i + len(numbers)) * size]
-        view.store.write(which, numbers, view.codec.encode(part, _centroids(view, which), view.config, which))
+        view.store.write(which, numbers, view.codec(which).encode(part))
 
 
-def decode_pages(view: LayerView, which: Which, pages: Sequence[int]) -> Tensor:
+def decode_pages(view: LayerView, which: Side, pages: Sequence[int]) -> Tensor:
     """The contents of n pages -> (H, n * page_size, d) in the model's dtype."""
-    centroids, window = _centroids(view, which), _window(view, which)
+    window, codec = _window(view, which), view.codec(which)
     if not pages:
         return window.new_empty(window.shape[1], 0, window.shape[3])
     view.store.prefetch()
     chunks = [pages[i : i + PAGES_PER_CHUNK] for i in range(0, len(pages), PAGES_PER_CHUNK)]
-    parts = [view.codec.decode(view.store.read(which, c), centroids, view.config, which, window.dtype) for c in chunks]
+    parts = [codec.decode(view.store.read(which, chunk), window.dtype) for chunk in chunks]
     return torch.cat(parts, dim=1)
 
 
@@ -64,21 +60,21 @@ def window_spans(view: LayerView, first: int, last: int) -> Iterator[tuple[int, 
         first += count
 
 
-def read_window(view: LayerView, which: Which, row: int, first: int, last: int) -> Tensor:
+def read_window(view: LayerView, which: Side, row: int, first: int, last: int) -> Tensor:
     """A row's exact tokens first..last-1 -> (H, last - first, d)."""
     window = _window(view, which)[row]
     parts = [window[:, slot : slot + count] for slot, _, count in window_spans(view, first, last)]
     return torch.cat(parts, dim=1) if parts else window[:, :0]
 
 
-def write_window(view: LayerView, which: Which, row: int, first: int, x: Tensor) -> None:
+def write_window(view: LayerView, which: Side, row: int, first: int, x: Tensor) -> None:
     """Put x (H, T, d), a row's tokens from `first` on, into its window. Allocates nothing, so it cannot fail half-way."""
     window = _window(view, which)[row]
     for slot, token, count in window_spans(view, first, first + x.shape[1]):
         window[:, slot : slot + count].copy_(x[:, token - first : token - first + count])
 
 
-def coded_tokens(view: LayerView, which: Which, row: int, first: int, last: int) -> Tensor:
+def coded_tokens(view: LayerView, which: Side, row: int, first: int, last: int) -> Tensor:
     """A row's tokens first..last-1 as its pages have them -> (H, last - first, d); all of them must be in pages."""
     sinks, size = view.config.sink_tokens, view.config.page_size
     begin = (first - sinks) // size
@@ -87,7 +83,7 @@ def coded_tokens(view: LayerView, which: Which, row: int, first: int, last: int)
     return decode_pages(view, which, pages)[:, skip : skip + last - first]
 
 
-def row_tokens(view: LayerView, which: Which, row: int, length: int) -> Tensor:
+def row_tokens(view: LayerView, which: Side, row: int, length: int) -> Tensor:
     """All tokens of a row that holds `length`, exact or decoded -> (H, length, d)."""
     coded = view.coded_tokens(length)
     pages = view.page_numbers(row, 0, coded // view.config.page_size)
@@ -102,7 +98,7 @@ def row_tokens(view: LayerView, which: Which, row: int, length: int) -> Tensor:
     )
 
 
-def dense(view: LayerView, which: Which, lengths: Sequence[int], left_pad: Sequence[int], total: int) -> Tensor:
+def dense(view: LayerView, which: Side, lengths: Sequence[int], left_pad: Sequence[int], total: int) -> Tensor:
     """Keys or values as an uncompressed cache would hold them: (B, H, total, d), zeros where a row has no token."""
     window = _window(view, which)
     out = window.new_zeros(len(lengths), window.shape[1], total, window.shape[3])

@@ -261,7 +261,7 @@ class PagedCache(DynamicCache):
         )
 
     def stats(self) -> dict[str, Any]:
-        """Tokens, pages, true bytes by kind, the bytes an fp16 cache takes, which engine attends and why, and how often.
+        """Tokens, pages, true bytes by kind, the bytes an fp16 cache takes, which backend attends and why, and how often.
 
         `bytes` is what tokens use, by kind, and `bytes_total` their sum; `bytes_reserved` is what the cache holds of the
         device's and the host's memory for it, as the allocator counts: pages come in slabs, so it is more by up to a slab

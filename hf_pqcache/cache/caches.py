@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 from hf_pqcache import arguments
-from hf_pqcache.backends import selection
+from hf_pqcache.backends import dispatch
 from hf_pqcache.cache.base import PagedCache
-from hf_pqcache.codebook import tensor_parallel
-from hf_pqcache.codebook.calibrate import learn_layer
-from hf_pqcache.codebook.codebook import Codebook, most_bytes
+from hf_pqcache.codebook import shipped
+from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig, choose_page_size
 from hf_pqcache.models.positions import max_positions
 from hf_pqcache.models.shapes import kv_shape, layer_configs
 from hf_pqcache.models.support import full_attention
-from hf_pqcache.pages.codec import EXACT
-from hf_pqcache.storage.layers import Layers
+from hf_pqcache.storage.layers import BookOf, Layers
 from hf_pqcache.storage.storage import Storage
 
 
@@ -29,20 +29,18 @@ class PagedPQCache(PagedCache):
 
     Args:
         config: the model's config (`model.config`).
-        codebook: centroids, from `calibrate` or `Codebook.from_pretrained`. None learns them from the first tokens
-            that the cache sees, and stays exact until there are enough.
-        pq_config: shape of the cache; None means PQConfig(). A codebook decides num_subspaces and num_bits.
+        codebook: centroids of a model's own, from `calibrate` or `Codebook.from_pretrained`. None takes those that come
+            with the package, which suit every model.
+        pq_config: shape of the cache; None means PQConfig(). A codebook decides how vectors are cut and coded.
         compile: whether `generate` may compile the decode step. None means yes where a CUDA device is there and kernels
             serve the model's shape; models whose attention cannot be reached in compiled code never are, nor is anything
             with `offload`.
         offload: keep the pages in pinned host memory and bring a layer's to the device ahead of its turn: results are
             the same, the device needs room for the pages of two layers only, and every token costs a transfer of all
             codes; see offload.py.
-        tp_rank: under tensor parallelism, this process's rank among those that share the model's KV heads: which heads
-            of the codebook are its own. None takes torch.distributed's rank, if all its processes share them.
         expected_tokens: length of a sequence, prompt and new tokens together: a hint that spares growing. `page_size="auto"`
             goes by it, see `choose_page_size`; `max_pages` too few for one such sequence are refused at once.
-        **overrides: single settings of PQConfig, e.g. `max_pages=4000`; also `page_size="auto"`.
+        **overrides: single settings of PQConfig, above all `bits`: 4 (the default), 3 or 2; also `page_size="auto"`.
 
     Memory is taken as tokens come, a slab of pages at a time, and goes with them. A token that finds no page below
     `max_pages` is refused with PagesExhaustedError (PQC001), without `max_pages` one that finds no memory (PQC004).
@@ -60,7 +58,6 @@ class PagedPQCache(PagedCache):
         *,
         compile: bool | None = None,
         offload: bool = False,
-        tp_rank: int | None = None,
         expected_tokens: int | None = None,
         **overrides: Any,
     ) -> None:
@@ -74,28 +71,28 @@ class PagedPQCache(PagedCache):
         if expected_tokens is not None:
             settings.check_room(expected_tokens)
         if codebook is not None:
+            if not codebook.is_normalised:
+                raise ValueError("this codebook is MILLION's, for comparison (`pqcache run -m`); caches take normalised ones")
             codebook.check_model(config)
-            settings = settings.replace(num_subspaces=codebook.num_subspaces, num_bits=codebook.num_bits)
         layers: list[Any] = DynamicCache(config=config).layers
-        chosen = [i for i in full_attention(config, layers) if codebook is None or i in codebook.layers]
-        compile = _compiles(compile, text_config, settings)
-        self._settings = settings
+        compile = _compiles(compile, text_config, partial(_codebook_for, settings, codebook))
+        self._settings, self._codebook = settings, codebook
         owned = Layers(
             settings,
-            codebook,
             len(layers),
-            tp_rank=tp_rank,
+            partial(_codebook_for, settings, codebook),
             offload=offload,
             expected_tokens=expected_tokens,
             max_positions=max_positions(config),
         )
-        super().__init__(config, layers, chosen, Storage(owned, learn_layer), compile)
+        super().__init__(config, layers, full_attention(config, layers), Storage(owned), compile)
 
     def _why_unfit(self, keys: Tensor, values: Tensor) -> str | None:
         try:
-            self._settings.subspaces(keys.shape[3], values.shape[3])
+            _codebook_for(self._settings, self._codebook, keys.shape[3], values.shape[3])
         except ValueError as error:
-            if self._settings.num_subspaces is not None:
+            settings = self._settings
+            if self._codebook is not None or (settings.num_subspaces, settings.value_subspaces) != (None, None):
                 raise
             return str(error)
         return None
@@ -112,7 +109,6 @@ class PagedPQCache(PagedCache):
         local_files_only: bool = False,
         compile: bool | None = None,
         offload: bool = False,
-        tp_rank: int | None = None,
         **overrides: Any,
     ) -> PagedPQCache:
         """A cache for `model` (or its config) with a published codebook and the settings that came with it.
@@ -121,10 +117,9 @@ class PagedPQCache(PagedCache):
             folder_or_repo_id: a folder that `Codebook.save_pretrained` wrote, or a repository of the Hub.
             revision: commit, branch or tag; pin a commit to be sure of the same codebook tomorrow.
             compile, offload, **overrides: as in the constructor; they win over the published settings.
-            tp_rank: as in the constructor; None takes it from the model's device mesh, if it has one.
 
-        Raises what `Codebook.from_pretrained` and the constructor raise. Nothing larger than a codebook of this model
-        can be is downloaded.
+        Raises what `Codebook.from_pretrained` and the constructor raise. Nothing larger than a codebook can be is
+        downloaded.
         """
         config = getattr(model, "config", model)
         codebook = Codebook.from_pretrained(
@@ -133,10 +128,8 @@ class PagedPQCache(PagedCache):
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
-            max_bytes=most_bytes(config),
         )
-        tp_rank = tensor_parallel.rank_of(model) if tp_rank is None else tp_rank
-        return cls(config, codebook, codebook.config, compile=compile, offload=offload, tp_rank=tp_rank, **overrides)
+        return cls(config, codebook, PQConfig(**codebook.settings), compile=compile, offload=offload, **overrides)
 
 
 class PagedKVCache(PagedCache):
@@ -174,32 +167,45 @@ class PagedKVCache(PagedCache):
         self._settings = settings
         owned = Layers(
             settings,
-            None,
             len(layers),
-            EXACT,
+            None,
             offload=offload,
             expected_tokens=expected_tokens,
             max_positions=max_positions(config),
         )
-        super().__init__(config, layers, full_attention(config, layers), Storage(owned, learn_layer), compile)
+        super().__init__(config, layers, full_attention(config, layers), Storage(owned), compile)
 
 
-def _compiles(wanted: bool | None, text_config: PreTrainedConfig, settings: PQConfig | None) -> bool:
+def _codebook_for(settings: PQConfig, codebook: Codebook | None, head_dim: int, value_dim: int) -> Codebook:
+    """The codebook of a layer whose keys and values have so many numbers. Raises ValueError where none can cut them."""
+    if codebook is None:
+        return shipped.codebook(settings, head_dim, value_dim)
+    codebook.codes("key", head_dim), codebook.codes("value", value_dim)
+    return codebook
+
+
+def _is_one_of_several() -> bool:
+    """Whether torch.distributed runs this process beside others: a step may then hold collectives, which are not compiled
+    unless asked for."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _compiles(wanted: bool | None, text_config: PreTrainedConfig, book: BookOf | None) -> bool:
     """Whether `generate` may compile decode steps: as wanted, else where kernels serve and no other process takes part."""
-    return (_kernels_serve(text_config, settings) and not tensor_parallel.is_one_of_several()) if wanted is None else wanted
+    return (_kernels_serve(text_config, book) and not _is_one_of_several()) if wanted is None else wanted
 
 
-def _kernels_serve(text_config: PreTrainedConfig, settings: PQConfig | None) -> bool:
+def _kernels_serve(text_config: PreTrainedConfig, book: BookOf | None) -> bool:
     """Whether decode attention of this model would run on CUDA kernels here, as far as its config tells.
 
-    settings: what decides the shape of codes; None for exact pages.
+    book: of a layer, by what its keys and values have of numbers; None for exact pages.
     """
     if not torch.cuda.is_available():
         return False
     dtype = getattr(text_config, "dtype", None) or torch.float16
     device = torch.device("cuda", torch.cuda.current_device())
     shapes = {(kv_shape(layer), getattr(layer, "num_attention_heads", None)) for layer in layer_configs(text_config)}
-    return all(_serve(head_dim, heads, queries, dtype, device, settings) for (heads, head_dim), queries in shapes)
+    return all(_serve(head_dim, heads, queries, dtype, device, book) for (heads, head_dim), queries in shapes)
 
 
 def _serve(
@@ -208,16 +214,16 @@ def _serve(
     query_heads: int | None,
     dtype: torch.dtype,
     device: torch.device,
-    settings: PQConfig | None,
+    book: BookOf | None,
 ) -> bool:
     if not (head_dim and heads and query_heads):  # the config does not say
         return False
     group = query_heads // heads
-    if settings is None:
-        return selection.select_paged(head_dim, head_dim, group, dtype, device).name != "torch"
-    try:
-        num_subspaces = settings.subspaces(head_dim)
-    except ValueError:  # this head_dim cannot be cut so; the layers will say it
-        return False
-    choice = selection.select(head_dim, head_dim, num_subspaces, settings.num_bits, group, dtype, device)
-    return choice.name != "torch"
+    codes: dispatch.Codes = (None, None)
+    if book is not None:
+        try:
+            found = book(head_dim, head_dim)
+        except ValueError:  # this head_dim cannot be cut so; the layers will say it
+            return False
+        codes = found.codes("key", head_dim), found.codes("value", head_dim)
+    return dispatch.select((head_dim, head_dim), codes, group, dtype, device).name != "torch"

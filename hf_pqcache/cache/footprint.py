@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from transformers import DynamicCache
 
 from hf_pqcache import arguments
 from hf_pqcache.codebook.samples import compressible_layers
-from hf_pqcache.config import PQConfig
+from hf_pqcache.config import OPERATING_POINTS, PQConfig, Side
 from hf_pqcache.models.shapes import has_latent_attention, kv_shape, layer_configs
+from hf_pqcache.pages.layout import PageLayout
+from hf_pqcache.pages.slabs import PageSpec
 
 #: (KV heads, numbers of a key, numbers of a value) of a layer.
 Shape = tuple[int, int, int]
-#: Bits of PQ codes for each value -> (head_dim / num_subspaces, bits of a code).
-PQ_BITS = {4: (2, 8), 3: (2, 6), 2: (4, 8)}
 #: Other caches -> bits of a number, scales and zero points included.
 OTHERS = {"fp8": 8.0, "quanto:4": 4.5, "quanto:2": 2.5, "hqq:4": 4.5, "hqq:3": 4.0, "hqq:2": 2.5}
 
@@ -116,7 +117,7 @@ def plan_memory(
     shapes = [_shape(layer, i) for i, layer in enumerate(layer_configs(text))]
     chosen = compressible_layers(config)
     kept = _other_layers(config, shapes, chosen, tokens, batch * dtype_bytes)
-    own = [shapes[i] for i in chosen]
+    own = layer_shapes(config)
     values = sum(heads * (dk + dv) for heads, dk, dv in own) * tokens * batch
     exact = PQConfig(page_size=base.page_size, sink_tokens=0, extended_residual=1)
     found = [
@@ -125,26 +126,42 @@ def plan_memory(
     ]
     found += [Footprint(name, int(values * bits / 8), other_layers=kept) for name, bits in OTHERS.items()]
     sizes: dict[str, PQConfig] = {} if pq_config is None else {"pq": pq_config}
-    for bits, (width, num_bits) in PQ_BITS.items():
-        dims = {dk for _, dk, _ in own}
-        if all(dk % width == 0 and dk // width >= 8 for dk in dims):  # per layer: half or a quarter of its own head_dim
-            sizes[f"pq:{bits}"] = base.replace(num_subspaces=None, num_bits=num_bits)
-    for name, settings in sizes.items():
-        width = PQ_BITS[int(name[3:])][0] if name != "pq" else 0
-        found.append(_coded(name, settings, width, own, tokens, batch, dtype_bytes, kept))
+    for bits in OPERATING_POINTS:
+        if all(width >= 8 for shape in own for width in shape[1:]):
+            codes = dict.fromkeys(("num_subspaces", "num_bits", "value_subspaces", "value_bits"))
+            sizes[f"pq:{bits}"] = base.replace(bits=bits, **codes)
+    found += [_coded(name, settings, own, tokens, batch, dtype_bytes, kept) for name, settings in sizes.items()]
     return MemoryPlan(tokens, batch, len(chosen), values, tuple(found), _notes(text, chosen, shapes, tokens))
 
 
 def _coded(
-    name: str, config: PQConfig, width: int, shapes: Sequence[Shape], tokens: int, batch: int, dtype_bytes: int, kept: int
+    name: str, config: PQConfig, shapes: Sequence[Shape], tokens: int, batch: int, dtype_bytes: int, kept: int
 ) -> Footprint:
-    """`width`: numbers of a subspace; 0 where the config says how many subspaces there are."""
-
     def token_bytes(heads: int, dk: int, dv: int) -> float:
-        return 2 * heads * (dk // width if width else config.subspaces(dk, dv)) * config.num_bits / 8
+        sides = (PageSpec((heads * block.nbytes,), torch.uint8) for block in page_layouts(config, dk, dv))
+        return sum(side.padded_nbytes for side in sides) / config.page_size
 
-    books = sum(2 * heads * config.num_centroids * (dk + dv) for heads, dk, dv in shapes)  # float16
-    return _paged(name, config, shapes, tokens, batch, dtype_bytes, kept, token_bytes, books)
+    books = {
+        (block.which, block.head_dim // block.num_subspaces, block.num_bits)
+        for s in shapes
+        for block in page_layouts(config, *s[1:])
+    }
+    return _paged(name, config, shapes, tokens, batch, dtype_bytes, kept, token_bytes, sum(2 * w << n for _, w, n in books))
+
+
+def layer_shapes(config: Any) -> list[Shape]:
+    """(KV heads, numbers of a key, numbers of a value) of the layers that keep every token, from a transformers config.
+
+    Raises ValueError if it does not say.
+    """
+    layers = layer_configs(config.get_text_config(decoder=True))
+    return [_shape(layers[i], i) for i in compressible_layers(config)]
+
+
+def page_layouts(config: PQConfig, *dims: int) -> list[PageLayout]:
+    """The two sides of a page of one head whose keys and values have `dims` numbers."""
+    sides = zip(get_args(Side), dims, strict=True)
+    return [PageLayout(which, config.page_size, d, *config.codes(which, d)) for which, d in sides]
 
 
 def _paged(

@@ -14,8 +14,8 @@ from hf_pqcache.attention import interface, padding
 from hf_pqcache.attention.lazy_kv import KEY, VALUE, KVHandle, LazyKV
 from hf_pqcache.backends import dispatch, torch_backend
 from hf_pqcache.cache.forward_pass import ForwardPass
+from hf_pqcache.config import Side
 from hf_pqcache.models.shapes import layer_configs
-from hf_pqcache.pages.slabs import Which
 from hf_pqcache.storage.memory import out_of_memory_as_pqc004
 
 
@@ -79,13 +79,13 @@ class PagedLayer(CacheLayerMixin):
         if value is not None:
             raise AttributeError("a compressed layer's keys and values cannot be assigned; pass new tokens to update()")
 
-    def _whole(self, which: Which) -> Tensor | None:
+    def _whole(self, which: Side) -> Tensor | None:
         if not self.is_initialized:
             return None
         self.commit()
         return self._decoded(which)
 
-    def _decoded(self, which: Which) -> Tensor:
+    def _decoded(self, which: Side) -> Tensor:
         storage = self.storage
         lengths, total = storage.lengths.seq_lens(self.index), storage.lengths.tokens(self.index)
         storage.layers.state(self.index).calls["dense", "torch"] += 1
@@ -166,7 +166,6 @@ class PagedLayer(CacheLayerMixin):
                 keys, values = storage.fit_dtypes(self.index, keys, values)
                 self.dtype = keys.dtype
                 if count == 1 and total > 1:
-                    storage.learn_if_due(self.index, keys, values)
                     storage.reservation.reserve_positions(self.index, total)
                     state = storage.layers.state(self.index)
                     with torch.no_grad():
@@ -243,7 +242,7 @@ class PagedLayer(CacheLayerMixin):
         self._is_traceable, self.is_initialized = other._is_traceable, True
 
     # -- what handles ask ----------------------------------------------------------------------------------------
-    def dense(self, which: Which, new: Tensor) -> Tensor:
+    def dense(self, which: Side, new: Tensor) -> Tensor:
         """All keys or values, (B, H, n, d): decoded past, then pending new tokens exactly."""
         if self._pending is None:
             whole = self._decoded(which)
@@ -252,7 +251,7 @@ class PagedLayer(CacheLayerMixin):
             return whole
         return new if self.storage.lengths.tokens(self.index) == 0 else torch.cat([self._decoded(which), new], dim=2)
 
-    def dense_traced(self, which: Which, new: Tensor) -> Tensor:
+    def dense_traced(self, which: Side, new: Tensor) -> Tensor:
         state = self.storage.layers.state(self.index)
         total = self.get_max_length()
         return torch.ops.hf_pqcache.dense(new, state.seq_lens, state.layer_ptrs, self.index, which, total)

@@ -7,6 +7,7 @@ paged cache would hold as codes are replaced by their decoded codes. Tests and `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from hf_pqcache.codebook import pq
-from hf_pqcache.codebook.codebook import Codebook, LayerCodebook
-from hf_pqcache.config import PQConfig
+from hf_pqcache.codebook import normalise, shipped
+from hf_pqcache.codebook.codebook import Codebook
+from hf_pqcache.config import PQConfig, Side
 from hf_pqcache.models.support import full_attention
+from hf_pqcache.pages.codec import CodedPages
 
 
 class ReferenceLayer(DynamicLayer):
@@ -27,43 +29,63 @@ class ReferenceLayer(DynamicLayer):
         starts: left padding of each row; a row counts its own tokens from there.
     """
 
-    def __init__(self, config: PQConfig, book: LayerCodebook, starts: Sequence[int]) -> None:
+    def __init__(self, config: PQConfig, book: Codebook | None, starts: Sequence[int]) -> None:
         super().__init__()
         self.config = config
         self.book = book
         self._first_starts = list(starts)
         self.starts: list[int] = []
         self.most: list[int] = []  # most tokens that each row ever held: older slots of its window were used again
+        self.equaliser: Tensor | None = None  # of the first page that was written
+        self.pages: list[int] = []  # tokens of each row in pages that were written before a crop
+        self.paged: tuple[Tensor, Tensor] | None = None  # what those pages stand for, where they do
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Several new tokens at once see each other exactly, and the past as the cache holds it before they enter."""
         if not self.starts:
             copies = key_states.shape[0] // len(self._first_starts)
             self.starts = [start for start in self._first_starts for _ in range(copies)]
-            self.most = [0] * len(self.starts)
+            self.most, self.pages = [0] * len(self.starts), [0] * len(self.starts)
         is_step = key_states.shape[2] == 1 and self.get_seq_length() > 0
         before = (key_states[:, :, :0], value_states[:, :, :0]) if not self.get_seq_length() else self.seen()
         super().update(key_states, value_states)
         self.most = [max(most, length) for most, length in zip(self.most, self._row_lengths(), strict=True)]
+        self._equaliser(self.keys)
         if is_step:
             return self.seen()
         return torch.cat([before[0], key_states], dim=2), torch.cat([before[1], value_states], dim=2)
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, n, d) as the paged cache holds them now."""
-        first, last = self.config.sink_tokens, [self.config.sink_tokens + c for c in self._coded()]
-        return self._with_codes(first, last)
+        assert self.keys is not None
+        assert self.values is not None
+        book = self.book or shipped.codebook(self.config, self.keys.shape[3], self.values.shape[3])
+        keys, values = self.keys.clone(), self.values.clone()
+        for own, paged in zip((keys, values), self.paged or (), strict=False):
+            for row, (start, count) in enumerate(zip(self.starts, self.pages, strict=True)):
+                place = slice(start + self.config.sink_tokens, start + self.config.sink_tokens + count)
+                own[row, :, place] = paged[row, :, place]
+        return self._encoded("key", keys, book), self._encoded("value", values, book)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Codes that fall back into the window stay decoded, unless the window still has the exact token."""
-        before = self._coded()
-        super().crop(tokens_to_remove)
         if not self.is_initialized:
             return
+        before, decoded = self._coded(), self.seen()
+        super().crop(tokens_to_remove)
         self.starts = [min(start, self.get_seq_length()) for start in self.starts]
-        kept = [most - self.config.window_slots for most in self.most]
-        last = [min(self.config.sink_tokens + coded, k) for coded, k in zip(before, kept, strict=True)]
-        self.keys, self.values = self._with_codes(self.config.sink_tokens, last)
+        self.pages = [min(coded, now) for coded, now in zip(before, self._coded(), strict=True)]
+        self.paged = decoded
+        assert self.keys is not None
+        assert self.values is not None
+        for row, (start, coded, most) in enumerate(zip(self.starts, before, self.most, strict=True)):
+            first = start + self.config.sink_tokens
+            last = min(first + coded, start + most - self.config.window_slots, self.get_seq_length())
+            if last > first:
+                self.keys[row, :, first:last] = decoded[0][row, :, first:last]
+                self.values[row, :, first:last] = decoded[1][row, :, first:last]
+        if not any(self._coded()):
+            self.equaliser = None
         # Tokens that come now are in no slot that was used again.
         rows = zip(self.most, self._row_lengths(), strict=True)
         self.most = [min(most, length + self.config.window_slots) for most, length in rows]
@@ -71,7 +93,7 @@ class ReferenceLayer(DynamicLayer):
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
-        self.starts, self.most = [], []
+        self.starts, self.most, self.pages, self.equaliser, self.paged = [], [], [], None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
@@ -86,7 +108,9 @@ class ReferenceLayer(DynamicLayer):
         self._select(torch.arange(len(self.starts))[indices].tolist())
 
     def _select(self, rows: Sequence[int]) -> None:
-        self.starts, self.most = [self.starts[i] for i in rows], [self.most[i] for i in rows]
+        self.starts, self.most, self.pages = ([x[i] for i in rows] for x in (self.starts, self.most, self.pages))
+        if self.paged is not None:
+            self.paged = self.paged[0][list(rows)], self.paged[1][list(rows)]
 
     def _row_lengths(self) -> list[int]:
         return [max(0, self.get_seq_length() - start) for start in self.starts]
@@ -94,17 +118,27 @@ class ReferenceLayer(DynamicLayer):
     def _coded(self) -> list[int]:
         return [self.config.coded_tokens(length) for length in self._row_lengths()]
 
-    def _with_codes(self, first: int, last: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Copies of keys and values in which tokens first..last[r]-1 of each row r are their decoded codes."""
-        assert self.keys is not None
-        assert self.values is not None
-        tokens = torch.arange(self.keys.shape[2]) - torch.tensor(self.starts)[:, None]  # (B, n): a row's own count
-        is_code = ((tokens >= first) & (tokens < torch.tensor(last)[:, None])).to(self.keys.device)[:, None, :, None]
-        sides = []
-        for x, centroids in ((self.keys, self.book.keys), (self.values, self.book.values)):
-            centroids = centroids.to(x.device)
-            sides.append(torch.where(is_code, pq.decode(pq.encode(x, centroids), centroids, dtype=x.dtype), x))
-        return sides[0], sides[1]
+    def _encoded(self, which: Side, out: Tensor, book: Codebook) -> Tensor:
+        """Keys or values, now with every other whole page as its codes stand for it."""
+        codec = CodedPages.like(out, which, self.config.page_size, book)
+        if which == "key" and (equaliser := self._equaliser(self.keys)) is not None:
+            codec = replace(codec, equaliser=equaliser)
+        for row, (start, written, coded) in enumerate(zip(self.starts, self.pages, self._coded(), strict=True)):
+            if coded > written:
+                place = slice(start + self.config.sink_tokens + written, start + self.config.sink_tokens + coded)
+                out[row, :, place] = codec.decode(codec.encode(out[row, :, place]), out.dtype)
+        return out
+
+    def _equaliser(self, keys: Tensor | None) -> Tensor | None:
+        assert keys is not None
+        if self.equaliser is None:
+            rows = ((row, coded) for row, coded in enumerate(self._coded()) if coded)
+            if (found := next(rows, None)) is not None:
+                row, coded = found
+                first = self.starts[row] + self.config.sink_tokens
+                last = first + min(coded, normalise.EQUALISER_TOKENS)
+                self.equaliser = normalise.equaliser(keys[row, :, first:last])
+        return self.equaliser
 
 
 class HybridReferenceLayer(LinearAttentionAndFullAttentionLayer, ReferenceLayer):  # type: ignore[misc, override]
@@ -132,19 +166,21 @@ class ReferenceCache(Cache):
 
     Args:
         config: the model's config.
-        codebook: centroids of the layers to compress.
+        codebook: centroids; None means the shipped ones.
         pq_config: shape of the cache; sizes of pages and windows decide which tokens are codes.
         starts: left padding of each row of the inputs, (B) or (1); rows that `generate` repeats are repeated here, too.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, codebook: Codebook, pq_config: PQConfig | None = None, starts: Sequence[int] = (0,)
+        self,
+        config: PreTrainedConfig,
+        codebook: Codebook | None = None,
+        pq_config: PQConfig | None = None,
+        starts: Sequence[int] = (0,),
     ) -> None:
-        settings = (pq_config or PQConfig()).replace(num_subspaces=codebook.num_subspaces, num_bits=codebook.num_bits)
         layers: list[Any] = DynamicCache(config=config).layers
         for i in full_attention(config, layers):
-            if i in codebook.layers:
-                arguments = settings, codebook.layers[i], starts
-                states = getattr(layers[i], "number_of_states", 0)
-                layers[i] = HybridReferenceLayer(*arguments, number_of_states=states) if states else ReferenceLayer(*arguments)
+            arguments = pq_config or PQConfig(), codebook, starts
+            states = getattr(layers[i], "number_of_states", 0)
+            layers[i] = HybridReferenceLayer(*arguments, number_of_states=states) if states else ReferenceLayer(*arguments)
         super().__init__(layers=layers)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_pqcache.cache.forward_pass import ForwardPass
+from hf_pqcache.pages.codec import CodedPages
 from hf_pqcache.storage.layers import Layers
 from hf_pqcache.storage.storage import Storage
 
@@ -48,24 +49,22 @@ def stats(forward_pass: ForwardPass, all_layers: list[Any], compressed: Sequence
 
 
 def _kind(layers: Layers) -> str:
-    return "codes" if layers.codec.needs_centroids else "pages"
+    return "pages" if layers.book_of is None else "codes"
 
 
 def _fixed_bytes(layers: Layers) -> dict[str, int]:
     """What takes memory whatever number of tokens there is: exact windows, codebooks and tables."""
-    windows = codebooks = 0
-    for view in layers.views.values():
-        windows += view.window_keys.nbytes + view.window_values.nbytes
-        # With kernels, a side's book holds its look-up table and its centroids.
-        books = (view.key_centroids, view.value_centroids) if view.kernels is None else view.kernels.tensors
-        codebooks += sum(book.nbytes for book in books)
-    tables = sum(state.nbytes for state in layers.states.values())
-    return {"codebooks": codebooks, "window": windows, "tables": tables}
+    views = layers.views.values()
+    windows = sum(window.nbytes for view in views for window in (view.window_keys, view.window_values))
+    coded = [codec for view in views for codec in (view.key_codec, view.value_codec) if isinstance(codec, CodedPages)]
+    books = {codec.centroids.data_ptr(): codec.centroids.nbytes for codec in coded}  # layers share them
+    tables = sum(state.nbytes for state in layers.states.values()) + sum(codec.equaliser.nbytes for codec in coded[::2])
+    return {"codebooks": sum(books.values()), "window": windows, "tables": tables}
 
 
 def _bytes_used(layers: Layers) -> dict[str, int]:
     """Bytes that the cache's tokens need, by kind; `staging` is what the device holds of pages on the host."""
-    staged = sum(view.store.staged_page_bytes for view in layers.views.values() if view.is_coded)
+    staged = sum(view.store.staged_page_bytes for view in layers.views.values())
     pages = layers.table.num_used
     return {_kind(layers): pages * layers.page_bytes, "staging": pages * staged, **_fixed_bytes(layers)}
 

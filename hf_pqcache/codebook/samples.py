@@ -69,7 +69,7 @@ class LiveSamples:
         The others are those of `hf_pqcache.codebook.calibrate`.
 
     Raises:
-        ValueError: the text has fewer tokens than centroids, the window is longer than the model can hold, the model has
+        ValueError: the text has fewer tokens than a page, the window is longer than the model can hold, the model has
             no full-attention layer, or its heads are spread over processes.
     """
 
@@ -100,10 +100,10 @@ class LiveSamples:
         check_positions(window or 0, limit, "a calibration window", "window")
         self.window = min(window or WINDOW, self.ids.numel(), limit or WINDOW)
         self.skip = config.sink_tokens
-        if self.ids.numel() < config.num_centroids or self.window <= self.skip:
+        if self.window < self.skip + config.page_size:
             raise ValueError(
-                f"the text has {self.ids.numel()} tokens; {config.num_centroids} centroids need at least as many, and "
-                f"{4 * config.num_centroids} or more to be of use: give more text or use fewer bits a code"
+                f"the text has {self.ids.numel()} tokens, windows {self.window}: {self.skip} sinks and a page of "
+                f"{config.page_size} need more; give more text, or use a smaller page_size"
             )
         available = max(1, self.ids.numel() // self.window)
         self.num_windows = min(-(-num_tokens // (self.window - self.skip)), available)

@@ -18,7 +18,7 @@ NAMES = ("cache", "past_key_values")
 
 
 def _name_in(function: Callable[..., Any]) -> str | None:
-    """Which of NAMES the function takes; None if neither is in its signature."""
+    """Side of NAMES the function takes; None if neither is in its signature."""
     known = inspect.signature(function).parameters
     return next((name for name in NAMES if name in known), None)
 

@@ -1,4 +1,4 @@
-"""Which layers of a model are compressed, why the others are not, and what no cache of one attention can do.
+"""Side layers of a model are compressed, why the others are not, and what no cache of one attention can do.
 
 Knows transformers' configs and layers only.
 """
@@ -35,7 +35,7 @@ def _num_layers(text_config: Any) -> int:
 
 
 def full_attention(config: Any, layers: Sequence[Any]) -> list[int]:
-    """Which of transformers' `layers` for a model keep every position; the others have a window, only a state, or an image."""
+    """Side of transformers' `layers` for a model keep every position; the others have a window, only a state, or an image."""
     others, there = layers_without_positions(config), _num_layers(config.get_text_config(decoder=True))
     return [i for i, layer in enumerate(layers[:there]) if type(layer) in KEEPING and i not in others]
 

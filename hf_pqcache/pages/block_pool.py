@@ -197,7 +197,7 @@ class PageAllocator:
 
 
 class PageTable:
-    """Which pages each sequence (row) of a cache uses, in the order of its tokens; one for all layers.
+    """Side pages each sequence (row) of a cache uses, in the order of its tokens; one for all layers.
 
     `version` changes with every change, so that device copies know when they are stale.
 

@@ -1,78 +1,133 @@
-"""What a page holds of its tokens: product-quantization codes, or the tokens themselves; knows no rows and no layers.
+"""What a page holds of its tokens: product-quantization codes, or the tokens themselves; knows no sequences and no layers.
 
 The only difference between a compressed and an uncompressed paged cache is the codec of its pages.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hf_pqcache.codebook import pq
-from hf_pqcache.config import PQConfig
-from hf_pqcache.pages import layout
-from hf_pqcache.pages.slabs import PageSpec, Which
+from hf_pqcache.codebook import normalise, pq
+from hf_pqcache.codebook.codebook import Codebook
+from hf_pqcache.config import CodeShape, Side
+from hf_pqcache.pages.layout import TILE_TOKENS, PageLayout
+from hf_pqcache.pages.slabs import PageSpec
 
 
 class PageCodec(Protocol):
-    """How whole pages of one layer are stored. H KV heads, d head_dim, n pages."""
+    """How one side, keys or values, of whole pages of a layer is stored. H KV heads, d head_dim, n pages of P tokens."""
 
-    #: Whether pages can be written only once centroids are known.
-    needs_centroids: bool
+    @property
+    def spec(self) -> PageSpec:
+        """What a page takes: shape and dtype."""
 
-    #: Tokens whose numbers lie together; kernels count such groups in 32 bits.
-    tokens_together: int
+    @property
+    def num_heads(self) -> int: ...
 
-    def spec(self, like: Tensor, config: PQConfig, num_subspaces: int) -> PageSpec:
-        """What one page takes for tokens like those of `like` (..., H, T, d): shape (H, ...) and dtype."""
+    @property
+    def codes(self) -> CodeShape | None:
+        """How vectors are coded; None where they are not."""
 
-    def encode(self, x: Tensor, centroids: Tensor, config: PQConfig, which: Which) -> Tensor:
-        """x (H, n * page_size, d) -> (n, H, ...), what the pool stores of them."""
+    @property
+    def tokens_together(self) -> int:
+        """Tokens whose numbers lie together; kernels count such groups in 32 bits."""
 
-    def decode(self, pages: Tensor, centroids: Tensor, config: PQConfig, which: Which, dtype: torch.dtype) -> Tensor:
-        """pages (n, H, ...) -> (H, n * page_size, d) of `dtype`; the inverse of `encode` as far as there is one."""
+    def twin(self) -> PageCodec:
+        """The same for a copy of the cache."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (H, n * P, d) -> (n, ...), what the pool stores of them."""
+
+    def decode(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
+        """pages (n, ...) -> (H, n * P, d) of `dtype`; the inverse of `encode` as far as there is one."""
 
 
+@dataclass(frozen=True, eq=False)
 class CodedPages:
-    """Pages of codes: uint8 (H, page_size * M * num_bits / 8) each, in the orders of `layout`."""
+    """Pages of codes and of what normalises them (`normalise`): uint8 (bytes,) each, laid out as `layout` says.
 
-    needs_centroids = True
-    tokens_together = layout.TILE_TOKENS
+    Attributes:
+        centroids: float16 (1, C, d/M), on the device of the pages. gain: see `Codebook`.
+        equaliser: float32 (H, d), see `normalise.equaliser`: of keys, ones until a first page sets it; of values, ones.
+    """
 
-    def spec(self, like: Tensor, config: PQConfig, num_subspaces: int) -> PageSpec:
-        return PageSpec((like.shape[-3], config.page_size * num_subspaces * config.num_bits // 8), torch.uint8)
+    layout: PageLayout
+    num_heads: int
+    centroids: Tensor
+    gain: float
+    equaliser: Tensor
+    tokens_together = TILE_TOKENS
 
-    def encode(self, x: Tensor, centroids: Tensor, config: PQConfig, which: Which) -> Tensor:
-        codes = pq.encode(x, centroids).unflatten(1, (-1, config.page_size)).transpose(0, 1)  # (n, H, page_size, M)
-        return layout.pack_pages(codes, self._order(centroids, config, which), config.num_bits)
+    @classmethod
+    def like(cls, x: Tensor, which: Side, page_size: int, book: Codebook) -> CodedPages:
+        """For keys or values like x (..., H, T, d). Raises ValueError if the codebook's subspaces do not cut them."""
+        head_dim, book = x.shape[-1], book.to(x.device)
+        shape = PageLayout(which, page_size, head_dim, *book.codes(which, head_dim))
+        equaliser = torch.ones(x.shape[-3], head_dim, device=x.device)
+        return cls(shape, x.shape[-3], book.side(which), book.gain(which), equaliser)
 
-    def decode(self, pages: Tensor, centroids: Tensor, config: PQConfig, which: Which, dtype: torch.dtype) -> Tensor:
-        codes = layout.unpack_pages(pages, self._order(centroids, config, which), centroids.shape[1], config.num_bits)
-        return pq.decode(codes.transpose(0, 1).flatten(1, 2), centroids, dtype=dtype)
+    def twin(self) -> CodedPages:
+        """The same with an equaliser of its own."""
+        return replace(self, equaliser=self.equaliser.clone())
 
-    @staticmethod
-    def _order(centroids: Tensor, config: PQConfig, which: Which) -> Tensor:
-        order = layout.key_order if which == "key" else layout.value_order
-        return order(config.page_size, centroids.shape[1], config.num_bits)
+    @property
+    def codes(self) -> CodeShape:
+        return CodeShape(self.layout.num_subspaces, self.layout.num_bits)
+
+    @property
+    def spec(self) -> PageSpec:
+        return PageSpec((self.num_heads * self.layout.nbytes,), torch.uint8)
+
+    def encode(self, x: Tensor) -> Tensor:
+        pages = (
+            normalise.rotate(x / self.equaliser[:, None]).unflatten(1, (-1, self.layout.page_size)).transpose(0, 1)
+        )  # (n, H, P, d)
+        if self.layout.which == "key":
+            coded, scales = normalise.normalise_keys(pages)
+            return self.layout.join(self.layout.pack(pq.encode(coded * self.gain, self.centroids), **scales._asdict()))
+        coded, magnitude = normalise.normalise_values(pages)
+        return self.layout.join(self.layout.pack(pq.encode(coded * self.gain, self.centroids), magnitude))
+
+    def decode(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
+        codes, scales = self.layout.unpack(self.layout.split(pages))
+        coded = pq.decode(codes, self.centroids)
+        if self.layout.which == "key":
+            rotated = normalise.restore_keys(coded, normalise.KeyScales(**scales))
+        else:
+            rotated = normalise.restore_values(coded, scales["magnitude"])
+        x = normalise.rotate(rotated).transpose(0, 1).flatten(1, 2)
+        return (x * self.equaliser[:, None]).to(dtype)
 
 
+@dataclass(frozen=True)
 class ExactPages:
-    """Pages of tokens as they came: model dtype (H, page_size, d) each, contiguous."""
+    """Pages of tokens as they came: model dtype (H, P, d) each, contiguous."""
 
-    needs_centroids = False
+    num_heads: int
+    page_size: int
+    head_dim: int
+    dtype: torch.dtype
     tokens_together = 1
+    codes = None
 
-    def spec(self, like: Tensor, config: PQConfig, num_subspaces: int) -> PageSpec:
-        return PageSpec((like.shape[-3], config.page_size, like.shape[-1]), like.dtype)
+    @classmethod
+    def like(cls, x: Tensor, page_size: int) -> ExactPages:
+        """For keys or values like x (..., H, T, d)."""
+        return cls(x.shape[-3], page_size, x.shape[-1], x.dtype)
 
-    def encode(self, x: Tensor, centroids: Tensor, config: PQConfig, which: Which) -> Tensor:
-        return x.unflatten(1, (-1, config.page_size)).transpose(0, 1)
+    def twin(self) -> ExactPages:
+        return self
 
-    def decode(self, pages: Tensor, centroids: Tensor, config: PQConfig, which: Which, dtype: torch.dtype) -> Tensor:
+    @property
+    def spec(self) -> PageSpec:
+        return PageSpec((self.num_heads, self.page_size, self.head_dim), self.dtype)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, self.page_size)).transpose(0, 1)
+
+    def decode(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
         return pages.transpose(0, 1).flatten(1, 2).to(dtype)
-
-
-CODED: PageCodec = CodedPages()
-EXACT: PageCodec = ExactPages()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 import weakref
 from collections import Counter, deque
@@ -13,14 +14,12 @@ import torch
 from torch import Tensor
 
 from hf_pqcache.pages.block_pool import PageTable
+from hf_pqcache.pages.codec import CodedPages
 from hf_pqcache.pages.layer_kv import LayerView
 
 #: Columns of a layer's row of `layer_ptrs`: what a kernel reads rather than is told, so that a captured graph keeps
-#: working when another cache of the same shape takes over the same state, and when a layer learns its centroids.
-PTR_KEY_PAGES, PTR_VALUE_PAGES, PTR_KEY_BOOK, PTR_VALUE_BOOK, PTR_WINDOW_KEYS, PTR_WINDOW_VALUES = range(6)
-PTR_TICKETS, PTR_RECENT_TOKENS, PTR_COLUMNS = 6, 7, 8
-
-_NEVER = 1 << 30  # recent tokens of a layer without centroids: nothing leaves its window
+#: working when another cache of the same shape takes over the same state. kernels/page.cuh has it as `struct Layer`.
+PTR_COLUMNS = 10
 
 #: flags[0] bits that a kernel raises when it could not store a token, read by the host between steps.
 FLAG_PAGES_EXHAUSTED = 1
@@ -28,16 +27,14 @@ FLAG_PAGES_EXHAUSTED = 1
 _STATES: weakref.WeakValueDictionary[int, DeviceState] = weakref.WeakValueDictionary()
 
 
-def layer_row(view: LayerView, books: Sequence[Tensor] = ()) -> list[int]:
-    """The 8 numbers that kernels read of a layer. books: its key book, value book and tickets, if it has kernels."""
-    row = [0] * PTR_COLUMNS
-    if view.pages is not None:
-        row[PTR_KEY_PAGES], row[PTR_VALUE_PAGES] = view.pages.bases
-    row[PTR_WINDOW_KEYS], row[PTR_WINDOW_VALUES] = view.window_keys.data_ptr(), view.window_values.data_ptr()
-    if books:
-        row[PTR_KEY_BOOK], row[PTR_VALUE_BOOK], row[PTR_TICKETS] = (book.data_ptr() for book in books)
-    row[PTR_RECENT_TOKENS] = view.config.extended_residual if view.is_coded else _NEVER
-    return row
+def layer_row(view: LayerView) -> list[int]:
+    """The numbers that kernels read of a layer, `struct Layer` of kernels/page.cuh; 0 for what it has not."""
+    coded = [codec for codec in (view.key_codec, view.value_codec) if isinstance(codec, CodedPages)]
+    of_codes = [*(codec.centroids.data_ptr() for codec in coded), coded[0].equaliser.data_ptr()] if coded else [0, 0, 0]
+    gains = struct.unpack("<q", struct.pack("<2f", *(codec.gain for codec in coded))) if coded else [0]
+    windows = [view.window_keys.data_ptr(), view.window_values.data_ptr()]
+    tickets = 0 if view.kernels is None else view.kernels.tickets.data_ptr()
+    return [*view.store.bases, *of_codes, *windows, tickets, view.config.extended_residual, *gains]
 
 
 class _IdleTensors:
@@ -87,8 +84,8 @@ class DeviceState:
         layer_ptrs: int64 (num_layers, 8), addresses; also the key by which ops find this state.
         flags: int32 (4).
         views: what each compressed layer of this device holds.
-        choices: the engine chosen for attention, and why, of each (layer, query heads per KV head) seen.
-        calls: how often an (operation, engine) ran from the host; replays of a captured graph do not pass here.
+        choices: the backend chosen for attention, and why, of each (layer, query heads per KV head) seen.
+        calls: how often an (operation, backend) ran from the host; replays of a captured graph do not pass here.
         before_append: called by the op with (layer, lengths or None) before it stores one more token of every row: the
             pages must be there.
     """
@@ -121,7 +118,6 @@ class DeviceState:
         self.calls: Counter[tuple[str, str]] = Counter()
         self.before_append: Callable[[int, Sequence[int] | None], None] = lambda layer, lengths: None
         self._rows = [[0] * PTR_COLUMNS for _ in range(num_layers)]  # of layer_ptrs
-        self._books: dict[int, Sequence[Tensor]] = {}
         self._synced: Hashable = None
         self._columns = 0  # of the page table that are not all -1
         _STATES[self.layer_ptrs.data_ptr()] = self
@@ -131,9 +127,9 @@ class DeviceState:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.seq_lens, self.left_pad, self.page_table, self.layer_ptrs, self.flags))
 
-    def add_view(self, layer: int, view: LayerView, books: Sequence[Tensor] = ()) -> None:
-        """Register the storage of one layer and publish its row; `books` as in `layer_row`."""
-        self.views[layer], self._books[layer] = view, books
+    def add_view(self, layer: int, view: LayerView) -> None:
+        """Register the storage of one layer and publish its row."""
+        self.views[layer] = view
         self._synced = None
         self._publish_rows()
 
@@ -141,8 +137,8 @@ class DeviceState:
         """Bring addresses that have changed to the device, in one copy."""
         rows = [list(row) for row in self._rows]
         for layer, view in self.views.items():
-            rows[layer] = layer_row(view, self._books[layer])
-            view.bases = (rows[layer][PTR_KEY_PAGES], rows[layer][PTR_VALUE_PAGES])
+            rows[layer] = layer_row(view)
+            view.bases = view.store.bases
         if rows != self._rows:
             self._rows = rows
             self.layer_ptrs.copy_(torch.tensor(rows, dtype=torch.int64), non_blocking=True)
@@ -153,9 +149,7 @@ class DeviceState:
         if version == self._synced:
             return
         self._synced = version
-        read_by_kernels = {
-            layer: view.pages for layer, view in self.views.items() if view.kernels is not None and view.pages is not None
-        }
+        read_by_kernels = {layer: view.store for layer, view in self.views.items() if view.kernels is not None}
         if not read_by_kernels:
             return
         self._publish_rows()

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pqcache.config import PQConfig
+from hf_pqcache.codebook import normalise
+from hf_pqcache.config import PQConfig, Side
 from hf_pqcache.errors import PagesExhaustedError
 from hf_pqcache.pages.block_pool import PageTable
-from hf_pqcache.pages.codec import CODED, PageCodec
+from hf_pqcache.pages.codec import CodedPages, PageCodec
 from hf_pqcache.pages.slabs import PageStore
 
 _NONE = torch.empty(0, dtype=torch.int32)  # until a device's state has room for the layer
@@ -28,52 +29,52 @@ class LayerView:
 
     Attributes:
         config: shape of the cache.
-        num_subspaces: M of this layer.
-        pages: whole pages as `codec` stores them: codes, uint8 in the order of `layout`; or exact tokens. None before there
-            are any.
+        store: whole pages as the codecs make them.
         table: which pages the rows have; the host's side of `page_table`.
-        key_centroids, value_centroids: float16 (num_kv_heads, M, 2**num_bits, head_dim / M); empty for exact pages.
-        is_coded: whether pages can be written; until a layer has the centroids they need, all tokens stay in the window.
+        key_codec, value_codec: what a page holds of keys and of values.
+        is_equalised: whether the key codec's equaliser is that of pages that there are; until then it may be set.
         window_keys, window_values: model dtype (batch, num_kv_heads, sink_tokens + window_slots, head_dim).
         seq_lens: int32 (batch, 2): tokens of each row, and how many of them are in pages, kept on the device; advanced by
             append.
         left_pad: int32 (batch): position in the attention mask of each row's first token (its left padding).
         page_table: int32 (batch, width): the row's pages in order, by the ids that this layer's kernels find them with; -1
             where unused.
-        codebook: the `LayerCodebook` that the centroids are from, None before there is one.
         kernels: what the CUDA backend prepared for this layer (`cuda_backend.Prepared`), None where plain torch serves it.
-        codec: what a page holds.
         bases: the addresses of keys and values that the ids in `page_table` count from.
         device: of all tensors. Code that is compiled asks here, where it need not check a tensor of every layer in each step.
     """
 
     config: PQConfig
-    num_subspaces: int
-    key_centroids: Tensor
-    value_centroids: Tensor
+    key_codec: PageCodec
+    value_codec: PageCodec
     window_keys: Tensor
     window_values: Tensor
+    store: PageStore
     seq_lens: Tensor = _NONE
     left_pad: Tensor = _NONE
     page_table: Tensor = _NONE
     table: PageTable | None = None
-    pages: PageStore | None = None
-    is_coded: bool = True
-    codebook: Any = None
+    is_equalised: bool = False
     kernels: Any = None
-    codec: PageCodec = CODED
     bases: tuple[int, int] = (0, 0)
     device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
         self.device = self.window_keys.device
 
+    def codec(self, which: Side) -> PageCodec:
+        return self.key_codec if which == "key" else self.value_codec
+
     @property
-    def store(self) -> PageStore:
-        """The pages of a layer that has some."""
-        if self.pages is None:
-            raise RuntimeError("the layer has no pages yet")
-        return self.pages
+    def has_codes(self) -> bool:
+        """Whether pages hold codes, not the tokens themselves."""
+        return isinstance(self.key_codec, CodedPages)
+
+    def equalise(self, keys: Tensor) -> None:
+        """Set the equaliser by the first keys (H, T, d) that become pages, unless pages were written by another."""
+        if isinstance(self.key_codec, CodedPages) and not self.is_equalised:
+            self.key_codec.equaliser.copy_(normalise.equaliser(keys))
+            self.is_equalised = True
 
     def page_numbers(self, row: int, first: int, last: int) -> list[int]:
         """Pages first..last-1 of a row. Raises PagesExhaustedError if it has not got them."""
@@ -101,9 +102,9 @@ class LayerView:
 
     @property
     def window_slots(self) -> int:
-        """Ring slots of the window: `config.window_slots`, or more where a codebook has yet to be learnt."""
-        return self.window_keys.shape[2] - self.config.sink_tokens
+        """Ring slots of the window, without sinks."""
+        return self.config.window_slots
 
     def coded_tokens(self, length: int) -> int:
-        """How many of a row's first `length` tokens are in pages; none before the layer has a codebook."""
-        return self.config.coded_tokens(length) if self.is_coded else 0
+        """How many of a row's first `length` tokens are in pages."""
+        return self.config.coded_tokens(length)

@@ -1,79 +1,173 @@
-"""The byte layout of a page of codes, in one place; knows codes and bits, nothing of caches or devices.
+"""The bytes of a page of codes, in one place; knows codes and bits, nothing of caches or devices.
 
-A page of one (layer, KV head) holds the codes of `page_size` tokens: keys in one run of bytes, values in another. A
-run is a stream of `num_bits`-bit codes, little-endian, code i in bits [i * num_bits, (i + 1) * num_bits). Which
-(token, subspace) stands at place i is the *order*, a permutation given here for keys and for values. The kernels
-in kernels/ read these very orders.
+A block is one side, keys or values, of a page of one (layer, KV head): the codes of its P tokens, then what normalises them:
+
+    keys:    codes | mean int8 (d) | magnitude uint8 (d) | step float16 | zeros
+    values:  codes | magnitude uint8 (P)
+
+each part and the whole a multiple of 16 bytes long. In a page the codes of all heads come first, then the rest of all heads:
+so codes begin where loads of a warp want them. Codes are a stream of `num_bits`-bit numbers, little-endian, a tile of 16
+tokens after the other. Side (token, subspace) stands where in a tile is chosen so that the lanes of a warp read it as it
+lies, and follows from M and the bits alone; kernels/page.cuh says the same, and a test compares the two.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from hf_pqcache.config import Side
+
 #: Tokens of a tile; a page is whole tiles and the codes of a tile lie together, so orders are given for one tile.
 TILE_TOKENS = 16
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Where everything is in a block. M = num_subspaces codes of num_bits bits for each vector of head_dim numbers."""
+
+    which: Side
+    page_size: int
+    head_dim: int
+    num_subspaces: int
+    num_bits: int
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes, which are also where the scales begin."""
+        return _padded(self.page_size * self.num_subspaces * self.num_bits // 8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the block."""
+        return self.code_bytes + (_padded(2 * self.head_dim + 2) if self.which == "key" else self.page_size)
+
+    @property
+    def bits_per_number(self) -> float:
+        """Bits that a number of a key or value takes, everything counted."""
+        return 8 * self.nbytes / (self.page_size * self.head_dim)
+
+    def pack(self, codes: Tensor, magnitude: Tensor, mean: Tensor | None = None, step: Tensor | None = None) -> Tensor:
+        """codes uint8 (..., P, M), and scales as `normalise` has them -> blocks uint8 (..., nbytes)."""
+        blocks = codes.new_zeros(*codes.shape[:-2], self.nbytes)
+        stream = pack_bits(codes.flatten(-2)[..., self._order(codes.device)], self.num_bits)
+        words = word_order(self.num_subspaces, self.num_bits)
+        if words is not None:
+            shape = (*stream.shape[:-1], self.page_size // TILE_TOKENS, words.numel(), 4)
+            stream = stream.view(shape)[..., words.to(codes.device), :].flatten(-3)
+        blocks[..., : stream.shape[-1]] = stream
+        at, d = self.code_bytes, self.head_dim
+        if mean is None or step is None:
+            blocks[..., at : at + self.page_size] = magnitude
+        else:
+            blocks[..., at : at + d], blocks[..., at + d : at + 2 * d] = mean.view(torch.uint8), magnitude
+            blocks[..., at + 2 * d : at + 2 * d + 2] = step.contiguous()[..., None].view(torch.uint8)
+        return blocks
+
+    def unpack(self, blocks: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The inverse of `pack`: codes, and scales by name."""
+        stream = blocks[..., : self.page_size * self.num_subspaces * self.num_bits // 8]
+        words = word_order(self.num_subspaces, self.num_bits)
+        if words is not None:
+            shape = (*stream.shape[:-1], self.page_size // TILE_TOKENS, words.numel(), 4)
+            stream = stream.reshape(shape)[..., torch.argsort(words).to(blocks.device), :].flatten(-3)
+        stream = unpack_bits(stream, self.num_bits)
+        codes = torch.empty_like(stream)
+        codes[..., self._order(blocks.device)] = stream
+        codes = codes.unflatten(-1, (self.page_size, self.num_subspaces))
+        at, d = self.code_bytes, self.head_dim
+        if self.which == "value":
+            return codes, {"magnitude": blocks[..., at : at + self.page_size]}
+        step = blocks[..., at + 2 * d : at + 2 * d + 2].contiguous().view(torch.float16)[..., 0]
+        return codes, {
+            "mean": blocks[..., at : at + d].view(torch.int8),
+            "magnitude": blocks[..., at + d : at + 2 * d],
+            "step": step,
+        }
+
+    def join(self, blocks: Tensor) -> Tensor:
+        """Blocks (n, H, nbytes) of the heads -> pages (n, H * nbytes)."""
+        return torch.cat([blocks[..., : self.code_bytes].flatten(1), blocks[..., self.code_bytes :].flatten(1)], dim=1)
+
+    def split(self, pages: Tensor) -> Tensor:
+        """The inverse of `join`."""
+        heads = pages.shape[1] // self.nbytes
+        codes, rest = pages.split([heads * self.code_bytes, pages.shape[1] - heads * self.code_bytes], dim=1)
+        return torch.cat([codes.unflatten(1, (heads, -1)), rest.unflatten(1, (heads, -1))], dim=2)
+
+    def _order(self, device: torch.device) -> Tensor:
+        """int64 (P * M): place i of the stream holds code (token, subspace) = divmod(order[i], M)."""
+        return _page_order(self.which, self.page_size, self.num_subspaces, self.num_bits).to(device)
 
 
 def num_units(num_subspaces: int, num_bits: int) -> int | None:
-    """Units a token's codes form for the tuned kernels, 64 or 32; None where there is no tuned order.
+    """Units of a token's codes where lanes have an order of their own, None where codes lie token after token.
 
-    A unit is what indexes one table row: a code of 6 or 8 bits, or two codes of 4 bits as one byte.
+    A unit is what looks up one row of a table: two neighbouring 4-bit codes as one byte, or one code.
     """
-    if num_bits not in (4, 6, 8):
-        return None
-    units = num_subspaces // 2 if num_bits == 4 else num_subspaces
-    return units if units in (32, 64) else None
+    units, bits = units_of(num_subspaces, num_bits)
+    return units if units % 8 == 0 and units * bits % 64 == 0 else None
 
 
-def _tile_places(kind: str, num_subspaces: int, num_bits: int) -> Tensor:
-    """Place of each code of a tile: int64 (16, M). The tuned orders hand every lane of a warp 16 bytes as they lie.
+def units_of(num_subspaces: int, num_bits: int) -> tuple[int, int]:
+    return (num_subspaces // 2, 8) if num_bits == 4 and num_subspaces % 2 == 0 else (num_subspaces, num_bits)
 
-    In the matrix instruction a lane (0..31) stands for a column and a row pair. A key lane is token n of 8 and every
-    fourth unit; a value lane is every eighth unit and two tokens, four apart. The place within a lane is rotated (xor) by the
-    token, so that lanes asking for the same unit ask in different order and hit different banks of shared memory.
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _tile_places(which: Side, num_subspaces: int, num_bits: int) -> Tensor:
+    """Place of each code of a tile: int64 (16, M).
+
+    In the matrix instruction lane 4 g + c stands for a column and a row pair. Unit number j of a lane is, of keys, token
+    g + 8 (j % 2) and unit c + 4 (j // 2); of values, token c + 4 (j % 4) and unit g + 8 (j // 4).
     """
-    units = num_units(num_subspaces, num_bits)
     token = torch.arange(TILE_TOKENS)[:, None]
     subspace = torch.arange(num_subspaces)[None, :]
+    units = num_units(num_subspaces, num_bits)
     if units is None:
         return token * num_subspaces + subspace
     split = num_subspaces // units
     unit, rest = subspace // split, subspace % split
-    half, n, c, far = token // 8, token % 8, token % 4, token // 4 % 2
-    if kind == "key":
-        lane = n * 4 + unit % 4
-        if units == 64:
-            place = (half * 32 + lane) * 16 + unit // 32 * 8 + (unit // 4 % 8 ^ n & 3)
-        else:
-            place = lane * 16 + half * 8 + (unit // 4 ^ n & 3)
-    elif units == 64:
-        place = (half * 32 + unit % 8 * 4 + c) * 16 + far * 8 + (unit // 8 ^ c)
+    if which == "key":
+        lane, number = token % 8 * 4 + unit % 4, unit // 4 * 2 + token // 8
     else:
-        lane = (unit // 16 * 4 + unit % 4) * 4 + c
-        place = lane * 16 + half * 8 + far * 4 + (unit // 4 % 4 ^ c)
-    return place * split + rest
+        lane, number = unit % 8 * 4 + token % 4, unit // 8 * 4 + token // 4
+    return (lane * (units // 2) + number) * split + rest
 
 
-def _page_order(kind: str, page_size: int, num_subspaces: int, num_bits: int) -> Tensor:
+@lru_cache(maxsize=64)
+def _page_order(which: Side, page_size: int, num_subspaces: int, num_bits: int) -> Tensor:
     """Repeat a tile's order over the page; place -> token * M + subspace."""
-    tile = torch.argsort(_tile_places(kind, num_subspaces, num_bits).flatten())
+    tile = torch.argsort(_tile_places(which, num_subspaces, num_bits).flatten())
     starts = torch.arange(0, page_size, TILE_TOKENS) * num_subspaces
     return (starts[:, None] + tile).flatten()
 
 
 @lru_cache(maxsize=64)
-def key_order(page_size: int, num_subspaces: int, num_bits: int) -> Tensor:
-    """Order of the key codes: int64 (page_size * M,); place i holds code (token, subspace) = divmod(order[i], M)."""
-    return _page_order("key", page_size, num_subspaces, num_bits)
+def word_order(num_subspaces: int, num_bits: int) -> Tensor | None:
+    """Where the 32-bit words of a tile are from: word i of the tile is word order[i] of the lanes' streams; None is as it is.
 
-
-@lru_cache(maxsize=64)
-def value_order(page_size: int, num_subspaces: int, num_bits: int) -> Tensor:
-    """Order of the value codes, as `key_order`."""
-    return _page_order("value", page_size, num_subspaces, num_bits)
+    A lane's words are dealt so that all lanes together load wide and side by side: four words of each lane at a time, then
+    two, then one.
+    """
+    units = num_units(num_subspaces, num_bits)
+    if units is None:
+        return None
+    words = units * units_of(num_subspaces, num_bits)[1] // 64  # of a lane
+    lane, word = torch.arange(32)[:, None], torch.arange(words)[None, :]
+    whole, pairs = words // 4 * 4, words & 2
+    place = torch.where(
+        word < whole,
+        word // 4 * 128 + lane * 4 + word % 4,
+        torch.where(word < whole + pairs, whole * 32 + lane * 2 + word - whole, whole * 32 + pairs * 32 + lane),
+    )
+    return torch.argsort(place.flatten())
 
 
 def pack_bits(codes: Tensor, num_bits: int) -> Tensor:
@@ -98,16 +192,3 @@ def unpack_bits(packed: Tensor, num_bits: int) -> Tensor:
     bits = (packed[..., None] >> shifts & 1).reshape(*packed.shape[:-1], num_codes, num_bits)
     weights = (1 << torch.arange(num_bits, device=packed.device, dtype=torch.int32)).to(torch.uint8)
     return (bits * weights).sum(-1, dtype=torch.uint8)
-
-
-def pack_pages(codes: Tensor, order: Tensor, num_bits: int) -> Tensor:
-    """codes (..., page_size, M) uint8 -> (..., page_size * M * num_bits / 8) uint8 in `order`."""
-    return pack_bits(codes.flatten(-2)[..., order.to(codes.device)], num_bits)
-
-
-def unpack_pages(pages: Tensor, order: Tensor, num_subspaces: int, num_bits: int) -> Tensor:
-    """pages (..., bytes) uint8 in `order` -> codes (..., page_size, M) uint8; the inverse of `pack_pages`."""
-    stream = unpack_bits(pages, num_bits)
-    codes = torch.empty_like(stream)
-    codes[..., order.to(stream.device)] = stream
-    return codes.unflatten(-1, (-1, num_subspaces))

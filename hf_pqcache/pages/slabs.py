@@ -4,22 +4,22 @@ What a cache holds follows what it uses, so its pages cannot be one tensor made 
 by a larger one would be there twice while it is copied. Instead, memory comes in slabs. A page's number names its slab and
 its place there, for good, whatever other slabs come and go.
 
-Kernels know no slabs. They find page `id` at `base + id * unit`, where `unit` is one side (keys or values) of a page. In a
-slab the two sides alternate, `(pages, 2, unit bytes)`, and slabs begin at multiples of `unit`; so the distance of a page
-from the layer's lowest slab is a whole number of units, which `device_ids` works out for the page table of the device.
+Kernels know no slabs. They find page `id` at `base + id * stride`. A page is its keys, then its values, each from a multiple
+of 16 bytes on; `stride` is both together, and slabs begin at multiples of it; so the distance of a page from the layer's
+lowest slab is a whole number of pages, which `device_ids` works out for the page table of the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Which = Literal["key", "value"]
+from hf_pqcache.config import Side
 
 #: A page's number is `slab << PLACE_BITS | place`.
 PLACE_BITS = 20
@@ -36,6 +36,11 @@ class PageSpec(NamedTuple):
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def padded_nbytes(self) -> int:
+        """Bytes from one side to the next: pages begin where memory is read 64 bytes at a time."""
+        return -(-self.nbytes // 64) * 64
+
 
 class Slab(NamedTuple):
     """Memory of some pages: keys (n, num_kv_heads, ...), values likewise, and all bytes allocated for them."""
@@ -44,7 +49,7 @@ class Slab(NamedTuple):
     values: Tensor
     nbytes: int
 
-    def side(self, which: Which) -> Tensor:
+    def side(self, which: Side) -> Tensor:
         return self.keys if which == "key" else self.values
 
 
@@ -54,7 +59,7 @@ class PageStore:
     Args:
         keys, values: what one page holds.
         device: where slabs lie.
-        max_id: kernels count places of a layer in 32 bits, which bounds how far apart its slabs may lie, in units.
+        max_id: kernels count places of a layer in 32 bits, which bounds how far apart its slabs may lie, in pages.
     """
 
     def __init__(self, keys: PageSpec, values: PageSpec, device: torch.device, max_id: int = 1 << 30) -> None:
@@ -64,8 +69,8 @@ class PageStore:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page, keys and values."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of one page, keys and values, and so from one page of a slab to the next."""
+        return self.keys.padded_nbytes + self.values.padded_nbytes
 
     @property
     def reserved_bytes(self) -> int:
@@ -76,12 +81,12 @@ class PageStore:
     def new_slab(self, number: int, size: int) -> Slab:
         """Memory for `size` pages, not yet part of the store. Raises torch.OutOfMemoryError, the store as it was."""
         slab = allocate(self.keys, self.values, size, self.device)
-        unit, slabs = self.keys.nbytes, [*self.slabs.values(), slab]
+        stride, slabs = self.page_bytes, [*self.slabs.values(), slab]
         lowest = min(s.keys.data_ptr() for s in slabs)
         # Nothing counts in 32 bits on a CPU, whose heap and mapped memory lie far apart.
         if (
             self.device.type == "cuda"
-            and max(s.keys.data_ptr() + 2 * len(s.keys) * unit - lowest for s in slabs) > self.max_id * unit
+            and max(s.keys.data_ptr() + len(s.keys) * stride - lowest for s in slabs) > self.max_id * stride
         ):
             raise torch.OutOfMemoryError(f"free memory of {self.device} is too scattered: slabs of a layer lie too far apart")
         return slab
@@ -109,13 +114,13 @@ class PageStore:
         first_ids = np.zeros(max(self.slabs) + 1, dtype=np.int64)
         base = self.bases[0]
         for number, slab in self.slabs.items():
-            first_ids[number] = (slab.keys.data_ptr() - base) // self.keys.nbytes
+            first_ids[number] = (slab.keys.data_ptr() - base) // self.page_bytes
         found = np.maximum(pages, 0)
-        ids = first_ids[found >> PLACE_BITS] + 2 * (found & (MAX_SLAB - 1))
+        ids = first_ids[found >> PLACE_BITS] + (found & (MAX_SLAB - 1))
         return np.where(pages < 0, -1, ids).astype(np.int32)
 
     # -- contents, for those who read and write by page number -------------------------------------------------------
-    def read(self, which: Which, pages: Sequence[int]) -> Tensor:
+    def read(self, which: Side, pages: Sequence[int]) -> Tensor:
         """(n, num_kv_heads, ...): one side of `pages`, to be read only."""
         parts = list(self._by_slab(pages))
         if len(parts) == 1:  # as nearly always in a short sequence
@@ -126,7 +131,7 @@ class PageStore:
             out[at] = self.slabs[number].side(which)[places]
         return out
 
-    def write(self, which: Which, pages: Sequence[int], x: Tensor) -> None:
+    def write(self, which: Side, pages: Sequence[int], x: Tensor) -> None:
         """Store x (n, num_kv_heads, ...) as one side of `pages`."""
         for number, at, places in self._by_slab(pages):
             self.slabs[number].side(which)[places] = x[at]
@@ -165,13 +170,11 @@ class PageStore:
 
 @torch.inference_mode(False)
 def allocate(keys: PageSpec, values: PageSpec, size: int, device: torch.device) -> Slab:
-    """Uninitialised memory for `size` pages, laid out as kernels want it wherever both sides have the same size."""
-    if keys.nbytes != values.nbytes:  # no kernel reads such pages
-        first, second = (torch.empty((size, *spec.shape), dtype=spec.dtype, device=device) for spec in (keys, values))
-        return Slab(first, second, first.nbytes + second.nbytes)
-    unit = keys.nbytes
-    memory = torch.empty((2 * size + 1) * unit, dtype=torch.uint8, device=device)
-    begin = -memory.data_ptr() % unit
-    units = memory[begin : begin + 2 * size * unit].view(size, 2, unit)
-    first, second = (units[:, i].view(spec.dtype).unflatten(1, spec.shape) for i, spec in enumerate((keys, values)))
+    """Uninitialised memory for `size` pages, laid out as kernels want it."""
+    stride = keys.padded_nbytes + values.padded_nbytes
+    memory = torch.empty((size + 1) * stride, dtype=torch.uint8, device=device)
+    begin = -memory.data_ptr() % stride
+    pages = memory[begin : begin + size * stride].view(size, stride)
+    sides = ((keys, 0), (values, keys.padded_nbytes))
+    first, second = (pages[:, at : at + spec.nbytes].view(spec.dtype).unflatten(1, spec.shape) for spec, at in sides)
     return Slab(first, second, memory.nbytes)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_pqcache.backends import dispatch, torch_backend
-from hf_pqcache.codebook import tensor_parallel
-from hf_pqcache.codebook.codebook import Codebook, LayerCodebook
+from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.pages.block_pool import PageAllocator, PageTable
-from hf_pqcache.pages.codec import CODED, PageCodec
+from hf_pqcache.pages.codec import CodedPages, ExactPages, PageCodec
 from hf_pqcache.pages.device_state import DeviceState
 from hf_pqcache.pages.layer_kv import LayerView
 from hf_pqcache.pages.offload import Offload
@@ -23,6 +23,8 @@ from hf_pqcache.storage.memory import out_of_memory_as_pqc004
 
 #: Tokens that page tables have room for at first where nobody says how long sequences get.
 DEFAULT_TOKENS = 32768
+#: (numbers of a key, numbers of a value) -> codebook.
+BookOf = Callable[[int, int], Codebook]
 
 
 class Layers:
@@ -30,17 +32,15 @@ class Layers:
 
     Args:
         config: shape of the cache.
-        codebook: centroids of every compressed layer, or None to learn them from the first tokens.
         num_layers: layers of the model, compressed or not.
-        codec: what pages hold.
-        tp_rank: this process's rank among those that share the KV heads; None asks torch.distributed if it matters.
+        book_of: the codebook of a layer, by the numbers of a key and of a value; None where pages hold exact tokens.
         offload: whether pages lie in host memory, see offload.py.
         expected_tokens: of a sequence; memory is made for as many at first, and tables.
         max_positions: of the model; page tables have room for as many at first.
 
     Attributes:
         views: what each layer that has had tokens stores.
-        stores: the pages of each layer that can write some.
+        stores: the pages of each layer.
         table: which pages each sequence has; the same in all layers.
         states: what the kernels of each device address.
         table_width: pages that a sequence has room for in the tables of devices; it doubles when one gets longer.
@@ -49,16 +49,14 @@ class Layers:
     def __init__(
         self,
         config: PQConfig,
-        codebook: Codebook | None,
         num_layers: int,
-        codec: PageCodec = CODED,
-        tp_rank: int | None = None,
+        book_of: BookOf | None,
         offload: bool = False,
         expected_tokens: int | None = None,
         max_positions: int | None = None,
     ) -> None:
-        self.config, self.codebook, self.num_layers, self.codec = config, codebook, num_layers, codec
-        self.tp_rank, self.expected_tokens, self.max_positions = tp_rank, expected_tokens, max_positions
+        self.config, self.num_layers, self.book_of = config, num_layers, book_of
+        self.expected_tokens, self.max_positions = expected_tokens, max_positions
         self.allocator = PageAllocator(0 if expected_tokens is None else config.pages_of(expected_tokens))
         self.offload = Offload(self.allocator.references) if offload else None
         self._own(PageTable(self.allocator, 0, config.max_pages))
@@ -79,8 +77,7 @@ class Layers:
         Raises PagesExhaustedError, CacheOutOfMemoryError.
         """
         new = Layers(
-            self.config, self.codebook, self.num_layers, self.codec, self.tp_rank, self.offload is not None,
-            self.expected_tokens, self.max_positions,
+            self.config, self.num_layers, self.book_of, self.offload is not None, self.expected_tokens, self.max_positions,
         )  # fmt: skip
         new.table_width = self.table_width
         if self.stores:
@@ -91,8 +88,8 @@ class Layers:
         with out_of_memory_as_pqc004("a copy's own pages"):  # those that are promised but not yet written
             new.table.reserve([len(row) for row in self.table.rows])
         for layer, view in self.views.items():
-            windows = view.window_keys.clone(), view.window_values.clone()
-            new._add(layer, dataclasses.replace(view, window_keys=windows[0], window_values=windows[1], table=new.table))
+            windows: dict[str, Any] = {"window_keys": view.window_keys.clone(), "window_values": view.window_values.clone()}
+            new._add(layer, dataclasses.replace(view, **windows, key_codec=view.key_codec.twin(), table=new.table))
         return new
 
     def call_before_append(self, hook: Callable[[int, Sequence[int] | None], None]) -> None:
@@ -107,17 +104,6 @@ class Layers:
         return len(self.table.rows)
 
     @property
-    def window_slots(self) -> int:
-        """Slots of the recent window; without a codebook it holds all tokens needed to learn one."""
-        if self.codebook is not None or not self.codec.needs_centroids:
-            return self.config.window_slots
-        return max(self.config.window_slots, self.learn_tokens + self.config.page_size)
-
-    @property
-    def learn_tokens(self) -> int:
-        return self.config.learn_tokens or 4 * self.config.num_centroids
-
-    @property
     def max_tokens(self) -> int:
         """Most tokens that a sequence can hold before the tables of devices grow."""
         return self.config.sink_tokens + self.table_width * self.config.page_size + self.config.window_slots
@@ -125,7 +111,7 @@ class Layers:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page in all layers together."""
-        return sum(view.store.page_bytes for view in self.views.values() if view.is_coded)
+        return sum(view.store.page_bytes for view in self.views.values())
 
     def state(self, layer: int) -> DeviceState:
         return self.states[self.views[layer].device]
@@ -138,75 +124,36 @@ class Layers:
     # -- opening a layer ---------------------------------------------------------------------------------------------
     @torch.inference_mode(False)
     def open(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Make the window of a layer whose tokens are like keys, values (..., H, T, d), for all sequences there are.
+        """Make room for a layer whose tokens are like keys, values (..., H, T, d), for all sequences there are.
 
-        Raises CacheOutOfMemoryError, ValueError if the codebook was made for other shapes.
+        Raises CacheOutOfMemoryError, ValueError if the codebook does not cut such keys and values.
         """
-        num_heads, key_dim, value_dim = keys.shape[-3], keys.shape[-1], values.shape[-1]
-        config, num_subspaces = self.config, 0
-        if self.codec.needs_centroids:
-            num_subspaces = config.subspaces(key_dim, value_dim)
-            config = config.replace(num_subspaces=num_subspaces)
-        book, slots = self._book(layer, num_heads), config.sink_tokens + self.window_slots
-        with out_of_memory_as_pqc004("the exact window"):
+        config, size = self.config, self.config.page_size
+        slots = config.sink_tokens + config.window_slots
+        with out_of_memory_as_pqc004("a layer's pages and window"):
+            codecs: tuple[PageCodec, PageCodec] = (ExactPages.like(keys, size), ExactPages.like(values, size))
+            if self.book_of is not None:
+                book = self.book_of(keys.shape[-1], values.shape[-1])
+                codecs = CodedPages.like(keys, "key", size, book), CodedPages.like(values, "value", size, book)
+            if layer not in self.stores:
+                self.stores[layer] = self._attached(self._new_store(*codecs, keys.device))
             view = LayerView(
                 config=config,
-                num_subspaces=num_subspaces,
-                key_centroids=keys.new_empty(num_heads, 0, dtype=torch.float16),
-                value_centroids=keys.new_empty(num_heads, 0, dtype=torch.float16),
-                window_keys=keys.new_zeros(self.batch, num_heads, slots, key_dim),
-                window_values=values.new_zeros(self.batch, values.shape[-3], slots, value_dim),
+                key_codec=codecs[0],
+                value_codec=codecs[1],
+                window_keys=keys.new_zeros(self.batch, keys.shape[-3], slots, keys.shape[-1]),
+                window_values=values.new_zeros(self.batch, values.shape[-3], slots, values.shape[-1]),
+                store=self.stores[layer],
                 table=self.table,
-                is_coded=False,
-                codec=self.codec,
             )
-            if book is not None or not self.codec.needs_centroids:
-                self.give_pages(layer, view, book)
             self._add(layer, view)
 
-    def _book(self, layer: int, num_heads: int) -> LayerCodebook | None:
-        """The centroids of a layer's heads here, None where they are learnt or not needed. Raises ValueError without any."""
-        if self.codebook is None:
-            return None
-        if layer not in self.codebook.layers:
-            raise ValueError(
-                f"the codebook has no centroids for layer {layer}, only for layers {sorted(self.codebook.layers)}; calibrate "
-                "one for this model"
-            )
-        return tensor_parallel.local_part(self.codebook.layers[layer], num_heads, layer, self.tp_rank)
-
-    @torch.inference_mode(False)
-    def give_pages(self, layer: int, view: LayerView, book: LayerCodebook | None) -> None:
-        """Let a layer write pages: memory for those there are and, where pages hold codes, its centroids."""
-        if book is not None:
-            self._check_book(layer, view, book)
-        if layer not in self.stores:
-            with out_of_memory_as_pqc004("pages"):
-                self.stores[layer] = self._attached(self._new_store(view))
-        view.pages = self.stores[layer]
-        view.codebook, view.is_coded = book, True  # `publish` brings the centroids to the device
-
-    def _check_book(self, layer: int, view: LayerView, book: LayerCodebook) -> None:
-        for name, centroids, window in (
-            ("key", book.keys, view.window_keys),
-            ("value", book.values, view.window_values),
-        ):
-            num_heads, head_dim = window.shape[1], window.shape[3]
-            expected = (num_heads, view.num_subspaces, self.config.num_centroids, head_dim // view.num_subspaces)
-            if tuple(centroids.shape) != expected:
-                raise ValueError(
-                    f"layer {layer}: the codebook's {name} centroids have shape {tuple(centroids.shape)} but the model's "
-                    f"{num_heads} KV heads of {head_dim} need {expected}; calibrate a codebook for this model"
-                )
-
-    def _new_store(self, view: LayerView) -> PageStore:
-        windows = (view.window_keys, view.window_values)
-        keys, values = (self.codec.spec(w, view.config, view.num_subspaces) for w in windows)
-        num_heads, together = view.window_keys.shape[1], self.codec.tokens_together
-        max_id = min((1 << 31) // num_heads, (1 << 32) // (num_heads * self.config.page_size // together))
+    def _new_store(self, keys: PageCodec, values: PageCodec, device: torch.device) -> PageStore:
+        num_heads = keys.num_heads
+        max_id = min((1 << 31) // num_heads, (1 << 32) // (num_heads * self.config.page_size // keys.tokens_together))
         if self.offload is not None:
-            return self.offload.new_store(keys, values, view.device, max_id)
-        return PageStore(keys, values, view.device, max_id)
+            return self.offload.new_store(keys.spec, values.spec, device, max_id)
+        return PageStore(keys.spec, values.spec, device, max_id)
 
     def _attached(self, store: PageStore) -> PageStore:
         self.allocator.attach(store)
@@ -221,12 +168,14 @@ class Layers:
             new = dataclasses.replace(
                 view, window_keys=view.window_keys.to(key_dtype), window_values=view.window_values.to(value_dtype)
             )
-            if layer in self.stores and not self.codec.needs_centroids:
-                new.pages = self._rewritten(self.stores[layer], self._new_store(new))
-        if new.pages is not view.pages and new.pages is not None:
+            if not view.has_codes:
+                size = self.config.page_size
+                new.key_codec, new.value_codec = (ExactPages.like(w, size) for w in (new.window_keys, new.window_values))
+                new.store = self._rewritten(self.stores[layer], self._new_store(new.key_codec, new.value_codec, view.device))
+        if new.store is not view.store:
             if self.allocator.num_tables == 1:
                 self.allocator.detach(self.stores[layer])
-            self.stores[layer] = new.pages
+            self.stores[layer] = new.store
         vars(view).update(vars(new))
         state = self.state(layer)
         state.choices = {key: choice for key, choice in state.choices.items() if key[0] != layer}
@@ -310,7 +259,8 @@ class Layers:
 
     def _new_state(self, batch: int, width: int, view: LayerView) -> DeviceState:
         """The state of a device; its first layer stands for the shape of all."""
-        shape = (self.config, type(self.codec), view.window_keys.shape[1:], view.window_values.shape[3], view.window_keys.dtype)
+        pages = (view.key_codec.spec, view.value_codec.spec)  # with the config they say how tokens are coded
+        shape = (self.config, pages, view.window_keys.shape[1:], view.window_values.shape[3], view.window_keys.dtype)
         state = DeviceState(self.num_layers, batch, width, view.device, shape)
         state.before_append = self._before_append
         return state

@@ -115,7 +115,9 @@ class Lengths:
             self.publish_layer(layer)
 
     def publish_layer(self, layer: int) -> None:
-        self._layers.views[layer].set_lengths(self.seq_lens(layer))
+        view = self._layers.views[layer]
+        view.set_lengths(self.seq_lens(layer))
+        view.is_equalised = view.is_equalised and any(self.num_pages(layer))
 
     # -- left padding ----------------------------------------------------------------------------------------------
     def wants_padding(self, first: int) -> bool:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from hf_pqcache.backends import torch_backend
 from hf_pqcache.errors import CacheOutOfMemoryError, PagesExhaustedError
 from hf_pqcache.storage.layers import Layers
 from hf_pqcache.storage.lengths import Lengths
@@ -44,11 +45,22 @@ class Reservation:
         with out_of_memory_as_pqc004("more pages"):
             new = table.reserve(num_pages, shared)
         for other in self._layers.views.values() if shared else ():
-            if other.is_coded:
-                other.store.prefetch()
-                other.store.copy_pages(sources, new)
-                other.store.write_back(new)
+            other.store.prefetch()
+            other.store.copy_pages(sources, new)
+            other.store.write_back(new)
         self._layers.sync_tables()
+        self._equalise(num_pages)
+
+    def _equalise(self, num_pages: Sequence[int]) -> None:
+        """What kernels divide keys by must be there before they write a first page, whose tokens are in the window by then."""
+        for layer, view in self._layers.views.items():
+            if view.kernels is None or view.is_equalised:
+                continue
+            first, last = view.config.sink_tokens, view.config.sink_tokens + view.config.page_size
+            lengths = enumerate(self._lengths.seq_lens(layer))
+            seq = next((i for i, length in lengths if num_pages[i] and length >= last), None)
+            if seq is not None:
+                view.equalise(torch_backend.read_window(view, "key", seq, first, last))
 
     def reserve_positions(self, layer: int, positions: int) -> None:
         """Own the pages that `positions` positions of `layer` need, left padding included."""
@@ -98,10 +110,7 @@ class Reservation:
         """Whether the coming decode step may fill a page that is not there. Reads the device for it in no step."""
         lengths = self._lengths
         lengths.unread_steps += 1
-        if layer not in self._layers.views or (lengths.is_stale and self._has_room_for(layer, lengths.unread_steps)):
-            return False
-        lengths.unread_steps = 1
-        return True
+        return layer in self._layers.views and not (lengths.is_stale and self._has_room_for(layer, lengths.unread_steps))
 
     def reserve_ahead(self, layer: int) -> None:
         """Own the pages of the next page_size tokens, or of the next one only where there are no more."""
@@ -110,6 +119,7 @@ class Reservation:
             self.reserve_positions(layer, tokens + self._layers.config.page_size)
         except (PagesExhaustedError, CacheOutOfMemoryError):
             self.reserve_positions(layer, tokens + 1)
+        self._lengths.unread_steps = 1  # the coming one; only now: reading lengths has forgotten it
 
     def before_append(self, layer: int, seq_lens: Sequence[int] | None) -> None:
         """The op is about to store one more token of every sequence of `layer`, which then hold `seq_lens` (None: not read).
@@ -128,8 +138,6 @@ class Reservation:
             lengths.unread_appends = 1  # the one that is about to be
 
     def _has_room_for(self, layer: int, steps: int) -> bool:
-        """Whether compiled steps, `steps` since lengths were read, surely have pages, and nothing to learn meanwhile."""
-        if self._lengths.is_stale and not all(view.is_coded for view in self._layers.views.values()):
-            return steps < self._layers.config.page_size // 2
+        """Whether compiled steps, `steps` since lengths were read, surely have pages."""
         position = max(self._lengths.last_known(layer), default=0) + steps
         return self.owns(layer, self._lengths.at([position] * self._layers.batch))

@@ -5,27 +5,22 @@ Whatever raises leaves the storage as it was: what may fail, allocating above al
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hf_pqcache.backends import dispatch, store, torch_backend
-from hf_pqcache.codebook.codebook import LayerCodebook
-from hf_pqcache.config import PQConfig
-from hf_pqcache.errors import WindowOverflowError
+from hf_pqcache.backends import store, torch_backend
+from hf_pqcache.config import Side
 from hf_pqcache.pages.layer_kv import LayerView
-from hf_pqcache.pages.slabs import Which
 from hf_pqcache.storage.layers import Layers
 from hf_pqcache.storage.lengths import Lengths
 from hf_pqcache.storage.reservation import Reservation
 
 #: Keys and values (H, T, d) that a sequence is about to get.
 NewTokens = dict[int, tuple[Tensor, Tensor]]
-Learner = Callable[[Tensor, Tensor, PQConfig], LayerCodebook]
 
 
 class Storage:
@@ -36,16 +31,13 @@ class Storage:
         lengths: how many tokens each has.
         reservation: the pages each owns.
         are_independent: each advances by itself, as cache/sequences.py has them.
-        learner: makes the codebook of a layer from its keys and values (H, N, d); used without a codebook only.
     """
 
-    def __init__(self, layers: Layers, learner: Learner) -> None:
+    def __init__(self, layers: Layers) -> None:
         self.layers = layers
         self.lengths = Lengths(layers)
         self.reservation = Reservation(layers, self.lengths)
         self.are_independent = False
-        self.learner = learner
-        self.learned: dict[int, LayerCodebook] = {}
         before_append = weakref.WeakMethod(self.reservation.before_append)  # states are among what `layers` holds
         layers.call_before_append(lambda layer, lengths: None if (call := before_append()) is None else call(layer, lengths))
 
@@ -77,13 +69,8 @@ class Storage:
 
     def before_step(self, layer: int) -> None:
         """Between two decode steps: own the page that the coming one may fill, without reading the device if possible."""
-        if not self.reservation.is_due(layer):
-            return
-        tokens = self.lengths.tokens(layer)
-        for other, view in self.layers.views.items():  # what compiled steps have gathered may be enough to learn from
-            if not view.is_coded and self.lengths.tokens(other) == tokens:
-                self.learn_if_due(other, view.window_keys[:, :, :0], view.window_values[:, :, :0])
-        self.reservation.reserve_ahead(layer)
+        if self.reservation.is_due(layer):
+            self.reservation.reserve_ahead(layer)
 
     # -- storing -----------------------------------------------------------------------------------------------------
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -115,8 +102,6 @@ class Storage:
     def _append(self, layer: int, new: NewTokens, positions: list[int]) -> None:
         view, seq_lens = self.layers.views[layer], self.lengths.seq_lens(layer)
         with self.reservation.given_back_on_failure():
-            if not view.is_coded:
-                self._learn_if_due(layer, new)
             self.reservation.reserve(layer, self.lengths.at(positions))
             for seq, (keys, values) in new.items():
                 store.write_pages(view, seq, keys, values, seq_lens[seq])
@@ -124,49 +109,6 @@ class Storage:
         for seq, (keys, values) in new.items():
             store.write_recent_window(view, seq, keys, values, seq_lens[seq])
         self.lengths.count(layer, positions)
-        self.lengths.publish_layer(layer)
-
-    def learn_if_due(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Without a codebook: learn the layer's once enough tokens are there, from them and the new ones (B, H, T, d)."""
-        if not self.layers.views[layer].is_coded:
-            self._learn_if_due(layer, self._new_tokens(layer, keys, values))
-
-    @torch.no_grad()
-    def _learn_if_due(self, layer: int, new: NewTokens) -> None:
-        view, seq_lens, learn_tokens = self.layers.views[layer], self.lengths.seq_lens(layer), self.layers.learn_tokens
-        added = [new[seq][0].shape[1] if seq in new else 0 for seq in range(self.layers.batch)]
-        longest = max(length + more for length, more in zip(seq_lens, added, strict=True))
-        if sum(seq_lens) + sum(added) < learn_tokens:
-            if longest > self.layers.config.sink_tokens + view.window_slots:
-                raise WindowOverflowError(
-                    f"{longest} tokens without a codebook do not fit the exact window of {view.window_slots}; "
-                    f"pass a codebook, or lower learn_tokens={learn_tokens}"
-                )
-            return
-        sides: tuple[tuple[Which, int], ...] = (("key", 0), ("value", 1))
-        samples = [
-            torch.cat(
-                [torch_backend.read_window(view, which, seq, 0, length) for seq, length in enumerate(seq_lens)]
-                + [tokens[i] for tokens in new.values()],
-                dim=1,
-            )
-            for which, i in sides
-        ]
-        book = self.learner(samples[0], samples[1], view.config)
-        before = dataclasses.replace(view)
-        try:
-            self.layers.give_pages(layer, view, book)
-            dispatch.publish(self.layers.state(layer), layer, view)
-            with self.reservation.given_back_on_failure():
-                self.reservation.reserve(layer, seq_lens)
-                for seq, length in enumerate(seq_lens):
-                    store.write_window_as_pages(view, seq, length)
-                self._write_back(layer, self.lengths.left_pad)
-        except BaseException:
-            vars(view).update(vars(before))
-            self.layers.state(layer).add_view(layer, view, () if view.kernels is None else view.kernels.tensors)
-            raise
-        self.learned[layer] = book
         self.lengths.publish_layer(layer)
 
     def _write_back(self, layer: int, before: Sequence[int], after: Sequence[int] | None = None) -> None:
@@ -218,8 +160,8 @@ class Storage:
         """Take `sequences` back to the given positions of each layer; they keep no page that this leaves unwritten."""
         table, lengths = self.layers.table, self.lengths
         pages = [0 if seq in sequences else len(owned) for seq, owned in enumerate(table.rows)]
-        restored: list[tuple[LayerView, Which, int, int, Tensor]] = []
-        sides: tuple[Which, ...] = ("key", "value")
+        restored: list[tuple[LayerView, Side, int, int, Tensor]] = []
+        sides: tuple[Side, ...] = ("key", "value")
         for layer, view in self.layers.views.items():
             sinks, old, new = view.config.sink_tokens, lengths.seq_lens(layer), lengths.at(positions[layer])
             for seq in sequences:
@@ -236,14 +178,11 @@ class Storage:
         table.truncate(pages)
 
     def reset(self) -> None:
-        """Forget all tokens; storage and addresses stay, codebooks that were learnt from the tokens go."""
+        """Forget all tokens; storage and addresses stay."""
         self.layers.table.clear()
         self.lengths.reset()
         for state in self.layers.states.values():
             state.flags.zero_()
-        for layer in self.learned:
-            self.layers.views[layer].is_coded = False
-        self.learned.clear()
         self._publish()
 
     # -- rearranging -------------------------------------------------------------------------------------------------
@@ -274,9 +213,9 @@ class Storage:
 
     def clone(self) -> Storage:
         """An independent copy: same contents, own windows and tables; pages are shared by count, as they never change."""
-        new = Storage(self.layers.twin(self.lengths.written_pages()), self.learner)
+        new = Storage(self.layers.twin(self.lengths.written_pages()))
         new.lengths.follow(self.lengths)
-        new.are_independent, new.learned = self.are_independent, dict(self.learned)
+        new.are_independent = self.are_independent
         new._publish()
         return new
 

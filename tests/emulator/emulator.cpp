@@ -7,6 +7,7 @@ Fiber* now;
 ucontext_t scheduler;
 std::vector<Warp> warps;
 Gate block_gate;
+std::map<u32, Gate> barriers;
 std::vector<uint4> memory;
 Block block;
 }  // namespace emulator
@@ -21,18 +22,18 @@ static void thread_main() {
     swapcontext(&now->context, &scheduler);
 }
 
-// Shared memory serves 32 banks of 4 bytes at a time: a warp of words at once, of 8-byte words by halves.
+// Shared memory serves 32 banks of 4 bytes at a time: a warp of words at once, of 8 bytes by halves, of 16 by quarters.
 static void count_conflicts() {
     for (Warp& w : warps) {
         const size_t n = w.look_ups[0].size();
         for (size_t i = 0; i < n; i++) {
-            const bool pairs = w.look_ups[0][i] & 1;
-            for (int first = 0; first < 32; first += pairs ? 16 : 32) {
+            const int words = w.look_ups[0][i].words, together = 32 / words;
+            for (int first = 0; first < 32; first += together) {
                 std::vector<u32> banks[32];
                 size_t worst = 0;
-                for (int l = first; l < first + (pairs ? 16 : 32); l++) {
-                    const u32 word = w.look_ups[l][i] / 4;
-                    for (u32 x = word; x <= word + pairs; x++) {
+                for (int l = first; l < first + together; l++) {
+                    const u32 word = w.look_ups[l][i].address / 4;
+                    for (u32 x = word; x < word + words; x++) {
                         auto& bank = banks[x % 32];
                         if (std::find(bank.begin(), bank.end(), x) == bank.end()) bank.push_back(x);
                         worst = std::max(worst, bank.size());
@@ -40,7 +41,7 @@ static void count_conflicts() {
                 }
                 num_wavefronts += worst;
             }
-            num_look_ups += pairs ? 2 : 1;
+            num_look_ups += words;
         }
     }
 }
@@ -56,6 +57,7 @@ extern "C" double emulate(const void* args, int args_bytes, int grid_x, int grid
         block = {index % grid_x, index / grid_x % grid_y, index / grid_x / grid_y};
         memory.assign(shared_bytes / 16 + 1, uint4{0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u});
         warps.clear();
+        barriers.clear();
         warps.resize(threads / 32);
         for (Warp& w : warps) w.gate.size = 32;
         block_gate = Gate();

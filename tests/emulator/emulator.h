@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -18,7 +19,6 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define PQ_BULK_COPY 0
 #define PQ_DYNAMIC_SHARED(name) uint4* name = emulator::shared()
 
 using std::max;
@@ -46,14 +46,18 @@ struct Gate {  // a barrier that can be used again
     int size = 0, arrived = 0;
     long generation = 0;
 };
+struct LookUp {
+    u32 address, words;
+};
 struct Warp {
     Gate gate;
     u32 in[32][6], word[32];
-    std::vector<u32> look_ups[32];
+    std::vector<LookUp> look_ups[32];
 };
 struct Copy {
     u32 target;
-    const uint4* source;
+    const void* source;
+    int bytes;
 };
 struct Fiber {
     std::vector<std::vector<Copy>> copies{1};  // groups under way, the last one not committed yet
@@ -68,6 +72,7 @@ extern Fiber* now;
 extern ucontext_t scheduler;
 extern std::vector<Warp> warps;
 extern Gate block_gate;
+extern std::map<u32, Gate> barriers;
 extern std::vector<uint4> memory;
 struct Block {
     int x, y, z;
@@ -94,6 +99,15 @@ T exchange(T mine, int from) {
     memcpy(&r, &warp().word[from & 31], 4);
     meet_warp();
     return r;
+}
+template <class T>
+T aligned(T address, int bytes) {
+    if ((uint64_t)address % bytes) fprintf(stderr, "an access of %d bytes is not aligned\n", bytes), abort();
+    return address;
+}
+inline void note_look_up(u32 address, u32 words) {
+    aligned(address, 4 * words);
+    warp().look_ups[lane()].push_back({address, words});
 }
 inline char* at(u32 address) { return (char*)memory.data() + address - WINDOW; }
 }  // namespace emulator
@@ -147,7 +161,13 @@ inline float __int_as_float(int i) {
     return f;
 }
 
+inline int __float_as_int(float f) {
+    int i;
+    memcpy(&i, &f, 4);
+    return i;
+}
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float log2_fast(float x) { return log2f(x); }
 inline u32 pick_bytes(u32 a, u32 b, u32 selector) {
     const uint64_t bytes = (uint64_t)b << 32 | a;
     u32 d = 0;
@@ -161,41 +181,54 @@ inline u32 pick_bytes(u32 a, u32 b, u32 selector) {
 }
 inline u32 shift_pair_right(u32 low, u32 high, int bits) { return (u32)(((uint64_t)high << 32 | low) >> bits); }
 inline u32 load_shared(u32 address) {
-    emulator::warp().look_ups[emulator::lane()].push_back(address | 0u);
+    emulator::note_look_up(address, 1);
     u32 v;
     memcpy(&v, emulator::at(address), 4);
     return v;
 }
 inline uint2 load_shared_pair(u32 address) {
-    emulator::warp().look_ups[emulator::lane()].push_back(address | 1u);  // a mark: 8 bytes
+    emulator::note_look_up(address, 2);
     uint2 v;
     memcpy(&v, emulator::at(address), 8);
     return v;
 }
+inline uint4 load_shared_quad(u32 address) {
+    emulator::note_look_up(address, 4);
+    uint4 v;
+    memcpy(&v, emulator::at(address), 16);
+    return v;
+}
 // A copy happens as late as it may: when it is waited for.
-inline void copy_async(u32 target, const uint4* source) { emulator::now->copies.back().push_back({target, source}); }
+template <int BYTES>
+void copy_async(u32 target, const void* source) {
+    emulator::now->copies.back().push_back({emulator::aligned(target, BYTES), emulator::aligned(source, BYTES), BYTES});
+}
+template <class T>
+T load_copied(u32 address, T) {
+    T v;
+    memcpy(&v, emulator::at(emulator::aligned(address, sizeof v)), sizeof v);
+    return v;
+}
 inline void commit_copies() { emulator::now->copies.emplace_back(); }
 template <int LEFT>
 void wait_copies() {
     auto& copies = emulator::now->copies;
     while (copies.size() > LEFT + 1) {
-        for (const auto& copy : copies.front()) memcpy(emulator::at(copy.target), copy.source, 16);
+        for (const auto& copy : copies.front()) memcpy(emulator::at(copy.target), copy.source, copy.bytes);
         copies.erase(copies.begin());
     }
 }
-inline uint4 load_copied(u32 address) {
-    uint4 v;
-    memcpy(&v, emulator::at(address), 16);
-    return v;
-}
+inline uint4 load_stream(const uint4* p) { return *emulator::aligned(p, 16); }
+inline uint2 load_stream(const uint2* p) { return *emulator::aligned(p, 8); }
 template <class T>
-T load_stream(const T* p) {
-    return *p;
+u32 load_stream(const T* p) {
+    return *emulator::aligned(p, sizeof(T));
 }
 template <class T>
 u32 load_global(const T* p) {
-    return *p;
+    return *emulator::aligned(p, sizeof(T));
 }
+inline uint4 load_global_quad(const uint4* p) { return *emulator::aligned(p, 16); }
 inline u32 high_product(u32 a, u32 b) { return (uint64_t)a * b >> 32; }
 inline u16 half_of(float x) {
     const _Float16 h = (_Float16)x;
@@ -214,7 +247,30 @@ inline u16 bfloat_of(float x) {
     return (u16)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 inline u32 pack_halves(float low, float high) { return half_of(low) | (u32)half_of(high) << 16; }
-inline u32 pack_halves_again(float low, float high) { return pack_halves(low, high); }
+inline u32 add_halves(u32 a, u32 b) {
+    return pack_halves(float_of_half(a) + float_of_half(b), float_of_half(a >> 16) + float_of_half(b >> 16));
+}
+inline u32 multiply_halves(u32 a, u32 b) {
+    return pack_halves(float_of_half(a) * float_of_half(b), float_of_half(a >> 16) * float_of_half(b >> 16));
+}
+inline u32 multiply_halves_again(u32 a, u32 b) { return multiply_halves(a, b); }
+inline u32 transpose(u32 pair) {
+    u32* word = emulator::warp().word;
+    const int lane = emulator::lane(), g = lane >> 2, c = lane & 3;
+    word[lane] = pair;
+    emulator::meet_warp();
+    const u32 low = word[2 * c * 4 + g / 2] >> (16 * (g & 1)) & 0xffff, high = word[(2 * c + 1) * 4 + g / 2] >> (16 * (g & 1));
+    emulator::meet_warp();
+    return low | high << 16;
+}
+inline int warp_max(int x) {
+    emulator::warp().word[emulator::lane()] = (u32)x;
+    emulator::meet_warp();
+    int top = x;
+    for (u32 other : emulator::warp().word) top = std::max(top, (int)other);
+    emulator::meet_warp();
+    return top;
+}
 template <class T>
 void opaque(T&) {}
 inline void keep_order() {}
@@ -223,6 +279,22 @@ inline int block_number_y() { return emulator::block.y; }
 inline int load_fresh(const int* p) { return *p; }
 inline u32 shared_address(const void* p) {
     return (u32)((const char*)p - (const char*)emulator::memory.data()) + emulator::WINDOW;
+}
+inline void barrier_init(u32 barrier, int threads) {
+    emulator::aligned(barrier, 8);
+    emulator::Gate& gate = emulator::barriers[barrier];
+    gate = emulator::Gate();
+    gate.size = threads;
+}
+inline void barrier_arrive(u32 barrier) {
+    emulator::Gate& gate = emulator::barriers[barrier];
+    if (++gate.arrived == gate.size) gate.generation++;
+}
+inline void barrier_wait(u32 barrier) {
+    emulator::Gate& gate = emulator::barriers[barrier];
+    if (gate.generation) return;
+    emulator::now->waits = &gate, emulator::now->generation = 0;
+    swapcontext(&emulator::now->context, &emulator::scheduler);
 }
 inline void prefetch_line(const void*) {}
 inline void prefetch_bulk(const void*, u32) {}

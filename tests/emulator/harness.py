@@ -6,24 +6,24 @@ import ctypes
 import hashlib
 import math
 import os
+import struct
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from hf_pqcache.backends import cuda_backend, jit, launch
 from hf_pqcache.codebook import pq
-from hf_pqcache.config import PQConfig
-from hf_pqcache.pages import layout
-from hf_pqcache.pages.codec import CODED, EXACT
-from hf_pqcache.pages.device_state import layer_row
-from hf_pqcache.pages.layer_kv import LayerView
-from hf_pqcache.pages.slabs import PageSpec, PageStore, Slab
+from hf_pqcache.config import CodeShape, PQConfig, Side
+from hf_pqcache.pages.codec import CodedPages
+from hf_pqcache.pages.layout import PageLayout
 
 HERE = Path(__file__).parent
 #: The shared memory and multiprocessors of the device that is emulated: an H200.
@@ -38,32 +38,78 @@ STRUCTS = {
 }
 
 
+SIDES: tuple[Side, Side] = ("key", "value")
+
+
 @dataclass
 class Case:
-    """A layer with random contents and all that a call of its kernels takes."""
+    """A layer with random contents and all that a call of its kernels takes; lists hold keys, then values.
 
-    view: LayerView
+    pool: uint8 (max_pages, page bytes), keys and values of a page side by side. centroids: float16 (1, C, d/M), none for exact
+    pages. windows: (batch, kv_heads, sink_tokens + window_slots, d).
+    """
+
+    config: PQConfig
     geometry: launch.Geometry
+    pool: Tensor
+    centroids: list[Tensor]
+    windows: list[Tensor]
+    counts: Tensor
+    starts: Tensor
+    page_table: Tensor
+    tickets: Tensor
+    equaliser: Tensor
+    gains: tuple[float, float]
     desc: Tensor
-    kept: tuple[Tensor, ...]  # books and tickets, addressed by desc
 
     @property
-    def key_pages(self) -> Tensor:
-        return self.view.store.slabs[0].keys
+    def lengths(self) -> Tensor:
+        return self.counts[:, 0]
+
+    def layout(self, which: Side) -> PageLayout:
+        codes = self.geometry.keys if which == "key" else self.geometry.values
+        assert codes is not None
+        return PageLayout(which, self.geometry.page_size, self.geometry.head_dim, *codes)
+
+    def side_bytes(self, which: Side) -> int:
+        g = self.geometry
+        return g.kv_heads * (g.page_size * g.head_dim * 2 if g.is_exact else self.layout(which).nbytes)
+
+    def pages(self, which: Side) -> Tensor:
+        """(max_pages, bytes) of the pool, a view; (max_pages, H, P, d) in the model's dtype for exact pages."""
+        first, g = (0 if which == "key" else self.offset), self.geometry
+        side = self.pool[:, first : first + self.side_bytes(which)]
+        return side.view(self.windows[0].dtype).unflatten(1, (g.kv_heads, g.page_size, g.head_dim)) if g.is_exact else side
 
     @property
-    def value_pages(self) -> Tensor:
-        return self.view.store.slabs[0].values
+    def offset(self) -> int:
+        """Where a page's values begin."""
+        return -(-self.side_bytes("key") // 64) * 64
 
-    @property
-    def tickets(self) -> Tensor:
-        return self.kept[2]
+    def codec(self, which: Side) -> CodedPages:
+        side = SIDES.index(which)
+        return CodedPages(
+            self.layout(which), self.geometry.kv_heads, self.centroids[side], self.gains[side],
+            self.equaliser if which == "key" else torch.ones_like(self.equaliser),
+        )  # fmt: skip
+
+
+def random_blocks(layout: PageLayout, count: int) -> Tensor:
+    """uint8 (count, bytes): pages as encoding makes them, with scales of many sizes."""
+    codes = torch.randint(0, 1 << layout.num_bits, (count, layout.page_size, layout.num_subspaces), dtype=torch.uint8)
+    size = torch.randint(-12, 8, (count, 1))  # of a whole page
+    if layout.which == "value":
+        magnitude = 160 + size + torch.randint(-24, 9, (count, layout.page_size))
+        return layout.pack(codes, magnitude.to(torch.uint8))
+    magnitude = (152 + size + torch.randint(-30, 9, (count, layout.head_dim))).to(torch.uint8)
+    mean = torch.randint(-127, 128, (count, layout.head_dim), dtype=torch.int8)
+    return layout.pack(codes, magnitude, mean, torch.rand(count).mul(0.01).half())
 
 
 def make_case(
     head_dim: int,
-    num_subspaces: int,
-    num_bits: int,
+    keys: tuple[int, int] | None,
+    values: tuple[int, int] | None,
     lengths: list[int],
     kv_heads: int = 1,
     page_size: int = 64,
@@ -73,77 +119,65 @@ def make_case(
     device: str = "cpu",
     extra_slots: int = 0,
     starts: list[int] | None = None,
-    is_coded: bool = True,
 ) -> Case:
     """Rows of the given lengths; unused window slots, unused pages and table entries are poisoned.
 
-    num_subspaces = num_bits = 0: pages of exact tokens. is_coded=False: a layer that has yet to learn its centroids, without
-    pages; its rows must fit the recent window.
+    keys, values: (M, bits) of each side; None for pages of exact tokens.
     """
     batch = len(lengths)
-    codec = CODED if num_subspaces else EXACT
-    config = PQConfig(
-        num_subspaces=num_subspaces or 64,
-        num_bits=num_bits or 8,
-        page_size=page_size,
-        sink_tokens=sink_tokens,
-        extended_residual=recent,
-    )
+    config = PQConfig(page_size=page_size, sink_tokens=sink_tokens, extended_residual=recent)
     pages_of = [config.coded_tokens(n) // page_size for n in lengths]
-    assert is_coded or not any(pages_of)
-    max_pages = sum(pages_of) + 2
-    width = max(pages_of) + 2
+    max_pages, width = sum(pages_of) + 2, max(pages_of) + 2
     order = torch.randperm(max_pages)
     table = torch.full((batch, width), -1, dtype=torch.int32)
     used = 0
     for row, n in enumerate(pages_of):
         table[row, :n] = order[used : used + n]
         used += n
-    page_bytes = page_size * num_subspaces * num_bits // 8
-
-    def pages() -> Tensor:
-        if not is_coded:
-            return torch.empty(0, dtype=torch.uint8)
-        if codec is EXACT:
-            pool = torch.full((max_pages, kv_heads, page_size, head_dim), float("nan"), dtype=dtype)
-            pool[order[:used]] = torch.randn(used, kv_heads, page_size, head_dim).to(dtype)
-            return pool
-        return torch.randint(0, 256, (max_pages, kv_heads, page_bytes), dtype=torch.uint8)
-
-    def centroids() -> Tensor:
-        if codec is EXACT or not is_coded:
-            return torch.empty(0)
-        return torch.randn(kv_heads, num_subspaces, 1 << num_bits, head_dim // num_subspaces).half()
-
     slots = config.window_slots + extra_slots
     windows = []
-    for _ in range(2):
+    for _ in SIDES:
         window = torch.full((batch, kv_heads, sink_tokens + slots, head_dim), float("nan"), dtype=dtype)
         for row, n in enumerate(lengths):
             held = window_tokens(config, n, slots)
             window[row, :, [slot for slot, _ in held]] = torch.randn(kv_heads, len(held), head_dim).to(dtype)
-        windows.append(window)
-    sides = [pages().to(device) for _ in range(2)]
-    store = PageStore(*[PageSpec(tuple(side.shape[1:]), side.dtype) for side in sides], torch.device(device))
-    store.add(0, Slab(*sides, 0))  # ids in the page table are the numbers of pages in this one slab
-    view = LayerView(
-        config=config,
-        num_subspaces=num_subspaces,
-        pages=store,
-        key_centroids=centroids().to(device),
-        value_centroids=centroids().to(device),
-        window_keys=windows[0].to(device),
-        window_values=windows[1].to(device),
-        seq_lens=torch.tensor([[n, config.coded_tokens(n)] for n in lengths], dtype=torch.int32, device=device),
-        left_pad=torch.tensor(starts or [0] * batch, dtype=torch.int32, device=device),
-        page_table=table.to(device),
-        is_coded=is_coded,
-        codec=codec,
+        windows.append(window.to(device))
+    shapes = [None if codes is None else CodeShape(*codes) for codes in (keys, values)]
+    geometry = launch.Geometry(
+        head_dim, *shapes, kv_heads, batch, page_size, 0, sink_tokens, slots, width
+    )  # fmt: skip
+    case = Case(config, geometry, torch.empty(0), [], windows, *[torch.empty(0)] * 5, (1.25, 1.125), torch.empty(0))
+    stride = case.offset + -(-case.side_bytes("value") // 64) * 64
+    case.geometry = geometry = replace(geometry, page_stride=stride)
+    case.pool = torch.full((max_pages, stride), 255, dtype=torch.uint8)
+    for which in SIDES:
+        side = case.pages(which)
+        if geometry.is_exact:
+            side[order[:used]] = torch.randn(used, *side.shape[1:]).to(dtype)
+        elif used:
+            blocks = random_blocks(case.layout(which), used * kv_heads).unflatten(0, (used, kv_heads))
+            side[order[:used]] = case.layout(which).join(blocks)
+        if not geometry.is_exact:
+            codes = shapes[SIDES.index(which)]
+            assert codes is not None
+            shape = (1, 1 << codes.num_bits, head_dim // codes.num_subspaces)
+            case.centroids.append((torch.rand(shape) * 2 - 1).half().to(device))
+    case.pool = case.pool.to(device)
+    case.counts = torch.tensor([[n, config.coded_tokens(n)] for n in lengths], dtype=torch.int32, device=device)
+    case.starts = torch.tensor(starts or [0] * batch, dtype=torch.int32, device=device)
+    case.page_table = table.to(device)
+    case.tickets = torch.zeros(batch + 2 * batch * kv_heads, dtype=torch.int32, device=device)
+    case.equaliser = torch.exp2(torch.randint(0, 4, (kv_heads, head_dim)).mul(torch.rand(kv_heads, head_dim) < 0.2) / 2).to(
+        device
     )
-    geometry, kept = cuda_backend.prepare_layer(view)
-    desc = torch.zeros(2, 8, dtype=torch.int64)
-    desc[1] = torch.tensor(layer_row(view, kept))  # layer 1 of 2: layer 0 must not be read
-    return Case(view, geometry, desc.to(device), kept)
+    case.desc = torch.zeros(2, 10, dtype=torch.int64)  # layer 1 of 2: layer 0 must not be read
+    addresses = [case.pool.data_ptr(), case.pool.data_ptr() + case.offset]
+    addresses += [c.data_ptr() for c in case.centroids] or [0, 0]
+    addresses += [case.equaliser.data_ptr(), *(w.data_ptr() for w in windows), case.tickets.data_ptr(), recent]
+    addresses += struct.unpack("<q", struct.pack("<2f", *case.gains))
+    case.desc[1] = torch.tensor(addresses)
+    case.desc = case.desc.to(device)
+    return case
 
 
 def window_tokens(config: PQConfig, length: int, slots: int) -> list[tuple[int, int]]:
@@ -153,30 +187,45 @@ def window_tokens(config: PQConfig, length: int, slots: int) -> list[tuple[int, 
     return held + [(sinks + (t - sinks) % slots, t) for t in range(sinks + coded, length)]
 
 
-def exact(case: Case, row: int, which: str) -> Tensor:
+def decode_page(case: Case, which: Side, page: int) -> Tensor:
+    """float64 (H, P, d) on the CPU: what a page says its tokens are."""
+    block = case.pages(which)[page].cpu()
+    if case.geometry.is_exact:
+        return block.double()
+    codes, scales = case.layout(which).unpack(case.layout(which).split(block[None])[0])
+    coded = pq.decode(codes, case.centroids[SIDES.index(which)].cpu(), torch.float64)
+    scale = torch.exp2((scales["magnitude"].double() - 160) / 8)
+    if which == "key":
+        mean = scales["mean"].double() * scales["step"].double()[..., None]
+        rotated = coded * scale[..., None, :] + mean[..., None, :]
+    else:
+        rotated = coded * scale[..., None]
+    decoded = rotated @ hadamard(case.geometry.head_dim)
+    return decoded * case.equaliser.double().cpu()[:, None] if which == "key" else decoded
+
+
+@cache
+def hadamard(head_dim: int) -> Tensor:
+    """float64 (d, d): Sylvester's matrices of d's binary powers, the largest first, orthonormal."""
+    blocks = []
+    for size in (1 << i for i in range(9, -1, -1) if head_dim >> i & 1):
+        index = torch.arange(size)
+        parity = sum((index[:, None] & index[None, :]) >> i & 1 for i in range(9)) % 2
+        blocks.append((1.0 - 2.0 * parity).double() / math.sqrt(size))
+    return torch.block_diag(*blocks)
+
+
+def exact(case: Case, row: int, which: Side) -> Tensor:
     """All keys or values of a row in float64: (H, length, d), on the CPU."""
-    view, length = case.view, int(case.view.lengths[row])
-    config = view.config
-    pages, centroids, window = (
-        (case.key_pages, view.key_centroids, view.window_keys)
-        if which == "key"
-        else (case.value_pages, view.value_centroids, view.window_values)
-    )
+    config, length = case.config, int(case.lengths[row])
+    window = case.windows[SIDES.index(which)]
     out = torch.zeros(window.shape[1], length, window.shape[3], dtype=torch.float64)
-    for slot, token in window_tokens(config, length, view.window_slots):
+    for slot, token in window_tokens(config, length, case.geometry.window_slots):
         out[:, token] = window[row, :, slot].double().cpu()
     coded = config.coded_tokens(length)
-    if not coded:
-        return out
-    ids = view.page_table[row, : coded // config.page_size].long()
-    if case.geometry.is_exact:
-        decoded = pages[ids].transpose(0, 1).flatten(1, 2).double().cpu()
-    else:
-        order_of = layout.key_order if which == "key" else layout.value_order
-        order = order_of(config.page_size, view.num_subspaces, config.num_bits)
-        codes = layout.unpack_pages(pages[ids].cpu(), order, view.num_subspaces, config.num_bits)
-        decoded = pq.decode(codes.transpose(0, 1).flatten(1, 2), centroids.cpu(), dtype=torch.float64)
-    out[:, config.sink_tokens : config.sink_tokens + coded] = decoded
+    for i in range(coded // config.page_size):
+        first = config.sink_tokens + i * config.page_size
+        out[:, first : first + config.page_size] = decode_page(case, which, int(case.page_table[row, i]))
     return out
 
 
@@ -187,7 +236,7 @@ def reference(case: Case, q: Tensor, mask: Tensor | None, sinks: Tensor | None, 
     out = torch.zeros(batch, 1, heads, head_dim, dtype=torch.float64)
     for row in range(batch):
         keys, values = exact(case, row, "key"), exact(case, row, "value")
-        length, start = keys.shape[1], int(case.view.left_pad[row])
+        length, start = keys.shape[1], int(case.starts[row])
         if length == 0:
             continue
         query = q[row, :, 0].double().cpu().view(kv_heads, -1, head_dim)
@@ -218,7 +267,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 @cache
-def _library(spec: jit.KernelSpec, struct: str) -> Any:
+def _library(spec: jit.KernelSpec, struct_name: str) -> Any:
     """The emulated kernel as a shared library; built once for a spec and a state of the sources."""
     sources = "".join(p.read_text() for p in sorted(HERE.glob("emulator.*")))
     key = hashlib.sha256(f"{spec}{jit.sources_digest()}{sources}".encode()).hexdigest()[:20]
@@ -227,7 +276,7 @@ def _library(spec: jit.KernelSpec, struct: str) -> Any:
         target.parent.mkdir(exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}-{id(spec)}")
         command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{HERE}", f"-I{jit.SOURCES}", *spec.options]
-        command += [f'-DPQ_SOURCE="{spec.source}"', f"-DPQ_ARGS={struct}", f"-DPQ_ENTRY={spec.entry}"]
+        command += [f'-DPQ_SOURCE="{spec.source}"', f"-DPQ_ARGS={struct_name}", f"-DPQ_ENTRY={spec.entry}"]
         subprocess.run([*command, "-o", str(partial), str(HERE / "emulator.cpp")], check=True)
         partial.rename(target)
     library = ctypes.CDLL(str(target))
@@ -235,10 +284,10 @@ def _library(spec: jit.KernelSpec, struct: str) -> Any:
     return library
 
 
-def emulate(spec: jit.KernelSpec, struct: str, layout_: Any, grid: tuple[int, int, int], values: tuple[Any, ...]) -> float:
+def emulate(spec: jit.KernelSpec, struct_name: str, layout_: Any, grid: tuple[int, int, int], values: tuple[Any, ...]) -> float:
     """Run a kernel on the CPU. Returns the shared-memory wavefronts for each conflict-free one of the look-ups."""
     packed = layout_.pack(*values)
-    result = _library(spec, struct).emulate(packed, len(packed), *grid, spec.threads, spec.shared_bytes)
+    result = _library(spec, struct_name).emulate(packed, len(packed), *grid, spec.threads, spec.shared_bytes)
     if result < 0:
         raise RuntimeError({-1: "the struct's size differs", -2: "threads wait for each other forever"}[int(result)])
     return float(result)
@@ -247,28 +296,26 @@ def emulate(spec: jit.KernelSpec, struct: str, layout_: Any, grid: tuple[int, in
 def attend_emulated(
     case: Case,
     q: Tensor,
-    name: str,
     splits: int,
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
     scale: float = 0.1,
     softcap: float = 0.0,
-    planned_tokens: int = 2048,
+    piece_tiles: int | None = None,
 ) -> tuple[Tensor, float]:
-    """(output, wavefronts for each look-up) of an attention kernel run on the CPU; output and scratch are poisoned.
-
-    planned_tokens: what a block is planned for, whatever it gets: the plan chooses its warps and how codes come.
-    """
+    """(output, wavefronts for each look-up) of an attention kernel run on the CPU; output and scratch are poisoned."""
     geometry = case.geometry
     group = q.shape[1] // geometry.kv_heads
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-    plan = launch.attend_plan(geometry, group, name, q.dtype == torch.bfloat16, kind, softcap != 0, planned_tokens, EMULATED)
+    launch.attend_plan.cache_clear()
+    with patch.object(launch, "_piece_tiles", lambda *a: piece_tiles) if piece_tiles else nullcontext():
+        plan = launch.attend_plan(geometry, group, q.dtype == torch.bfloat16, kind, softcap != 0, 2048, EMULATED)
     out = torch.full((q.shape[0], 1, q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype)
     rows = q.shape[0] * geometry.kv_heads * splits * group
-    partial = torch.full((rows * (2 * max(q.shape[3], 32) + 8),), float("nan"))
+    partial = torch.full((rows * (q.shape[3] + 66),), float("nan"))
     values = cuda_backend.attend_values(
-        q, out, partial, case.desc, 1, case.view.seq_lens, case.view.left_pad, case.view.page_table, mask, sinks,
-        geometry, splits, scale, softcap,
+        q, out, partial, case.desc, 1, case.counts, case.starts, case.page_table, mask, sinks,
+        geometry, splits, plan.piece_tiles, scale, softcap,
     )  # fmt: skip
     wavefronts = emulate(plan.spec, "AttendArgs", cuda_backend.ATTEND_ARGS, (splits, *plan.grid[1:]), values)
     return out, wavefronts
@@ -286,34 +333,43 @@ class EmulatedKernel:
 
 def append_emulated(case: Case, k: Tensor, v: Tensor, flags: Tensor) -> None:
     """append.cu or append_paged.cu on the CPU."""
-    spec = launch.append_spec(case.geometry.shape, k.dtype == torch.bfloat16)
-    view = case.view
-    values = cuda_backend.append_values(k, v, case.desc, 1, view.seq_lens, view.page_table, flags, case.geometry)
-    emulate(spec, "AppendArgs", cuda_backend.APPEND_ARGS, launch.append_grid(case.geometry), values)
+    geometry = case.geometry
+    spec = launch.append_spec(geometry.head_dim, geometry.keys, geometry.values, k.dtype == torch.bfloat16)
+    values = cuda_backend.append_values(k, v, case.desc, 1, case.counts, case.page_table, flags, geometry)
+    emulate(spec, "AppendArgs", cuda_backend.APPEND_ARGS, launch.append_grid(geometry), values)
 
 
-def encode_emulated(case: Case, x: Tensor, which: str, page_ids: Tensor, first_token: Tensor) -> None:
+def encode_emulated(case: Case, x: Tensor, which: Side, page_ids: Tensor, first_token: Tensor) -> None:
     """encode.cu on the CPU."""
-    plan = launch.encode_plan(case.geometry.shape, x.dtype == torch.bfloat16, "encode.cu", cuda_backend.is_aligned(x))
-    pages, book = (case.key_pages, case.kept[0]) if which == "key" else (case.value_pages, case.kept[1])
-    values = cuda_backend.encode_values(x, pages.data_ptr(), book, page_ids, first_token, which, case.geometry)
-    grid = launch.encode_grid(case.geometry, x.shape[0], page_ids.shape[1], plan)
-    emulate(plan.spec, "EncodeArgs", cuda_backend.ENCODE_ARGS, grid, values)
+    geometry = case.geometry
+    codec = case.codec(which)
+    spec = launch.encode_spec(geometry.head_dim, codec.codes, which == "value", x.dtype == torch.bfloat16)
+    values = cuda_backend.encode_values(x, int(case.desc[1, SIDES.index(which)]), codec, page_ids, first_token, geometry)
+    grid = launch.encode_grid(geometry, x.shape[0], page_ids.shape[1])
+    emulate(spec, "EncodeArgs", cuda_backend.ENCODE_ARGS, grid, values)
 
 
-def page_codes(case: Case, which: str, page: int) -> Tensor:
-    """Codes of a page: (H, page_size, M) on the CPU."""
-    view, config = case.view, case.view.config
-    pages = case.key_pages if which == "key" else case.value_pages
-    order_of = layout.key_order if which == "key" else layout.value_order
-    order = order_of(config.page_size, view.num_subspaces, config.num_bits)
-    return layout.unpack_pages(pages[page].cpu(), order, view.num_subspaces, config.num_bits)
-
-
-def excess_distance(case: Case, which: str, page: int, x: Tensor) -> float:
-    """How much farther than the nearest the chosen centroids of a page are from x (H, page_size, d), relative."""
-    centroids = (case.view.key_centroids if which == "key" else case.view.value_centroids).double().cpu()
-    parts = x.double().cpu().unflatten(-1, (centroids.shape[1], -1)).transpose(1, 2)  # (H, M, page_size, d/M)
-    distance = (parts[:, :, :, None] - centroids[:, :, None]).square().sum(-1)
-    chosen = page_codes(case, which, page).long().transpose(1, 2)[..., None]
-    return float((distance.gather(-1, chosen)[..., 0] - distance.amin(-1)).max() / distance.max())
+def check_page(case: Case, which: Side, page: int, x: Tensor) -> None:
+    """Assert that a page is a right encoding of x (H, P, d): statistics up to rounding, codes that are nearest."""
+    layout = case.layout(which)
+    block = layout.split(case.pages(which)[page].cpu()[None])[0]
+    codes, scales = layout.unpack(block)
+    assert torch.equal(layout.pack(codes, **scales), block), "what pads a block is zero"
+    x = x.double().cpu()
+    rotated = (x / case.equaliser.double().cpu()[:, None] if which == "key" else x) @ hadamard(x.shape[-1])
+    if which == "key":
+        mean, step = rotated.mean(-2), scales["step"].double()
+        assert torch.allclose(step, mean.abs().amax(-1) / 127, rtol=2e-3)
+        got = scales["mean"].double() * step[..., None]
+        assert ((got - mean).abs() <= 0.51 * step[..., None] + 1e-5).all()
+        rotated = rotated - got[..., None, :]
+    largest = rotated.abs().amax(-2 if which == "key" else -1)
+    wanted = (largest.log2() * 8 + 160).clamp(0, 255)
+    assert ((scales["magnitude"].double() - wanted).abs() <= 0.51).all()
+    scale = torch.exp2((scales["magnitude"].double() - 160) / 8)
+    rotated = rotated / (scale[..., None, :] if which == "key" else scale[..., None]) * case.gains[SIDES.index(which)]
+    centroids = case.centroids[SIDES.index(which)].double().cpu()[0]
+    parts = rotated.unflatten(-1, (layout.num_subspaces, -1))  # (H, P, M, d/M)
+    distance = (parts[..., None, :] - centroids).square().sum(-1)
+    chosen = distance.gather(-1, codes.long()[..., None])[..., 0]
+    assert float((chosen - distance.amin(-1)).max()) < 2e-5

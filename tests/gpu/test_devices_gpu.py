@@ -44,7 +44,7 @@ def folder(tmp_path_factory: Any) -> Path:
     path: Path = tmp_path_factory.mktemp("spread")
     torch.manual_seed(0)
     LlamaForCausalLM(llama_config(LAYERS)).half().save_pretrained(path / "model")
-    random_book(LAYERS, num_subspaces=32, num_bits=6).save_pretrained(path / "codebook")
+    random_book(num_subspaces=32, num_bits=6).save_pretrained(path / "codebook")
     settings = {**SETTINGS, "num_bits": 6, "num_subspaces": 32}
     (path / "settings.json").write_text(json.dumps({"dtype": "float16", "plan": "tp_plan", "cache": settings}))
     return path

@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 LAYERS = 3
 #: How far apart logits may be that were rounded in different places.
-BOUNDS = {torch.float16: 0.02, torch.bfloat16: 0.08}
+#: Relative distance of logits. A number that lies between two centroids may get either one from kernels and from plain torch.
+BOUNDS = {torch.float16: 0.04, torch.bfloat16: 0.08}
 
 
 @pytest.fixture(scope="module", params=list(BOUNDS), ids=str)
@@ -28,7 +29,7 @@ def model(request: Any) -> Any:
 
 def make_cache(model: Any, **settings: Any) -> PagedPQCache:
     settings = {"page_size": 16, "extended_residual": 32, "max_pages": 64} | settings
-    return PagedPQCache(model.config, random_book(LAYERS), **settings)
+    return PagedPQCache(model.config, random_book(), **settings)
 
 
 def prompt(model: Any, lengths: list[int]) -> dict[str, Any]:
@@ -82,21 +83,6 @@ def test_compiled_equals_eager_and_compiles_once(model: Any) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames, "a second cache must not compile again"
 
 
-@pytest.mark.parametrize("bits", [4, 6])  # through the generic kernel and a tuned one
-def test_learning_between_compiled_steps(model: Any, bits: int) -> None:
-    """Without a codebook a short prompt stays exact until compiled steps have gathered enough to learn from."""
-    cache = PagedPQCache(model.config, page_size=16, extended_residual=32, max_pages=64, num_bits=bits, learn_tokens=96)
-    out = generate(model, cache, [64], new=120)
-    stats = cache.stats()
-    assert {engine["name"] for engine in stats["engines"].values()} == {"generic" if bits == 4 else "tuned"}
-    assert stats["pages_used"] > 0
-    assert out.sequences.shape[1] == 184
-    exact = generate(model, DynamicCache(config=model.config), [64], new=16)
-    assert first_difference(out, exact) < 1.5 * BOUNDS[model.dtype]  # compiled code rounds elsewhere
-    if model.dtype == torch.float16:  # in bfloat16 the two best logits may be equal
-        assert torch.equal(out.sequences[:, :80], exact.sequences[:, :80])
-
-
 @pytest.mark.parametrize("lengths", [[150], [150, 90, 20]], ids=str)
 @pytest.mark.parametrize("compile", [False, None])
 def test_exact_pages_equal_an_exact_cache(model: Any, lengths: list[int], compile: bool | None) -> None:
@@ -105,7 +91,7 @@ def test_exact_pages_equal_an_exact_cache(model: Any, lengths: list[int], compil
     assert cache.is_compileable == (compile is None), "generate compiles by itself where kernels serve"
     ours = generate(model, cache, lengths)
     stats = cache.stats()
-    assert set(stats["calls"]) == {"append/cuda", "attend/paged"}, stats["calls"]
+    assert set(stats["calls"]) == {"append/cuda", "attend/exact"}, stats["calls"]
     assert stats["pages_used"] >= sum((n + 39 - 1) // 16 for n in lengths)
     exact = generate(model, DynamicCache(config=model.config), lengths)
     bound = BOUNDS[model.dtype]

@@ -31,7 +31,7 @@ def model() -> Any:
 def make(model: Any, kind: str, **options: Any) -> Any:
     if kind == "exact":
         return PagedKVCache(model.config, **{"page_size": 16, **options})
-    return PagedPQCache(model.config, random_book(LAYERS), **{"page_size": 16, "extended_residual": 32, **options})
+    return PagedPQCache(model.config, random_book(), **{"page_size": 16, "extended_residual": 32, **options})
 
 
 def generate(model: Any, cache: Any, ids: Any, new: int, **options: Any) -> Any:
@@ -74,7 +74,9 @@ def test_held_by_the_allocator_follows_used(model: Any, kind: str, options: dict
         tables = max(tables, stats["bytes"]["tables"])
         held = allocated() - before + tables  # which were there before
         slab = 2 * (MIN_SLAB + 1) * cache.storage.layers.page_bytes
-        rounding = 4096 * LAYERS * (4 + 2 * len(cache.storage.layers.views[0].store.slabs))
+        # The allocator rounds sizes, and leaves up to 1 MiB of a large block unsplit with whoever took it.
+        large = [s for v in cache.storage.layers.views.values() for s in v.store.slabs.values() if s.nbytes > 1 << 20]
+        rounding = 4096 * LAYERS * (4 + 2 * len(cache.storage.layers.views[0].store.slabs)) + (len(large) << 20)
         assert abs(held - stats["bytes_reserved_device"]) <= rounding + 2 * tables
         assert stats["bytes_reserved"] <= 1.15 * stats["bytes_total"] + slab
     cache.reset()

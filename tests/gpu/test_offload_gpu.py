@@ -29,7 +29,7 @@ def make_cache(model: Any, kind: str, max_pages: int | None = 600, **options: An
     if kind == "exact":
         return PagedKVCache(model.config, page_size=16, max_pages=max_pages, compile=False, **options)
     settings = {"page_size": 16, "extended_residual": 32, "max_pages": max_pages, "compile": False}
-    return PagedPQCache(model.config, random_book(LAYERS), **settings, **options)
+    return PagedPQCache(model.config, random_book(), **settings, **options)
 
 
 def generate(model: Any, cache: Any, length: int = 1500, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from hf_pqcache.codebook.codebook import Codebook, LayerCodebook
+from hf_pqcache.codebook.codebook import Codebook
 
 KV_HEADS, HEAD_DIM, VOCABULARY = 2, 64, 500
 
@@ -30,11 +30,10 @@ def llama_config(layers: int) -> LlamaConfig:
     )
 
 
-def random_book(layers: int, num_subspaces: int = 64, num_bits: int = 8) -> Codebook:
+def random_book(num_subspaces: int = 64, num_bits: int = 8) -> Codebook:
     generator = torch.Generator().manual_seed(1)
-    shape = (KV_HEADS, num_subspaces, 1 << num_bits, HEAD_DIM // num_subspaces)
-    books = {i: LayerCodebook(*(torch.randn(shape, generator=generator).half() for _ in range(2))) for i in range(layers)}
-    return Codebook(books, num_bits=num_bits, num_subspaces=num_subspaces)
+    shape = (1, 1 << num_bits, HEAD_DIM // num_subspaces)
+    return Codebook(*(torch.randn(shape, generator=generator).clamp(-2, 2).mul(0.5).half() for _ in range(2)))
 
 
 def first_difference(a: Any, b: Any) -> float:

@@ -10,7 +10,7 @@ import harness
 import pytest
 import torch
 
-from hf_pqcache.backends import jit, launch, selection
+from hf_pqcache.backends import dispatch, jit, launch
 
 
 @contextmanager
@@ -18,10 +18,10 @@ def kernels_on_cpu(load: Callable[..., Any]) -> Iterator[None]:
     """`load` makes a kernel of what `jit.load` gets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("HF_PQCACHE_KERNEL", raising=False)
-        patch.setattr(selection, "_why_no_cuda", lambda *_: None)
+        patch.setattr(dispatch, "why_no_cuda", lambda *_: None)
         patch.setattr(launch, "device_of", lambda _: harness.EMULATED)
         patch.setattr(jit, "load", load)
         patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
-        selection._select.cache_clear()
+        dispatch._select.cache_clear()
         yield
-    selection._select.cache_clear()
+    dispatch._select.cache_clear()

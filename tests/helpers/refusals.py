@@ -1,6 +1,6 @@
-"""What the caches refuse or do not speed up, and why: the README's list, each entry with a check that it is so.
+"""What the caches refuse or do not speed up, and why: hf_pqcache/cache/REFUSALS.md, each entry with a check that it is so.
 
-`python tests/helpers/refusals.py` prints the README's table.
+`python tests/helpers/refusals.py` prints the table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_pqcache.models.names import cache_kwargs
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the README's table. `check` raises if it is not so."""
+    """A line of the table. `check` raises if it is not so."""
 
     what: str
     answer: str
@@ -100,12 +100,8 @@ def _forced_kernel() -> None:
 
 
 def _other_model() -> None:
-    _raises(ValueError, "KV heads", lambda: PagedPQCache(build("qwen3").config, codebook_of("llama")))
-
-
-def _unknown_rank() -> None:
-    keys = torch.randn(1, 1, 9, 16)
-    _raises(ValueError, "tp_rank", lambda: _cache(count=0).update(keys, keys, 0))
+    book = Codebook(torch.zeros(1, 16, 3).half(), torch.zeros(1, 16, 2).half())
+    _raises(ValueError, "3 numbers fits no keys of 16.*another model", lambda: PagedPQCache(build("qwen3").config, book))
 
 
 def _pickled_codebook() -> None:
@@ -179,16 +175,18 @@ def _several_queries() -> None:
 
 
 def _kernel_shapes() -> None:
-    from hf_pqcache.backends import launch, selection
+    from hf_pqcache.backends import dispatch, launch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch.jit, "why_unavailable", lambda: None)
         patch.setattr(torch.version, "cuda", "12.8")
         patch.setattr(launch, "device_of", lambda index: launch.Device((9, 0), 132, 232448))
         gpu, half = torch.device("cuda", 0), torch.float16
-        assert selection._why_no_cuda(128, 128, 4, half, gpu) is None
-        for shape in ((512, 512, 4, half), (128, 64, 4, half), (128, 128, 17, half), (128, 128, 4, torch.float32)):
-            assert selection._why_no_cuda(*shape, gpu)
+        codes = dispatch.point(4, 128)
+        unserved = ((512, 512, 4, half), (128, 64, 4, half), (128, 128, 17, half), (128, 128, 4, torch.float32))
+        assert dispatch.select((128, 128), codes, 4, half, gpu).name == "tuned"
+        for head_dim, value_dim, group, dtype in unserved:
+            assert dispatch.select((head_dim, value_dim), codes, group, dtype, gpu).name == "torch"
 
 
 ENTRIES = (
@@ -247,16 +245,10 @@ ENTRIES = (
         _forced_kernel,
     ),
     Entry(
-        "a codebook of another model",
+        "a codebook whose subspaces do not cut the model's heads",
         "`ValueError`",
         "its codes would stand for other keys and values, and the answer would be noise",
         _other_model,
-    ),
-    Entry(
-        "fewer KV heads than the codebook has, at an unknown rank",
-        "`ValueError`",
-        "under tensor parallelism a process must know which heads are its own: torchrun, or `tp_rank=`",
-        _unknown_rank,
     ),
     Entry(
         "`calibrate` on a model whose heads are spread over processes",
@@ -321,14 +313,14 @@ ENTRIES = (
     Entry(
         "float32, head_dim above 256 or no multiple of 4, keys and values that differ, over 16 query heads for a KV head",
         "plain torch",
-        "no kernel is made for them; `stats()` says which engine serves a layer and why",
+        "no kernel is made for them; `stats()` says which backend serves a layer and why",
         _kernel_shapes,
     ),
 )
 
 
 def table() -> str:
-    """The README's section as Markdown."""
+    """All entries as Markdown."""
     rows = [f"| {entry.what} | {entry.answer} | {entry.why} |" for entry in ENTRIES]
     return "\n".join(["| what | answer | why |", "|---|---|---|", *rows]) + "\n"
 

@@ -15,7 +15,7 @@ from own_attention import ReaderConfig, ReaderForCausalLM
 from torch import Tensor
 from transformers import DynamicCache
 
-from hf_pqcache.codebook.calibrate import learn_layer
+from hf_pqcache.codebook import shipped
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.models.names import cache_kwargs
@@ -164,17 +164,16 @@ def assistant_of(name: str, implementation: str = "sdpa") -> Any:
 
 @cache
 def codebook_of(name: str, settings: PQConfig = SMALL) -> Codebook | None:
-    """Centroids of every full-attention layer, learnt from 256 random tokens; None if the model has no such layer."""
+    """A codebook that is not the shipped one; None if the model has no full-attention layer."""
     model = build(name)
     past = DynamicCache(config=model.config)
     with torch.no_grad():
         model(tokens(1, 256, seed=99), **cache_kwargs(past))
-    books = {
-        i: learn_layer(layer.keys[0], layer.values[0], settings, iterations=5)
-        for i, layer in enumerate(past.layers)
-        if type(layer) in KEEPING and layer.is_initialized
-    }
-    return Codebook(books, num_bits=settings.num_bits, num_subspaces=settings.num_subspaces) if books else None
+    for layer in past.layers:
+        if type(layer) in KEEPING and layer.is_initialized:
+            book = shipped.codebook(settings, layer.keys.shape[3], layer.values.shape[3])
+            return Codebook(1.05 * book.keys, 0.95 * book.values)
+    return None
 
 
 def tokens(batch: int, count: int, seed: int = 1) -> Tensor:

@@ -75,7 +75,7 @@ def run(model: Any, folder: Path) -> dict[str, Any]:
     """Everything that is compared, of this process."""
     settings = json.loads((folder / "settings.json").read_text())["cache"]
     book = Codebook.from_pretrained(folder / "codebook")
-    settings = {k: v for k, v in settings.items() if k not in ("num_bits", "num_subspaces")}
+    settings = {k: v for k, v in settings.items() if v is not None and k not in ("bits", "num_bits", "num_subspaces")}
     cache = PagedPQCache(model.config, book, **settings, compile=False)
     results: dict[str, Any] = {"greedy": generate(model, cache)}
     stats = cache.stats()
@@ -87,16 +87,13 @@ def run(model: Any, folder: Path) -> dict[str, Any]:
         "tokens": stats["tokens"],
         "calls": stats["calls"],
     }
-    results["centroids"] = cache.storage.layers.views[0].key_centroids.cpu().clone()
     cache.reset()
     results["beams, after reset"] = generate(model, cache, num_beams=3, max_new_tokens=FEW)
     published = PagedPQCache.from_pretrained(folder / "codebook", model, **settings, compile=False)
     results["from_pretrained"] = generate(model, published, max_new_tokens=FEW)
     exact = PagedKVCache(model.config, page_size=16, max_pages=64, compile=False)
     results["exact pages"] = generate(model, exact, max_new_tokens=FEW)
-    learning = PagedPQCache(model.config, None, num_bits=book.num_bits, **{**settings, "learn_tokens": 140}, compile=False)
-    results["learnt"] = generate(model, learning)
-    results["learnt keys"] = learning.storage.learned[0].keys.cpu()
+    results["shipped codebook"] = generate(model, PagedPQCache(model.config, bits=3, **settings, compile=False))
     compiled = PagedPQCache(model.config, book, **settings, compile=True)
     results["compiled"] = generate(model, compiled, max_new_tokens=FEW, **compiling(model))
     return results

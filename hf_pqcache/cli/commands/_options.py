@@ -67,13 +67,16 @@ _MODEL = (
     *LOADING,
 )
 _CALIBRATION = (
-    click.option("--calibration", help="Text to calibrate on: a file, demo, or task/split. The model config's if absent."),
-    click.option("--calibration-tokens", type=click.IntRange(min=1), help="Tokens to sample."),
+    click.option("--calibration", help="Text to learn a codebook of the model's own from: a file, demo, or task/split."),
+    click.option("--calibration-tokens", type=click.IntRange(min=1), help="Tokens to sample of it."),
     click.option("--data-dir", type=FOLDER, help="Folder with the data sets' plain files, instead of the Hub."),
 )
 _CODES = (
-    click.option("-M", "--num-subspaces", "num_subspaces", type=int, help="Subspaces of a head vector."),
-    click.option("--nbits", "--num-bits", "num_bits", type=click.IntRange(4, 8), help="Bits of a code."),
+    click.option("--bits", type=click.IntRange(2, 4), help="Of codes, for each number; the model config's, or 4, if absent."),
+    click.option("-M", "--num-subspaces", "num_subspaces", type=int, help="Codes of a key, and of a value."),
+    click.option("--nbits", "--num-bits", "num_bits", type=click.IntRange(4, 8), help="Bits of one of these codes."),
+    click.option("--value-subspaces", type=int, help="Codes of a value; as -M if absent."),
+    click.option("--value-nbits", "value_bits", type=click.IntRange(4, 8), help="Bits of one of these; as --nbits if absent."),
 )
 _WINDOW = (
     click.option("--page-size", type=int, help="Tokens of a page."),
@@ -86,10 +89,10 @@ _RESULTS = (
     click.option("--results", type=FILE, help="JSONL file of result rows; what is in it is not measured again."),
     click.option("--force", is_flag=True, help="Measure again what is in --results."),
     json_option("the rows"),
-    click.option("--seed", type=click.IntRange(min=0), help="Of all that is drawn, calibration included; 0 if absent."),
+    click.option("--seed", type=click.IntRange(min=0), help="Of all that is drawn; 0 if absent."),
     quiet_option(),
 )
-CODEBOOK = click.option("--codebook", help="Folder or Hub repository; without one a pq cache is calibrated.")
+_CODEBOOK = click.option("--codebook", help="Of the model's own: folder or Hub repository; the package's if absent.")
 _CACHE = (
     click.option(
         "--cache",
@@ -98,7 +101,7 @@ _CACHE = (
         help="dynamic, static, quanto[:4|2], hqq[:8|4|3|2|1], fp8, pq[:4|3|2], paged-kv, kivi[:4|3|2], "
         "turboquant[:4|3.5|3|2.5|2], kvquant[:4|3|2], int4-token; the number is bits a value (`pqcache list caches`).",
     ),
-    CODEBOOK,
+    _CODEBOOK,
 )
 
 
@@ -134,7 +137,7 @@ def tune_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def sweep_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Those that a sweep over subspaces, bits and windows leaves as they are."""
+    """Those that a sweep over codes and windows leaves as they are."""
     return apply(
         (*_MODEL, click.option("--page-size", type=int, help="Tokens of a page."), _SINKS, _POOL, *_CALIBRATION, *_RESULTS),
         function,
@@ -166,8 +169,9 @@ def setup_of(
     outputs: files and folders that will be written: whether they can be is found out now. reads_data: whether the command
     reads a data set beside the text to calibrate on. more: of `prepare`.
     """
-    shape = ("num_subspaces", "num_bits", "page_size", "max_pages", "extended_residual", "sink_tokens", "calibration_tokens")
-    overrides = {name: options.pop(name, None) for name in (*shape, "revision")}
+    codes = ("bits", "num_subspaces", "num_bits", "value_subspaces", "value_bits")
+    shape = ("page_size", "max_pages", "extended_residual", "sink_tokens", "calibration_tokens")
+    overrides = {name: options.pop(name, None) for name in (*codes, *shape, "revision")}
     name, model = options.pop("model_config"), options.pop("model")
     if name is None and model is None:
         raise click.UsageError("which model? Give -f with a model config, or --model with a folder or a Hub id")

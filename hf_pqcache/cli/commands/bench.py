@@ -25,23 +25,29 @@ def command() -> None:
 
 
 class _KernelCase(click.ParamType):
-    """batch,kv_heads,group,tokens[,head_dim,M,bits] as the arguments of a kernel benchmark's Case."""
+    """batch,kv_heads,group,tokens[,head_dim[,bits or M,nbits[,value M,value nbits]]] as arguments of a benchmark's Case."""
 
     name = "case"
-    names = ("batch", "kv_heads", "group", "tokens", "head_dim", "num_subspaces", "num_bits")
+    names = ("batch", "kv_heads", "group", "tokens", "head_dim")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
         words = str(value).split(",")
-        if not all(word.strip().isdigit() for word in words) or len(words) not in (4, 5, 7):
+        if not all(word.strip().isdigit() for word in words) or len(words) not in (4, 5, 6, 7, 9):
             self.fail(
-                f"{value!r}: give numbers batch,kv_heads,group,tokens[,head_dim[,M,bits]] such as 1,8,4,131072", param, ctx
+                f"{value!r}: give numbers batch,kv_heads,group,tokens[,head_dim[,bits]], or M,nbits of keys and of values in "
+                "place of bits, such as 1,8,4,131072 or 1,8,4,131072,128,3",
+                param,
+                ctx,
             )
-        found = dict(zip(self.names, map(int, words), strict=False))
-        if min([number for name, number in found.items() if name not in ("num_subspaces", "num_bits")]) < 1:
+        numbers = list(map(int, words))
+        sizes, codes = dict(zip(self.names, numbers, strict=False)), numbers[5:]
+        if min(sizes.values()) < 1:
             self.fail(f"{value!r}: batch, kv_heads, group, tokens and head_dim must be at least 1", param, ctx)
-        if (found.get("num_subspaces", 64) == 0) != (found.get("num_bits", 8) == 0):
-            self.fail(f"{value!r}: M and bits are both 0 (exact pages) or neither is", param, ctx)
-        return found
+        if len(codes) == 1 and codes[0] not in (0, 2, 3, 4):
+            self.fail(f"{value!r}: bits are 4, 3, 2, or 0 for exact pages", param, ctx)
+        if len(codes) <= 1:
+            return sizes | dict(zip(["bits"], codes, strict=False))
+        return {**sizes, "keys": tuple(codes[:2]), "values": tuple(codes[2:] or codes)}
 
 
 class _GenerateCase(click.ParamType):
@@ -104,7 +110,8 @@ def _end(rows: list[dict[str, Any]], json_file: Path | None, plot: Path | None, 
     "cases",
     type=_KernelCase(),
     multiple=True,
-    help="batch,kv_heads,group,tokens[,head_dim,M,bits], M = bits = 0 for exact pages; may be repeated.",
+    help="batch,kv_heads,group,tokens[,head_dim[,bits]], bits = 0 for exact pages; or M,nbits[,value M,value nbits] in "
+    "place of bits; may be repeated.",
 )
 @_options.json_option("the document")
 @click.option("--plot", type=_options.FILE, help="Draw the speed-ups here (PNG; needs matplotlib).")
@@ -167,7 +174,7 @@ def _print_generate(rows: list[dict[str, Any]]) -> None:
     "--cache",
     "caches",
     multiple=True,
-    help="pq, pq-2bit, pq-eager, pq-offload, paged-kv, static, dynamic, quanto, hqq, fp8; all if absent.",
+    help="pq, pq-3bit, pq-2bit, pq-eager, pq-offload, paged-kv, static, dynamic, quanto, hqq, fp8; all if absent.",
 )
 @click.option("--new-tokens", type=click.IntRange(min=16), default=96, show_default=True)
 @click.option("--no-prefill", is_flag=True, help="Skip prefill times.")

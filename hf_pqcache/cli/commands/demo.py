@@ -28,8 +28,8 @@ def _print_demo(result: dict[str, Any]) -> None:
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Your own text, UTF-8.")
 @click.option("--tokens", type=click.IntRange(min=256), help="Length of a sequence; 1024, or what the model holds, if absent.")
 @click.option("--limit", type=click.IntRange(min=1), help="Perplexity windows; all of the text if absent.")
-@click.option("--recall-count", type=click.IntRange(min=1), default=20, show_default=True, help="Pass keys to ask for.")
-@click.option("--markdown", "markdown_file", type=_options.FILE, help="Also write the table here, as the README has it.")
+@click.option("--recall-count", type=click.IntRange(min=1), default=10, show_default=True, help="Pass keys to ask for.")
+@click.option("--markdown", "markdown_file", type=_options.FILE, help="Also write the table here.")
 @_options.json_option("the result")
 @_options.quiet_option()
 def command(

@@ -43,7 +43,7 @@ def command(
     Example:  pqcache publish codebook --repo me/tiny-pq4 --license mit \\
               --dry-run preview
     """
-    from hf_pqcache.eval.publish import publish
+    from hf_pqcache.eval.publish import publish, worth
     from hf_pqcache.eval.session.model_config import load_model_config
 
     if dry_run is not None:
@@ -65,5 +65,7 @@ def command(
     )
     for name in files:
         _output.say(f"  {name}")
+    if told := worth(codebook):
+        _output.say(f"note: {told}")
     _output.say(_output.written(Path(address), was_there) if dry_run else f"published: {address}")
     _output.write_json(json_file, {"address": address, "files": files})

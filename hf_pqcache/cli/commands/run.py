@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hf_pqcache.cli.commands import _options, _output, _rows
+
+if TYPE_CHECKING:
+    from hf_pqcache.cache.footprint import MemoryPlan
+
+#: Settings of codes, as the name of a folder of results tells them.
+_CODES = {"bits": "bits", "num_subspaces": "M", "num_bits": "n", "value_subspaces": "vM", "value_bits": "vn"}
 
 
 class _SeveralWords(click.Command):
@@ -30,7 +36,7 @@ class _SeveralWords(click.Command):
 @_options.model_options
 @click.option("--dataset", default="wikitext-2-raw-v1", show_default=True, help="Task whose text is evaluated.")
 @click.option("-p", "stages", multiple=True, help="Stages: baseline sampling training evaluation; all if absent.")
-@click.option("-m", "--merge", is_flag=True, help="One codebook for all layers and heads, as MILLION has it; less accurate.")
+@click.option("-m", "--merge", is_flag=True, help="MILLION's own codes: one codebook for all layers, nothing normalised.")
 @click.option("--half", is_flag=True, help="Run the model in float16.")
 @click.option("--paged/--no-paged", default=True, help="As MILLION has it; the cache is always paged, --no-paged is refused.")
 @click.option("--keep-samples", is_flag=True, help="Leave the sampled keys and values on disk: gigabytes for a large model.")
@@ -61,6 +67,7 @@ def command(
               --nbits 4 -m --half --paged --page_size 64 --extended_residual 128 \\
               --limit 1 --breakdown -p baseline sampling training evaluation
     """
+    from hf_pqcache.cache.footprint import plan_memory
     from hf_pqcache.eval.pipeline import STAGES, Pipeline
     from hf_pqcache.eval.session.caches import head_dim_of
     from hf_pqcache.eval.tasks import get
@@ -72,22 +79,19 @@ def command(
         raise click.UsageError(f"--half is float16 and --dtype says {options['dtype']}; give one of the two")
     if half:
         options["dtype"] = "float16"
-    model = options["model_config"] or options["model"] or ""
-    name = f"{Path(model).stem}-{dataset}-M{options['num_subspaces'] or 'half'}-n{options['num_bits'] or 8}"
-    folder = output or Path("runs") / (name + ("-merged" if merge else ""))
+    folder = output or Path("runs") / _name(options, dataset, merge)
     options["results"] = options["results"] or folder / "results.jsonl"
     options["calibration"] = options["calibration"] or dataset
     chosen_stages = stages or STAGES
     _check_stages(chosen_stages, STAGES)
     task = get(dataset)
     needs_text = not {"sampling", "training"}.isdisjoint(chosen_stages)
-    setup = _options.setup_of(
-        options, ["pq"], [folder, json_file], merge=merge, learns=True, needs_text=needs_text, reads_data=True
-    )
+    more = {"normalise": not merge, "learns": True, "needs_text": needs_text, "reads_data": True}
+    setup = _options.setup_of(options, ["pq"], [folder, json_file], **more)
+    if merge and not head_dim_of(setup.hf_config):
+        raise click.UsageError("-m has one codebook for all layers, and this model's differ in head_dim: leave it out")
     chosen = check_perplexity(task, setup, window=window, stride=stride, data_dir=setup.learning.data_dir)
-    shape = setup.config.pq_config
-    shape = shape.replace(num_subspaces=shape.subspaces(head_dim_of(setup.hf_config)))
-    session = setup.open()
+    shape, session = setup.specs[0].config, setup.open()
     pipeline = Pipeline(
         session,
         shape,
@@ -102,7 +106,10 @@ def command(
     )
     rows = pipeline.run(chosen_stages)
     _rows.finish(rows, json_file, f"{session.model_name} on {dataset}")
-    _tell_savings(session.model, chosen, shape)
+    if not merge:  # whose codes no cache here holds
+        _output.say(
+            _saved(plan_memory(session.model.config, tokens=chosen, pq_config=shape, dtype_bytes=session.model.dtype.itemsize))
+        )
     _output.say(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
@@ -112,10 +119,14 @@ def _check_stages(chosen: Sequence[str], known: Sequence[str]) -> None:
         raise click.UsageError(f"unknown stages {unknown}; use {' '.join(known)}")
 
 
-def _tell_savings(model: Any, tokens: int, shape: Any) -> None:
-    from hf_pqcache.cache.footprint import plan_memory
+def _name(options: dict[str, Any], dataset: str, is_million: bool) -> str:
+    """Of a folder of results: model, data set, and the codes as far as they were asked for."""
+    model = Path(options["model_config"] or options["model"] or "").stem
+    codes = [f"{letter}{options[name]}" for name, letter in _CODES.items() if options[name] is not None]
+    return "-".join([model, dataset, *codes, *(["million"] if is_million else [])])
 
-    planned = plan_memory(model.config, tokens=tokens, pq_config=shape, dtype_bytes=model.dtype.itemsize)
-    saved = planned.saved("pq") / planned["dynamic"].total
-    kept = _output.bytes_text(planned["pq"].total), _output.bytes_text(planned["dynamic"].total)
-    _output.say(f"bytes of {tokens:,} tokens, codebook included: {kept[0]} of {kept[1]}, {saved:.1%} saved")
+
+def _saved(planned: MemoryPlan) -> str:
+    exact, ours = planned["dynamic"].total, planned["pq"].total
+    kept = f"{_output.bytes_text(ours)} of {_output.bytes_text(exact)}"
+    return f"bytes of {planned.tokens:,} tokens, everything counted: {kept}, {1 - ours / exact:.1%} saved"

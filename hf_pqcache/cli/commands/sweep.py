@@ -1,4 +1,4 @@
-"""`pqcache sweep`: subspaces x bits x windows x tasks, one table and one picture."""
+"""`pqcache sweep`: codes x windows x tasks, one table and one picture."""
 
 from __future__ import annotations
 
@@ -13,16 +13,11 @@ from hf_pqcache.cli.commands import _options, _output, _types
 
 @click.command()
 @_options.sweep_options
-@click.option(
-    "-M",
-    "--num-subspaces",
-    "subspaces",
-    type=_types.Numbers(int, 8, 1024),
-    help="A half and a quarter of head_dim if absent.",
-)
-@click.option(
-    "--nbits", "--num-bits", "bits", type=_types.Numbers(int, 4, 8), default="8,6", show_default=True, help="Of a code."
-)
+@click.option("--bits", type=_types.Numbers(int, 2, 4), help="Operating points; 4,3,2 if nothing else is varied.")
+@click.option("-M", "--num-subspaces", type=_types.Numbers(int, 8, 1024), help="Codes of a key, and of a value.")
+@click.option("--nbits", "--num-bits", "num_bits", type=_types.Numbers(int, 4, 8), help="Bits of one of them.")
+@click.option("--value-subspaces", type=_types.Numbers(int, 8, 1024), help="Codes of a value; as of its key if absent.")
+@click.option("--value-nbits", "value_bits", type=_types.Numbers(int, 4, 8), help="Bits of one of them; the same.")
 @click.option(
     "--extended-residual",
     "windows",
@@ -45,8 +40,11 @@ from hf_pqcache.cli.commands import _options, _output, _types
 @click.option("--recall-count", type=click.IntRange(min=1), default=20, show_default=True, help="Pass keys to ask for.")
 @click.option("--plot", type=_options.FILE, help="Draw the picture here (PNG; needs matplotlib).")
 def command(
-    subspaces: list[int] | None,
-    bits: list[int],
+    bits: list[int] | None,
+    num_subspaces: list[int] | None,
+    num_bits: list[int] | None,
+    value_subspaces: list[int] | None,
+    value_bits: list[int] | None,
     windows: list[int],
     names: list[str],
     tokens: int | None,
@@ -72,9 +70,11 @@ def command(
         _options.refuse_unused("without the task recall", {"recall_count": "--recall-count"})
     if not any(is_text(name) for name in names):
         _options.refuse_unused("without a text among the tasks", {"window": "--window"})
-    reads_data = any(reads_data_set(name) for name in names)
-    setup = _options.setup_of(options, ["pq"], [json_file, plot], learns=True, reads_data=reads_data)
-    configs = grid(setup.config.pq_config, head_dim_of(setup.hf_config), subspaces or [], bits, windows)
+    setup = _options.setup_of(options, ["pq"], [json_file, plot], reads_data=any(reads_data_set(name) for name in names))
+    varied = {"bits": bits, "num_subspaces": num_subspaces, "num_bits": num_bits}
+    varied |= {"value_subspaces": value_subspaces, "value_bits": value_bits}
+    codes = {name: values for name, values in varied.items() if values is not None}
+    configs = grid(setup.config.pq_config, head_dim_of(setup.hf_config), windows, codes)
     runs, length = prepare_runs(
         setup, names, tokens=tokens, window=window, limit=limit, recall_count=recall_count, data_dir=data_dir
     )

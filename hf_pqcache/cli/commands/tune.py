@@ -12,6 +12,8 @@ from hf_pqcache.cli.commands import _options, _output, _types, _unfinished
 
 
 def _print_search(search: Any, tokens: int, budget: str) -> None:
+    from hf_pqcache.eval.session.caches import codes_text
+
     trials = [trial for trial in search.trials if trial.loss is not None]
     is_best = [search.best is not None and trial.config == search.best.config for trial in trials]
     notes: dict[str, int] = {}
@@ -27,8 +29,7 @@ def _print_search(search: Any, tokens: int, budget: str) -> None:
         + ("" if search.exact_recall is None else f", {search.exact_recall:.0%} of the pass keys"),
         {
             "": ["best" if best else "Pareto" if trial.is_pareto else "-" for trial, best in zip(trials, is_best, strict=True)],
-            "M": [str(trial.config.num_subspaces) for trial in trials],
-            "n": [str(trial.config.num_bits) for trial in trials],
+            "codes": [codes_text(trial.config.to_dict()) for trial in trials],
             "page": [str(trial.config.page_size) for trial in trials],
             "recent": [str(trial.config.extended_residual) for trial in trials],
             "of fp16": [f"{trial.ratio:.1%}" for trial in trials],
@@ -61,8 +62,10 @@ def _print_search(search: Any, tokens: int, budget: str) -> None:
 )
 @click.option("--limit", type=click.IntRange(min=1), default=4, show_default=True, help="Perplexity windows.")
 @click.option("--recall-count", type=click.IntRange(min=0), default=4, show_default=True, help="Pass keys at each of 5 depths.")
-@click.option("--try-subspaces", type=_types.Numbers(int, 8, 1024), help="Subspaces to try, e.g. 32,64.")
-@click.option("--try-bits", type=_types.Numbers(int, 4, 8), default="8,6,4", show_default=True, help="Bits of a code to try.")
+@click.option("--try-subspaces", type=_types.Numbers(int, 8, 1024), help="Codes of a key, and of a value, to try, e.g. 32,64.")
+@click.option(
+    "--try-bits", type=_types.Numbers(int, 4, 8), help="Bits of one of them, e.g. 8,6. Without both: the operating points."
+)
 @click.option(
     "--try-page-sizes", type=_types.Numbers(int, 16, 512), default="32,64,128", show_default=True, help="Page sizes to try."
 )
@@ -84,27 +87,27 @@ def command(
     limit: int,
     recall_count: int,
     try_subspaces: list[int] | None,
-    try_bits: list[int],
+    try_bits: list[int] | None,
     try_page_sizes: list[int],
     try_residuals: list[int],
     output: Path,
     json_file: Path | None,
     **options: Any,
 ) -> None:
-    """Search page size, recent window, subspaces and bits under a budget; write the best as a model config.
+    """Search page size, recent window and codes of both sides under a budget; write the best as a model config.
 
     Shapes are measured by perplexity on a long text and by pass keys, the winner once more by the running cache.
 
     \b
     Example:  pqcache tune -f tiny --max-loss 0.05 --try-subspaces 32 \\
               --try-bits 8 --try-residuals 64 --window 768 --limit 1 \\
-              --recall-count 1 --calibration-tokens 2048 -o best.yaml
+              --recall-count 1 -o best.yaml
     """
     from hf_pqcache.eval.measure.recall import ANSWER_TOKENS, check_recall
     from hf_pqcache.eval.search.trials import DEPTHS, Runner, window_of
     from hf_pqcache.eval.search.trials import material as cut
-    from hf_pqcache.eval.search.tune import Budget, Grid, layer_shapes, tune
-    from hf_pqcache.eval.session.caches import CacheSpec
+    from hf_pqcache.eval.search.tune import Budget, Grid, share_of_bytes, tune
+    from hf_pqcache.eval.session.caches import CODES, CacheSpec, head_dim_of
     from hf_pqcache.eval.session.models import token_ids
     from hf_pqcache.eval.session.texts import is_data_set, text_of
     from hf_pqcache.models.positions import check_positions
@@ -114,20 +117,15 @@ def command(
     was_there = output.exists()
     budget = Budget(max_ratio, max_loss, max_recall_loss)
     evaluated, name = text_of(text or "demo", options["data_dir"])
-    setup = _options.setup_of(
-        options,
-        ["pq"],
-        [output, output.with_suffix(".codebook"), json_file],
-        learns=True,
-        reads_data=is_data_set(text or "demo"),
-    )
+    outputs = [output, output.with_suffix(".codebook"), json_file]
+    setup = _options.setup_of(options, ["pq"], outputs, reads_data=is_data_set(text or "demo"))
     config, length = setup.config, tokens or setup.limit or setup.window
     check_positions(length, setup.limit, "a sequence whose bytes count", "--tokens")
     chosen = window or window_of(setup, evaluated, told_twice=text is None)
     check_positions(chosen, setup.limit, "a perplexity window", "--window")
-    shapes = layer_shapes(setup.hf_config)
+    share_of_bytes(config.pq_config, setup.hf_config, length)  # if there is nothing to tune it says so
     grid = Grid(try_subspaces, try_bits, try_page_sizes, try_residuals)
-    configs = grid.configs(config.pq_config, shapes[0][1])
+    configs = grid.configs(config.pq_config, head_dim_of(setup.hf_config))
     for shape in configs:
         CacheSpec("pq", shape.to_dict()).check_room(chosen)
     material = cut(setup.tokenizer, evaluated, name, window=chosen, limit=limit, told_twice=text is None)
@@ -137,7 +135,7 @@ def command(
     session = setup.open()
     runner = Runner(
         session,
-        lambda shape: setup.learning.codebook(session, shape),
+        lambda spec: setup.ready(session, spec),
         material,
         max(configs, key=lambda shape: shape.window_slots),
         window=chosen,
@@ -149,7 +147,7 @@ def command(
             f"--max-loss {max_loss} is more than forgetting every distant token costs on {material.name} ({runner.reach:.2%}): "
             "any cache would do; ask for less"
         )
-    search = tune(runner, configs, shapes, budget, tokens=length, progress=session.progress)
+    search = tune(runner, configs, setup.hf_config, budget, tokens=length, progress=session.progress)
     goal = f"least loss within {max_ratio:.1%} of the bytes" if max_ratio else f"fewest bytes within {max_loss:+.2%} of loss"
     _print_search(search, length, goal)
     _unfinished.finished()
@@ -163,18 +161,22 @@ def command(
             "trials": [asdict(trial) for trial in search.trials],
         },
     )
-    if search.best is None or search.codebook is None:
+    if search.best is None:
         raise click.ClickException(
             "no shape keeps to the budget and to the pass keys; allow more, or widen the search (--try-subspaces, ...)"
         )
     shape = search.best.config
-    found = {key: getattr(shape, key) for key in ("num_subspaces", "num_bits", "page_size", "extended_residual")}
-    folder = output.with_suffix(".codebook")
-    settings = {key: found[key] for key in ("page_size", "extended_residual")} | {"sink_tokens": shape.sink_tokens}
-    replace(search.codebook, settings=settings).save_pretrained(folder)
+    found = {key: getattr(shape, key) for key in ("bits", *CODES, "page_size", "extended_residual")}
     comment = (
         f"Found by pqcache tune: {goal}.\n"
         f"{search.best.loss:+.2%} perplexity on {material.name}, {search.best.ratio:.1%} of the bytes of {length} tokens."
     )
-    replace(config, **found, codebook=f"./{folder.name}", codebook_revision=None).save(output, comment)
-    _output.say(f"{_output.written(output, was_there)}, its codebook to {folder}")
+    told = _output.written(output, was_there)
+    folder = output.with_suffix(".codebook")
+    if search.codebook is not None:
+        settings = {key: found[key] for key in ("page_size", "extended_residual")} | {"sink_tokens": shape.sink_tokens}
+        replace(search.codebook, settings=settings).save_pretrained(folder)
+        told += f", its codebook to {folder}"
+    own = None if search.codebook is None else f"./{folder.name}"
+    replace(config, **found, codebook=own, codebook_revision=None).save(output, comment)
+    _output.say(told)
