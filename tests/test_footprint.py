@@ -13,6 +13,7 @@ from tiny_models import build, codebook_of
 from transformers import AutoConfig, DynamicCache, LlamaConfig
 
 from hf_pqcache import PagedKVCache, PagedPQCache, PQConfig, demo, plan_memory
+from hf_pqcache.cache.footprint import layer_shapes
 from hf_pqcache.cli import main
 from hf_pqcache.eval.session.caches import CacheSpec, weigh
 from hf_pqcache.eval.session.cards import tokens_that_fit, weight_bytes
@@ -41,6 +42,8 @@ def test_ours_hold_what_was_planned(name: str, batch: int, tokens: int) -> None:
     assert found["bytes"]["window"] == expected.window
     assert found["pages_used"] == expected.pages
     assert found["bytes"]["codebooks"] == pytest.approx(expected.codebooks, rel=1.01)  # here float32, as the model
+    in_pages = found["pages_used"] * shape.page_size * sum(h * (dk + dv) for h, dk, dv in layer_shapes(model.config))
+    assert in_pages == 0 or found["true_bits"] == pytest.approx(8 * found["bytes"]["codes"] / in_pages)
     assert found["bytes_fp16"] == (planned["dynamic"].total - planned["dynamic"].other_layers) // 2
     exact = filled(model, PagedKVCache(model.config, page_size=16), batch, tokens).stats()
     assert exact["bytes"]["pages"] == planned["paged-kv"].stored

@@ -266,6 +266,7 @@ class PagedCache(DynamicCache):
         `bytes` is what tokens use, by kind, and `bytes_total` their sum; `bytes_reserved` is what the cache holds of the
         device's and the host's memory for it, as the allocator counts: pages come in slabs, so it is more by up to a slab
         and an eighth. `calls` counts launches from the host; replays of a captured CUDA graph do not pass there.
+        `true_bits` is what pages hold of a number of keys and values: codes, scales, offsets and padding, without the window.
         `eager_because` says why decode steps are not compiled, None where they may be. With offload=True the pages, `codes`
         or `pages`, lie on the host, and `staging` is what the device holds of them; without, `bytes_host` is 0. Deep copies
         share pages, and each tells those that it has.

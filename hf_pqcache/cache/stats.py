@@ -40,12 +40,19 @@ def stats(forward_pass: ForwardPass, all_layers: list[Any], compressed: Sequence
         "bytes_reserved_device": reserved["device"],
         "bytes_reserved_host": reserved["host"],
         "bytes_fp16": _bytes_fp16(storage),
+        "true_bits": _true_bits(layers),
         "compressed_layers": list(compressed),
         "exact_layers": sorted(exact),
         "engines": engines,
         "eager_because": forward_pass.eager_because,
         "calls": calls,
     }
+
+
+def _true_bits(layers: Layers) -> float | None:
+    """Bits that pages hold for a number of keys and values, scales, offsets and padding included; None without layers."""
+    numbers = sum(w.shape[1] * w.shape[3] for view in layers.views.values() for w in (view.window_keys, view.window_values))
+    return 8 * layers.page_bytes / (layers.config.page_size * numbers) if numbers else None
 
 
 def _kind(layers: Layers) -> str:

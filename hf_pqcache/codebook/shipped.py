@@ -1,7 +1,7 @@
 """The codebooks that every cache starts with: made of random numbers alone, so that they suit no model better than another.
 
 After normalisation keys and values of any model look alike (`normalise`), and like normal random numbers that went the same
-way. The files in `shipped/` hold what `make` makes of those, for the widths in use; any other width is made when it is
+way. `shipped.safetensors` holds what `make` makes of those, for the widths in use; any other width is made when it is
 first asked for, in a few seconds.
 """
 
