@@ -59,7 +59,7 @@ def test_gradients_of_the_current_pass_are_the_models(kind: str, counts: list[in
 
 @KINDS
 def test_a_conversation_without_no_grad_computes_the_same(kind: str) -> None:
-    """Also past the exact window, and through the learning of centroids: a plain model(ids) of many tokens, then steps."""
+    """Also past the exact window: a plain model(ids) of many tokens, then steps."""
     inputs = [tokens(1, 100, 1), *(tokens(1, 1, seed) for seed in range(2, 24)), tokens(1, 20, 50)]
     tracked, plain = make(kind), make(kind)
     for ids in inputs:
