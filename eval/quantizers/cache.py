@@ -140,7 +140,7 @@ class QuantizedLayer(DynamicLayer):
         return self.length
 
     def reset(self) -> None:
-        super().reset()
+        """Forget everything. Transformers' own would write zeros in place, which tensors of inference mode refuse."""
         self.sides = self._make[0](), self._make[1]()
         self.length = 0
 
