@@ -142,7 +142,7 @@ class QuantizedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything. Transformers' own would write zeros in place, which tensors of inference mode refuse."""
         self.sides = self._make[0](), self._make[1]()
-        self.length = 0
+        self.length, self.is_initialized = 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest -tokens_to_remove tokens. Raises ValueError where some of them are codes already."""
