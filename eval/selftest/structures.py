@@ -103,10 +103,7 @@ def layout_round_trip(machine: Machine) -> str:
                 page = PageLayout(which, page_size, 2 * m, m, bits)
                 codes = (random_tokens((2, page_size, m), 1, machine) * 1000).int().remainder(1 << bits).to(torch.uint8)
                 numbers = random_tokens((2, page_size, 2 * m), 2, machine)
-                if which == "key":
-                    scales = normalise.normalise_keys(numbers)[1]._asdict()
-                else:
-                    scales = {"magnitude": normalise.normalise_values(numbers)[1]}
+                scales = normalise.normalise(which, numbers)[1]
                 blocks = page.pack(codes, **scales)
                 expect_equal("bytes of a page", blocks.shape[-1], page.nbytes)
                 found, kept = page.unpack(blocks)

@@ -75,12 +75,13 @@ class PagedPQCache(PagedCache):
                 raise ValueError("this codebook is MILLION's, for comparison (`pqcache run -m`); caches take normalised ones")
             codebook.check_model(config)
         layers: list[Any] = DynamicCache(config=config).layers
-        compile = _compiles(compile, text_config, partial(_codebook_for, settings, codebook))
+        book_of = partial(_codebook_for, settings, codebook)
+        compile = _compiles(compile, text_config, book_of)
         self._settings, self._codebook = settings, codebook
         owned = Layers(
             settings,
             len(layers),
-            partial(_codebook_for, settings, codebook),
+            book_of,
             offload=offload,
             expected_tokens=expected_tokens,
             max_positions=max_positions(config),

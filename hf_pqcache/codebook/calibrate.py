@@ -96,8 +96,7 @@ def _parts(x: Tensor, which: Side, width: int, page_size: int) -> Tensor:
     if not page_size:
         return x.float().unflatten(1, (-1, width)).transpose(0, 1)
     pages = normalising.rotate(x[: len(x) // page_size * page_size]).unflatten(0, (-1, page_size))
-    coded = (normalising.normalise_keys if which == "key" else normalising.normalise_values)(pages)[0]
-    return coded.reshape(1, -1, width)
+    return normalising.normalise(which, pages)[0].reshape(1, -1, width)
 
 
 def calibrate(

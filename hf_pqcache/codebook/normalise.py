@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_pqcache.config import Side
+
 #: Magnitudes are kept as round(8 log2(x)) + 160 in a byte: an eighth of an octave from 2**-20 to 2**11.9.
 _STEPS, _ORIGIN = 8, 160
 #: Tokens that an equaliser is made of at most.
@@ -74,6 +76,15 @@ def equaliser(keys: Tensor) -> Tensor:
     spread = keys.float().std(-2, correction=0)
     usual = spread.median(-1, keepdim=True).values.clamp_min(1e-12)
     return torch.exp2((spread / (_LOUD * usual)).clamp_min(1.0).log2().mul_(2).round_() / 2)
+
+
+def normalise(which: Side, rotated: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """`normalise_keys` or `normalise_values`: (what is coded, its scales by the names that `PageLayout` gives them)."""
+    if which == "key":
+        coded, scales = normalise_keys(rotated)
+        return coded, scales._asdict()
+    coded, magnitude = normalise_values(rotated)
+    return coded, {"magnitude": magnitude}
 
 
 def normalise_keys(rotated: Tensor) -> tuple[Tensor, KeyScales]:

@@ -59,7 +59,7 @@ def make(which: Side, width: int, num_bits: int) -> tuple[Tensor, float]:
     """`side`, from normalised pages of normal random numbers; the same on every machine."""
     generator = torch.Generator().manual_seed(_SEED)
     pages = torch.randn(_PAGES, _PAGE, _HEAD_DIM, generator=generator)
-    x = (normalise.normalise_keys if which == "key" else normalise.normalise_values)(pages)[0]
+    x = normalise.normalise(which, pages)[0]
     parts = x.flatten()[: x.numel() // width * width].view(-1, width)
     chosen = torch.randperm(parts.shape[0], generator=generator)[:_SAMPLES]
     found = kmeans(parts[chosen][None], 1 << num_bits, seed=_SEED)

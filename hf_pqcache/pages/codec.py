@@ -86,11 +86,8 @@ class CodedPages:
         pages = (
             normalise.rotate(x / self.equaliser[:, None]).unflatten(1, (-1, self.layout.page_size)).transpose(0, 1)
         )  # (n, H, P, d)
-        if self.layout.which == "key":
-            coded, scales = normalise.normalise_keys(pages)
-            return self.layout.join(self.layout.pack(pq.encode(coded * self.gain, self.centroids), **scales._asdict()))
-        coded, magnitude = normalise.normalise_values(pages)
-        return self.layout.join(self.layout.pack(pq.encode(coded * self.gain, self.centroids), magnitude))
+        coded, scales = normalise.normalise(self.layout.which, pages)
+        return self.layout.join(self.layout.pack(pq.encode(coded * self.gain, self.centroids), **scales))
 
     def decode(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
         codes, scales = self.layout.unpack(self.layout.split(pages))

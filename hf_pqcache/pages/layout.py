@@ -7,7 +7,7 @@ A block is one side, keys or values, of a page of one (layer, KV head): the code
 
 each part and the whole a multiple of 16 bytes long. In a page the codes of all heads come first, then the rest of all heads:
 so codes begin where loads of a warp want them. Codes are a stream of `num_bits`-bit numbers, little-endian, a tile of 16
-tokens after the other. Side (token, subspace) stands where in a tile is chosen so that the lanes of a warp read it as it
+tokens after the other. Which (token, subspace) stands where in a tile is chosen so that the lanes of a warp read it as it
 lies, and follows from M and the bits alone; kernels/page.cuh says the same, and a test compares the two.
 """
 
