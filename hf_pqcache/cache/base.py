@@ -18,6 +18,7 @@ from hf_pqcache.cache import stats
 from hf_pqcache.cache.forward_pass import ForwardPass
 from hf_pqcache.cache.hybrid import HybridLayer, paged_layer
 from hf_pqcache.cache.layer import PagedLayer
+from hf_pqcache.cache.portable import Portable
 from hf_pqcache.cache.sequences import Sequences
 from hf_pqcache.models.code import gives_attention_what_it_caches
 from hf_pqcache.models.support import COPY, NO_POSITIONS, SingleAttention, layers_without_positions, why_exact
@@ -25,7 +26,7 @@ from hf_pqcache.storage.memory import out_of_memory_as_pqc004
 from hf_pqcache.storage.storage import Storage
 
 
-class PagedCache(DynamicCache):
+class PagedCache(Portable, DynamicCache):
     """What the two caches share: everything but what their pages hold.
 
     DynamicCaches to transformers, some of whose code takes no other: captioning models give one a second cache for the image,
@@ -257,7 +258,7 @@ class PagedCache(DynamicCache):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             f"a {type(self).__name__} cannot be pickled: it is memory of one process, made for one model. Use copy.deepcopy "
-            "for a copy, and save codebooks with codebook.save_pretrained()"
+            "for a copy; export_sequence() makes bytes of a sequence, codebook.save_pretrained() files of a codebook"
         )
 
     def stats(self) -> dict[str, Any]:

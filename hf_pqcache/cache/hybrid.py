@@ -17,13 +17,18 @@ from transformers.cache_utils import (
 from hf_pqcache.cache.layer import PagedLayer
 
 
+def new_states(count: int) -> LinearAttentionLayer:
+    """So many states of a layer, without content."""
+    return LinearAttentionLayer(number_of_states=count)
+
+
 class HybridLayer(PagedLayer):
     """Keys and values in pages, as in PagedLayer; conv and recurrent states as transformers keeps them, in `states`."""
 
     supports_early_init = False
 
     def __init__(self, *args: Any, number_of_states: int) -> None:
-        self.states = LinearAttentionLayer(number_of_states=number_of_states)
+        self.states = new_states(number_of_states)
         super().__init__(*args)
 
     def __getattr__(self, name: str) -> Any:

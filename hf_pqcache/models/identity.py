@@ -30,6 +30,9 @@ _SIGNS = 16
 #: Settings of a config file that say by what it was saved; and of a config how and from where a model was loaded.
 _SAVED = {"_name_or_path", "transformers_version"}
 _PASSING = {*_SAVED, "name_or_path", "_commit_hash", "dtype", "torch_dtype", "architectures"}
+#: What else of a config changes no key and no value: what is returned, and which tokens end a text.
+_NOT_OF_TOKENS = {"use_cache", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id"}
+_NOT_OF_TOKENS |= {"bos_token_id", "eos_token_id", "pad_token_id", "_attn_implementation", "_experts_implementation"}
 
 
 def model_fingerprint(model: Any, source: str | os.PathLike[str] | None = None, revision: str | None = None) -> str:
@@ -108,6 +111,23 @@ def is_of_model(metadata: Mapping[str, Any], model: Any, fingerprint: str | None
     if kind == "weights" and own != noted and own.partition(":")[2][:_SIGNS] == digest[:_SIGNS]:
         return None if metadata.get("dtype") != dtype_name(model) else False
     return noted == own
+
+
+def settings_of_tokens(config: Any) -> dict[str, Any]:
+    """What a config says that decides the keys and values of a text, as JSON has it; not its dtype."""
+    text = json.dumps(config.to_dict(), default=str)
+    return dict(_without(json.loads(text, parse_constant=str), _PASSING | _NOT_OF_TOKENS))  # JSON has no infinity
+
+
+def differences(noted: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """Names of the settings in which two of `settings_of_tokens` differ. Those that only one release knows are not compared."""
+    return sorted(name for name in noted.keys() & own.keys() if noted[name] != own[name])
+
+
+def _without(value: Any, names: set[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(inner, names) for key, inner in value.items() if key not in names}
+    return [_without(inner, names) for inner in value] if isinstance(value, list) else value
 
 
 def dtype_name(model: Any) -> str:

@@ -89,6 +89,13 @@ class Lengths:
         self.reused[layer] = [min(a, b) for a, b in zip(self.reused[layer], self.at(positions), strict=True)]
         self.count(layer, positions)
 
+    def place(self, layer: int, seq: int, length: int, reused: int) -> None:
+        """A sequence without tokens or padding has got `length` tokens in `layer`; for `reused` see there."""
+        positions = list(self.positions(layer))
+        positions[seq] = length
+        self.count(layer, positions)
+        self.reused[layer][seq] = max(self.reused[layer][seq], reused)
+
     def refresh(self) -> None:
         """Read the lengths that compiled steps have advanced on the device. Raises PagesExhaustedError if one found no page."""
         self.is_stale, self.unread_steps, self.unread_appends = False, 0, 0

@@ -122,9 +122,15 @@ class Storage:
     def fit_dtypes(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """New keys and values in dtypes that also hold what `layer` has, which it then has in these dtypes, without loss.
 
-        As torch.cat does it for DynamicCache: what was stored under autocast goes on in float32.
+        As torch.cat does it for DynamicCache: what was stored under autocast goes on in float32. Raises ValueError for new
+        ones on another device.
         """
         view = self.layers.views[layer]
+        if keys.device != view.device:
+            raise ValueError(
+                f"layer {layer}: tokens lie on {view.device} and new ones come on {keys.device}: leave the model where it was, "
+                "or import_sequence() with device="
+            )
         held = view.window_keys.dtype, view.window_values.dtype
         wanted = torch.promote_types(held[0], keys.dtype), torch.promote_types(held[1], values.dtype)
         if wanted != held:

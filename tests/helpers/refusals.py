@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tiny_models import SMALL, build, codebook_of, padded, tokens
+from tiny_models import COMMON, SMALL, build, codebook_of, padded, tokens
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_pqcache import Codebook, PagedPQCache, calibrate
@@ -166,6 +166,31 @@ def _calibration_of_a_part() -> None:
     _raises(ValueError, "spread over 2 processes", lambda: calibrate(part, None, "a text"))
 
 
+def _foreign_sequence() -> None:
+    data = _cache().export_sequence(0)
+    _raises(ValueError, "another model", lambda: PagedPQCache(build("qwen3").config, None, SMALL).import_sequence(data))
+    _raises(ValueError, "page_size", lambda: PagedPQCache(build("llama").config, page_size=32).import_sequence(data))
+
+
+def _other_equaliser() -> None:
+    caches = [PagedPQCache(build("llama").config, None, SMALL) for _ in range(2)]
+    for cache, loud in zip(caches, (1.0, 20.0), strict=True):
+        cache.allocate_sequence("a")
+        keys = torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(0))
+        keys[..., 0] *= loud
+        cache.append_tokens("a", 0, keys, keys)
+    data = caches[0].export_sequence("a")
+    _raises(ValueError, "equalised by", lambda: caches[1].import_sequence(data, "b"))
+
+
+def _image_rows() -> None:
+    text = tf.models.mllama.MllamaTextConfig(**COMMON, cross_attention_layers=[1], rope_theta=10000.0)
+    cache = PagedPQCache(text, None, SMALL)
+    for layer, count in ((0, 50), (1, 7)):
+        cache.update(torch.zeros(1, 1, count, 16), torch.zeros(1, 1, count, 16), layer)
+    _raises(NotImplementedError, "beside its text", lambda: cache.export_sequence(0))
+
+
 def _several_queries() -> None:
     cache = _cache()
     before = cache.stats()["calls"].get("attend/torch", 0)
@@ -261,6 +286,24 @@ ENTRIES = (
         "`FileNotFoundError`",
         "unpickling a file runs what is in it; codebooks are safetensors and JSON",
         _pickled_codebook,
+    ),
+    Entry(
+        "importing a sequence of another model, of other settings, dtype or (with `model=`) weights",
+        "`ValueError`",
+        "its numbers would mean nothing; the message says what differs",
+        _foreign_sequence,
+    ),
+    Entry(
+        "importing a sequence beside others whose keys were equalised otherwise",
+        "`ValueError`",
+        "one equaliser serves all pages of a layer; caches that begin with the same imported sequence share it",
+        _other_equaliser,
+    ),
+    Entry(
+        "exporting rows of models that attend to an image beside their text, or copy layers for themselves",
+        "`NotImplementedError`",
+        "such layers hold what no position of the text tells",
+        _image_rows,
     ),
     Entry(
         "sliding-window, chunked, linear-attention layers",

@@ -1,0 +1,106 @@
+"""A sequence of a paged cache as bytes, and what they say of the cache and the model that it is from."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch.distributed as dist
+from torch import Tensor
+from transformers import DynamicCache
+
+from hf_pqcache.cache import sequence_file, stock_state
+from hf_pqcache.config import Side
+from hf_pqcache.models import identity
+from hf_pqcache.storage import transfer
+from hf_pqcache.storage.memory import out_of_memory_as_pqc004
+from hf_pqcache.storage.transfer import StoredLayer
+
+if TYPE_CHECKING:
+    from hf_pqcache.cache.base import PagedCache
+
+#: Tensors of a layer in pages.
+PARTS = ("key_pages", "value_pages", "window_keys", "window_values")
+#: Settings that both sides must share besides codes.
+SIZES = ("page_size", "sink_tokens", "extended_residual")
+
+
+def export(cache: PagedCache, seq: Hashable, model: Any) -> bytes:
+    """As `PagedCache.export_sequence` says."""
+    cache._pass.settle()
+    storage = cache.storage
+    if storage.lengths.is_uneven and not storage.are_independent:
+        cache._pass.roll_back()
+    place = _place(cache, seq)
+    stock = {} if storage.are_independent else _stock_tensors(cache, place)
+    layers, tensors = [], dict[str, Tensor]()
+    for i, fresh in enumerate(fresh_layers(cache)):
+        entry: dict[str, Any] = {"kind": type(fresh).__name__}
+        if i in storage.layers.views:
+            with out_of_memory_as_pqc004("the sequence that is being exported"):
+                stored = transfer.take(storage, i, place)
+            parts = {name: getattr(stored, name) for name in (*PARTS, "equaliser")}
+            tensors |= {f"{i}.{name}": x.cpu() for name, x in parts.items() if x is not None}
+            entry["pages"] = {"length": stored.length, "reused": stored.reused, "codec": codec_facts(cache, i, stored)}
+        if i in stock:
+            entry["seen"], found = stock[i]
+            tensors |= {f"{i}.{name}": x for name, x in found.items()}
+        layers.append(entry)
+    return sequence_file.pack({**facts(cache, model), "is_of_generate": not storage.are_independent, "layers": layers}, tensors)
+
+
+def _place(cache: PagedCache, seq: Hashable) -> int:
+    storage = cache.storage
+    if storage.are_independent:
+        return cache._sequences._place(seq)
+    batch = storage.layers.batch if any(storage.lengths.tokens(layer) for layer in storage.layers.views) else 0
+    if not isinstance(seq, int) or isinstance(seq, bool) or not 0 <= seq < batch:
+        raise ValueError(f"there is no row {seq!r}: the cache holds {batch} rows with tokens in pages, counted from 0")
+    return seq
+
+
+def _stock_tensors(cache: PagedCache, row: int) -> dict[int, tuple[int, dict[str, Tensor]]]:
+    """(positions seen, tensors) of each layer that transformers keeps."""
+    if beside := sorted(i for i in cache._pass.without_positions if cache.layers[i].get_seq_length()):
+        raise NotImplementedError(
+            f"layers {beside} hold what the model attends to beside its text: such rows cannot be exported"
+        )
+    if len(cache.layers) != len(fresh_layers(cache)):
+        raise NotImplementedError(
+            "the model has copied a layer for itself, which its config does not tell: it cannot be exported"
+        )
+    padding = cache.storage.lengths.left_pad[row]
+    return {i: stock_state.read(part, i, row, padding) for i, part in cache._stock_parts().items()}
+
+
+def fresh_layers(cache: PagedCache) -> list[Any]:
+    """transformers' own layers of the model, without tokens."""
+    return list(DynamicCache(config=cache._model_config).layers)
+
+
+def facts(cache: PagedCache, model: Any) -> dict[str, Any]:
+    """What both sides must share, as far as it is not a layer's."""
+    is_parallel = dist.is_available() and dist.is_initialized()
+    return {
+        "cache": "PagedKVCache" if cache.storage.layers.book_of is None else "PagedPQCache",
+        "settings": {name: getattr(cache.storage.layers.config, name) for name in SIZES},
+        "dtype": _dtype_name(cache),
+        "processes": [dist.get_rank(), dist.get_world_size()] if is_parallel else [0, 1],
+        "config": identity.settings_of_tokens(cache._model_config),
+        "weights": None if model is None else [identity.weights_fingerprint(model), identity.dtype_name(model)],
+    }
+
+
+def _dtype_name(cache: PagedCache) -> str | None:
+    dtype = getattr(cache._text_config, "dtype", None)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def codec_facts(cache: PagedCache, layer: int, stored: StoredLayer) -> Any:
+    """How pages are coded; None where they hold tokens."""
+    book_of = cache.storage.layers.book_of
+    if book_of is None:
+        return None
+    book = book_of(stored.window_keys.shape[2], stored.window_values.shape[2])
+    shapes = [list(book.codes(which, stored.window(which).shape[2])) for which in get_args(Side)]
+    return {"codes": shapes, "codebook": book.fingerprint}
