@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +203,16 @@ SHEET: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "selftest": ("--help", {"--phase 7": "--phase", "--phase 1 --compare": "--phase", "--quickly": "No such option"}),
+    "serve": (
+        "--help",
+        {
+            "nobody": "no model config 'nobody'",
+            "tiny --port 99999": "--port",
+            "cut --port 0": "cut short",
+            "tiny --host 192.0.2.1": "192.0.2.1:8000 cannot be listened on",
+            "tiny --device cuda": "sees no CUDA device",
+        },
+    ),
     "sweep": (
         "--model tiny -M 8 --nbits 4 --tokens 256 --limit 1 --recall-count 1 --quiet",
         {
@@ -323,10 +339,21 @@ def example(command: click.Command) -> str:
     return " ".join(text.split("Example:")[1].split("\n\n")[0].replace("\\\n", " ").split())
 
 
+def end_when_ready(url: str) -> None:
+    """Send SIGTERM to this process once a server in it is ready."""
+    for _ in range(600):
+        time.sleep(0.1)
+        with suppress(OSError), urllib.request.urlopen(url):  # a status that is no 200 is an OSError, too
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_example_of_the_help_runs_as_printed(name: str, here: Path) -> None:
     line = example(COMMANDS[name])
     assert line.startswith("pqcache "), line
+    if name == "serve":
+        threading.Thread(target=end_when_ready, args=["http://127.0.0.1:8765/health"], daemon=True).start()
     done = run(line.removeprefix("pqcache "))
     if name in NEEDS_GPU and not torch.cuda.is_available():
         assert done.exit_code == 1
@@ -357,6 +384,14 @@ def test_help_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.5  # seconds of work: others may keep the processor from it
+
+
+def test_serve_names_the_extra_that_it_needs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("uvicorn", "hf_pqcache.serve."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    done = run("serve tiny")
+    assert (done.exit_code, done.output) == (1, "Error: uvicorn is not installed; type: pip install 'hf-pqcache[serve]'\n")
 
 
 def test_json_alone_is_on_the_output(here: Path) -> None:

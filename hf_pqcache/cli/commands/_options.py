@@ -126,6 +126,11 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return apply((*_MODEL, *SHAPE, *_CALIBRATION, *_RESULTS), function)
 
 
+def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How a model is loaded, alone: what `loading_of` takes."""
+    return apply(LOADING, function)
+
+
 def calibrate_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Those that shape a codebook, or that it can recommend."""
     return apply((*_MODEL, *_CODES, *_WINDOW, _SINKS, *_CALIBRATION, *_RESULTS), function)

@@ -1,0 +1,90 @@
+"""`pqcache serve`: a model behind OpenAI's HTTP interface, many users at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from hf_pqcache.cli.commands import _options, _output, _types
+
+
+@click.command()
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all of this machine.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--api-key", envvar="PQCACHE_API_KEY", show_envvar=True, help="What clients have to send as bearer token.")
+@click.option("--name", help="What clients call the model; its folder's or Hub name if absent.")
+@click.option("--context", type=_types.Length(), help="Most tokens of a prompt and its answer together.")
+@click.option("--cache-tokens", type=_types.Length(), help="Room of the pool: 512K; what the GPU has left, or 16K on a CPU.")
+@click.option("--page-size", type=click.IntRange(16, 512), help="Tokens of a block.")
+@click.option("--max-requests", type=click.IntRange(min=1), default=256, show_default=True, help="Most that run at a time.")
+@click.option("--max-batch-tokens", type=click.IntRange(min=16), help="Most tokens of a step; 8192, or 512 on a CPU.")
+@click.option("--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Most that wait or run.")
+@click.option("--max-body", type=click.IntRange(min=1), default=32, show_default=True, help="MiB of one request.")
+@click.option(
+    "--drain-seconds", type=click.FloatRange(min=0), default=30, show_default=True, help="What running requests get at the end."
+)
+@click.option("--no-prefix-sharing", is_flag=True, help="Store equal beginnings of prompts each time.")
+@_options.loading_options
+@_options.quiet_option()
+def command(
+    model: str,
+    host: str,
+    port: int,
+    api_key: str | None,
+    name: str | None,
+    context: int | None,
+    cache_tokens: int | None,
+    page_size: int | None,
+    max_requests: int,
+    max_batch_tokens: int | None,
+    max_queue: int,
+    max_body: int,
+    drain_seconds: float,
+    no_prefix_sharing: bool,
+    revision: str | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Serve MODEL to OpenAI clients: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics.
+
+    MODEL is a folder, a Hub id or a model config. Requests join and leave a running batch of transformers' continuous
+    batching. The first Ctrl-C or SIGTERM takes no more requests and lets running ones finish; a second one does not.
+
+    \b
+    Example:  pqcache serve tiny --port 8765
+
+    \b
+    Then:     curl -s localhost:8765/v1/completions \\
+                -d '{"prompt": "The owl is", "max_tokens": 16}'
+    """
+    loading = _options.loading_of(options)
+    from hf_pqcache.eval.session.model_config import load_model_config
+    from hf_pqcache.eval.session.models import check_device, load_model, public_name
+
+    described = load_model_config(model, {"revision": revision})
+    check_device(loading["device"])
+    try:
+        from hf_pqcache.serve.engine import EngineSettings
+        from hf_pqcache.serve.server import Running
+        from hf_pqcache.serve.service import Limits, Service
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is not installed; type: pip install 'hf-pqcache[serve]'") from error
+
+    def tell(service: Service) -> None:
+        _output.note(f"ready: {service.name} on {running.url}, {service.context:,} tokens a request")
+
+    running = Running(
+        lambda: load_model(described.source, revision=described.revision, **loading),
+        name or public_name(model),
+        EngineSettings("stock", cache_tokens, page_size, max_requests, max_batch_tokens, not no_prefix_sharing),
+        Limits(context, max_queue, max_body * 2**20, drain_seconds),
+        host=host,
+        port=port,
+        api_key=api_key,
+        when_ready=tell,
+    )
+    if not quiet:
+        _output.note(f"loading {running.service.name}; {running.url}/health says when it is ready")
+    running.run()

@@ -1,0 +1,241 @@
+"""Transformers' continuous batching as a server needs it: submit, hear of every token, cancel, look inside.
+
+The only file of the server that touches the manager's private parts: `missing_parts` says which of them are not as expected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hf_pqcache.serve.sampling import Sampler, Sampling
+
+#: What blocks hold: tokens as they are, in transformers' own blocks.
+VARIANTS = ("stock",)
+#: What is not left to transformers on a CPU.
+CPU_SIZES: dict[str, Any] = {"cache_tokens": 16384, "max_batch_tokens": 512}
+#: Of a prompt that is answered before the server is ready.
+WARM_UP_TOKENS = 64
+#: Most requests at a time whose scores depend on their tokens before: each takes 2 bytes of every token of the vocabulary.
+HISTORIES = 256
+#: Signatures that the sampler and this file rely on, in module `transformers.generation.continuous_batching`.
+SIGNATURES = {
+    "continuous_api.ContinuousBatchingManager.add_request": {"input_ids", "request_id", "max_new_tokens", "streaming"}
+    | {"record_timestamps", "eos_token_id", "logit_processor_kwargs"},
+    "continuous_api.ContinuousBatchingManager.register_result_handler": {"request_id", "callback"},
+    "cb_logits_processors.ContinuousBatchingLogitsProcessorList.check_kwargs": {"kwargs"},
+    "cb_logits_processors.ContinuousBatchingLogitsProcessorList.fill_defaults": {"int32_tensor"},
+    "cb_logits_processors.ContinuousBatchingLogitsProcessorList.prepare_tensor_args": {"requests_in_batch", "arg_storage"},
+    "cb_logits_processors.ContinuousBatchingLogitsProcessorList.__call__": {"input_ids", "scores", "logits_processor_args"},
+    "cache.PagedAttentionCache.search_prefix_match": {"request_id", "prompt_ids"},
+    "cache.PagedAttentionCache.can_store_request_tokens": {"state", "request_len", "dry_run"},
+    "requests.RequestState.__init__": {"initial_tokens", "position_offset", "_true_initial_tokens", "logit_processor_kwargs"},
+}
+
+
+def missing_parts() -> list[str]:
+    """What this release of transformers lacks of the parts that the server needs; none if it can run."""
+    from importlib import import_module
+
+    found = []
+    for path, names in SIGNATURES.items():
+        module, *attributes = path.split(".")
+        try:
+            part: Any = import_module(f"transformers.generation.continuous_batching.{module}")
+            for attribute in attributes:
+                part = getattr(part, attribute)
+            if missing := names - set(inspect.signature(part).parameters):
+                found.append(f"{path} has no {', '.join(sorted(missing))}")
+        except (ImportError, AttributeError):
+            found.append(path)
+    return found
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Sizes of the engine; None leaves one to transformers.
+
+    Attributes:
+        variant: of VARIANTS.
+        cache_tokens: room of the pool. page_size: tokens of a block. max_requests: most that run at a time.
+        max_batch_tokens: most tokens of a step. shares_prefixes: whether equal beginnings are stored once.
+    """
+
+    variant: str = VARIANTS[0]
+    cache_tokens: int | None = None
+    page_size: int | None = None
+    max_requests: int | None = None
+    max_batch_tokens: int | None = None
+    shares_prefixes: bool = True
+
+
+def make_manager(model: Any, settings: EngineSettings) -> Any:
+    """A `ContinuousBatchingManager` that has not started, greedy.
+
+    Raises RuntimeError where transformers has not the parts that the server needs.
+    """
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    if missing := missing_parts():
+        raise RuntimeError(
+            f"continuous batching of this release of transformers lacks {missing[0]}; 5.20 to 5.24 have what serve needs"
+        )
+    if model.device.type == "cpu":  # its memory is everybody's, and masks of a step take batch x pool
+        given = {name: getattr(settings, name) or size for name, size in CPU_SIZES.items()}
+        settings = replace(settings, **given)
+    sizes: dict[str, Any] = {"max_requests_per_batch": settings.max_requests, "max_batch_tokens": settings.max_batch_tokens}
+    if settings.page_size is not None:
+        sizes["page_size"] = settings.page_size
+    config = ContinuousBatchingConfig(**sizes, allow_block_sharing=settings.shares_prefixes)
+    if settings.cache_tokens is not None:
+        config.num_blocks = max(1, -(-settings.cache_tokens // config.page_size))
+    greedy = GenerationConfig(do_sample=False, eos_token_id=-1)
+    return model.init_continuous_batching(generation_config=greedy, continuous_batching_config=config)
+
+
+class Engine:
+    """A running manager. Made and started in any thread; `submit` and `cancel` belong to the event loop that hears.
+
+    Args:
+        model: the causal LM. settings: of `make_manager`.
+
+    Attributes:
+        capacity: most tokens of one request, its answer included. vocab_size: token ids are below it.
+        slots: most requests with a history at a time. prefix_hits: tokens that were not computed again.
+    """
+
+    def __init__(self, model: Any, settings: EngineSettings) -> None:
+        self.manager = make_manager(model, settings)
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.slots = min(HISTORIES, settings.max_requests or HISTORIES)
+        self.sampler = Sampler(self.vocab_size, self.slots, model.device, self._stream)
+        self.manager.logit_processor = self.sampler
+        self.numbers = itertools.count()
+        self.samplings: dict[str, Sampling] = {}
+        self.histories = asyncio.Semaphore(self.slots)
+        self.prefix_hits = 0
+        self.manager.warmup()  # makes the pool, too
+        self.cache = self.manager.batch_processor.cache
+        self._count_prefix_hits()
+        self._part_graphs()
+        self.capacity = self._capacity()
+
+    def start(self) -> None:
+        """Run, and answer once greedily and once with a draw: what is made when first used is made now.
+
+        Raises RuntimeError if the engine cannot answer.
+        """
+        self.manager.start()
+        ids = [0] * min(WARM_UP_TOKENS, self.capacity - WARM_UP_TOKENS // 8)
+        for sampling in (Sampling(temperature=0.0), Sampling()):
+            name = self.manager.add_request(ids, max_new_tokens=WARM_UP_TOKENS // 8, eos_token_id=-1, sampling=sampling)
+            output = self.manager.get_result(name) if name is not None else None
+            if output is None or output.error is not None:
+                raise RuntimeError(f"the engine does not answer: {'it ended' if output is None else output.error}")
+
+    def stop(self, timeout: float | None = None) -> None:
+        """End at once: what still runs fails."""
+        self.manager.stop(block=True, timeout=timeout, hard_stop=True)
+        self.manager.destroy()
+
+    def is_alive(self) -> bool:
+        return bool(self.manager.is_running())
+
+    async def submit(
+        self, ids: Sequence[int], max_tokens: int, sampling: Sampling, hear: Callable[[Any], None], is_streaming: bool
+    ) -> str | None:
+        """Add a request -> its id, or None where the engine takes no more. Waits while all slots for histories are taken.
+
+        hear: called in the running event loop with transformers' `GenerationOutput`, at each token if `is_streaming`, and
+        in any case when it ends.
+        """
+        if sampling.has_history:
+            await self.histories.acquire()
+        name = f"request-{next(self.numbers)}"
+
+        def heard(output: Any) -> None:
+            if output.is_finished():
+                self._forget(name)
+            hear(output)
+
+        self.samplings[name] = sampling
+        self.manager.register_result_handler(name, heard)
+        ends = list(sampling.ends) or -1
+        added = self.manager.add_request(
+            list(ids), name, max_tokens, is_streaming, not is_streaming, ends, sampling=sampling
+        )  # fmt: skip
+        if added is None:
+            self._drop(name)
+        return added
+
+    def cancel(self, name: str) -> None:
+        """End a request; nothing more is heard of it. Does nothing to one that has ended."""
+        if name in self.samplings:
+            self.manager.cancel_request(name)
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self._forget(name)
+        router = self.manager.output_router
+        with router._lock:
+            router.result_handlers.pop(name, None)
+
+    def _forget(self, name: str) -> None:
+        if (sampling := self.samplings.pop(name, None)) is not None:
+            self.sampler.release(sampling)
+            if sampling.has_history:
+                self.histories.release()
+
+    def drain(self) -> None:
+        """Throw away what a step said of requests that were cancelled while it ran."""
+        while not self.manager.output_router.output_queue.empty():
+            self.manager.get_result(timeout=0)
+
+    def state(self) -> dict[str, float]:
+        """Requests that wait and run, blocks used and free, tokens that prefix sharing saved."""
+        scheduler = self.manager.batch_processor.scheduler
+        free = self.cache.compute_free_capacity() * self.cache.num_blocks
+        return {
+            "waiting": self.manager.input_queue.qsize() + len(scheduler.waiting_requests),
+            "running": len(scheduler.active_requests),
+            "blocks_free": free,
+            "blocks_used": self.cache.num_blocks - free,
+            "prefix_hits": self.prefix_hits,
+        }
+
+    def _capacity(self) -> int:
+        """Most tokens that an empty pool holds of one request, by halving."""
+        from transformers.generation.continuous_batching.requests import RequestState
+
+        nobody = RequestState(request_id="nobody", initial_tokens=[])
+        low, high = 0, int(self.cache.max_tokens_read)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.cache.can_store_request_tokens(nobody, middle, dry_run=True)
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    def _stream(self) -> Any:
+        processor = self.manager.batch_processor
+        return None if processor is None else processor.inputs_and_outputs.compute_stream
+
+    def _count_prefix_hits(self) -> None:
+        search = self.cache.search_prefix_match
+
+        def counted(request_id: str, prompt_ids: list[int]) -> int:
+            found: int = search(request_id, prompt_ids)
+            self.prefix_hits += found
+            return found
+
+        self.cache.search_prefix_match = counted
+
+    def _part_graphs(self) -> None:
+        """Steps that only take the largest scores keep the graphs of the warm-up; others get their own."""
+        inputs = self.manager.batch_processor.inputs_and_outputs
+        for part in [pair.device_io for pair in inputs.io_pairs] if hasattr(inputs, "io_pairs") else [inputs]:
+            own = part._get_graph_key
+            part._get_graph_key = lambda own=own: own() if self.sampler.is_plain else (*own(), "sampled")

@@ -1,0 +1,75 @@
+"""What the server tells Prometheus; knows neither HTTP nor the engine's inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+PER_TOKEN_S = (0.002, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
+REQUEST_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+TOKENS = tuple(float(4**n) for n in range(11))
+#: Gauges of `Engine.state`, and what they are.
+GAUGES = {
+    "waiting": ("pqcache_requests_waiting", "Requests that wait for room in a batch"),
+    "running": ("pqcache_requests_running", "Requests that the engine works on"),
+    "blocks_used": ("pqcache_blocks_used", "Blocks of the pool that hold tokens of running requests"),
+    "blocks_free": ("pqcache_blocks_free", "Blocks of the pool that are free"),
+}
+
+
+class Metrics:
+    """All figures of one server, in a registry of its own.
+
+    Args:
+        state: `Engine.state`, asked when the figures are; {} while there is no engine.
+    """
+
+    def __init__(self, state: Callable[[], dict[str, float]]) -> None:
+        self.registry = CollectorRegistry()
+        self.state = state
+
+        def histogram(name: str, told: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, told, buckets=buckets, registry=self.registry)
+
+        def counter(name: str, told: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(name, told, labels, registry=self.registry)
+
+        self.first_token = histogram("pqcache_time_to_first_token_seconds", "From arrival to first token", FIRST_TOKEN_S)
+        self.per_token = histogram("pqcache_time_per_output_token_seconds", "Mean time of later tokens", PER_TOKEN_S)
+        self.request = histogram("pqcache_request_seconds", "From arrival to last token", REQUEST_S)
+        self.prompt_length = histogram("pqcache_request_prompt_tokens", "Tokens of a prompt", TOKENS)
+        self.prompt_tokens = counter("pqcache_prompt_tokens", "Tokens of all prompts")
+        self.generated_tokens = counter("pqcache_generated_tokens", "Tokens of all answers")
+        self.requests = counter("pqcache_requests", "Requests by how they ended", ("outcome",))
+        self.responses = counter("pqcache_http_responses", "HTTP answers", ("path", "status"))
+        self.registry.register(self)  # type: ignore[arg-type]
+
+    def collect(self) -> Iterator[Metric]:
+        found = self.state()
+        for key, (name, told) in GAUGES.items():
+            if key in found:
+                yield GaugeMetricFamily(name, told, value=found[key])
+        if "prefix_hits" in found:
+            yield CounterMetricFamily(
+                "pqcache_prefix_hit_tokens", "Tokens of prompts that were stored already", value=found["prefix_hits"]
+            )
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def ended(self, outcome: str, arrival: float, first: float | None, last: float, tokens: int) -> None:
+        """A request is over; moments in seconds of one clock."""
+        self.requests.labels(outcome).inc()
+        self.generated_tokens.inc(tokens)
+        if first is None:
+            return
+        self.first_token.observe(first - arrival)
+        self.request.observe(last - arrival)
+        if tokens > 1:
+            self.per_token.observe((last - first) / (tokens - 1))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
