@@ -11,6 +11,7 @@ from hf_pqcache.models import tested
 if TYPE_CHECKING:
     from hf_pqcache.cache.caches import PagedKVCache, PagedPQCache
     from hf_pqcache.cache.footprint import MemoryPlan, plan_memory
+    from hf_pqcache.cache.pressed import pressed
     from hf_pqcache.codebook.calibrate import calibrate
     from hf_pqcache.codebook.codebook import Codebook
     from hf_pqcache.config import PQConfig
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Codebook", "MemoryPlan", "PQCacheError", "PQConfig", "PagedKVCache", "PagedPQCache", "calibrate", "plan_memory"]
+__all__ += ["pressed"]
 
 #: name -> the module that has it.
 _HOMES = {
@@ -29,6 +31,7 @@ _HOMES = {
     "PagedPQCache": "cache.caches",
     "calibrate": "codebook.calibrate",
     "plan_memory": "cache.footprint",
+    "pressed": "cache.pressed",
 }
 
 

@@ -148,7 +148,9 @@ def wants_weights(module: nn.Module) -> bool:
 
 
 def _is_idle(hook: Any) -> bool:
-    """Whether a forward hook is one that transformers leaves on a module once its outputs were asked for, and is not now."""
+    """Whether a forward hook is ours, or one that transformers leaves once outputs were asked for, and they are not now."""
+    if getattr(hook, "reads_no_weights", False):
+        return True
     code = getattr(hook, "__code__", None)
     if code is None or hook.__globals__.get("__name__") != output_capturing.__name__:
         return False

@@ -82,6 +82,11 @@ def _as_column_mask(mask: Tensor | None) -> Tensor | None:
     return mask
 
 
+def _layers_of(*sides: Any) -> list[Any]:
+    """The layers whose handles are among keys and values."""
+    return list({id(x.layer): x.layer for x in sides if isinstance(x, LazyKV)}.values())
+
+
 class Dispatcher:
     """An attention function that reads codes when it is given handles and is the original for everything else."""
 
@@ -147,15 +152,17 @@ class Dispatcher:
         return self._call(module, query, key, value, mask, *args, **kwargs)
 
     def _eager(self, module: nn.Module, query: Tensor, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        layers = {id(x.layer): x.layer for x in (key, value) if isinstance(x, LazyKV)}
+        layers = _layers_of(key, value)
         try:
+            for layer in layers:
+                mask = layer.fitted(mask, query.shape[2])
             reason = self._look(module, key, value, mask, args, kwargs)
             told = self._told(key, mask)
-            for layer in layers.values():
+            for layer in layers:
                 layer.check_mask(told)
             if reason is None and _needs_gradient(query, key, value):
                 reason = "gradients are asked for, which the fused attention has none of"
-            for layer in layers.values():
+            for layer in layers:
                 layer.note_decoded(reason)
             # One query over several new keys: Gemma 4 asks its last layers for the last token of a prompt only. New keys
             # that come together are seen exactly, so this is not a decode step.
@@ -167,11 +174,11 @@ class Dispatcher:
             narrow = mask[..., : key.shape[-2]] if wide else mask
             out = self._call(module, query, key, value, narrow, *args, **kwargs)
         except BaseException:
-            for layer in layers.values():
+            for layer in layers:
                 layer.abort_pass()
             raise
-        for layer in layers.values():
-            layer.commit(told, kwargs.get("position_ids"))
+        for layer in layers:
+            layer.note_seen(module, told, kwargs.get("position_ids"))
         return out
 
     def _told(self, key: Any, mask: Any) -> Any:
@@ -179,7 +186,12 @@ class Dispatcher:
         facts = getattr(getattr(key, "layer", None), "eager_facts", None) if self._original is None else self._known
         return None if facts is not None and isinstance(mask, Tensor) and not _hides(mask, facts) else mask
 
-    _eager_in_graph = torch.compiler.disable(_eager)  # the wrapper costs some microseconds, so only where it is needed
+    @torch.compiler.disable  # the wrapper costs some microseconds, so only where it is needed
+    def _eager_in_graph(self, module: nn.Module, query: Tensor, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        out = self._eager(module, query, key, value, *args, **kwargs)
+        for layer in _layers_of(key, value):
+            layer.commit()  # what comes next may be a graph, which cannot
+        return out
 
     def _look(
         self, module: nn.Module, key: Any, value: Any, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hf_pqcache.config import Side
@@ -30,6 +30,8 @@ class HandledLayer(Protocol):
 
     eager_facts: Any
 
+    def fitted(self, mask: Any, queries: int) -> Any: ...
+
     def dense(self, which: Side, new: Tensor) -> Tensor: ...
 
     def dense_traced(self, which: Side, new: Tensor) -> Tensor: ...
@@ -41,6 +43,8 @@ class HandledLayer(Protocol):
     def check_mask(self, mask: Any) -> None: ...
 
     def note_decoded(self, reason: str | None) -> None: ...
+
+    def note_seen(self, module: nn.Module, mask: Any, positions: Tensor | None) -> None: ...
 
     def commit(self, mask: Any = None, positions: Tensor | None = None) -> None: ...
 

@@ -75,3 +75,27 @@ def refuse_shown(mask: Any, left_pad: Sequence[int]) -> None:
             "and not counted as positions) when they came, and so are not in the cache. Pass an attention_mask with zeros "
             "there, or reset() the cache and pass the whole input again"
         )
+
+
+def why_not_all_seen(mask: Any, count: int, batch: int) -> str | None:
+    """Why it is not sure that every one of a prompt's `count` columns is seen, if so. Waits for the device."""
+    if mask is None:
+        return None
+    if not _is_readable(mask, batch) or mask.shape[-1] < count:
+        return "the attention mask is one that cannot be read"
+    return None if bool(_seen(mask, 0, count).all()) else "the attention mask hides some of this one's"
+
+
+def fitted(mask: Any, columns: int) -> Any:
+    """The last `columns` columns of `mask` (..., n), whose last one is the newest token's; as seen where it has fewer.
+
+    Layers whose prompts were pruned to different lengths are given a mask that was made for one of them.
+    """
+    if mask is None or mask.shape[-1] == columns:
+        return mask
+    if not isinstance(mask, Tensor):
+        raise NotImplementedError("layers that were pruned to different lengths need a mask that is a tensor: use sdpa")
+    if (missing := columns - mask.shape[-1]) < 0:
+        return mask[..., -columns:]
+    seen = mask.new_zeros(()) if mask.is_floating_point() else mask.new_ones(())
+    return torch.cat([seen.expand(*mask.shape[:-1], missing), mask], dim=-1)

@@ -134,12 +134,12 @@ class PagedCache(Portable, DynamicCache):
         return [isinstance(x, LinearAttentionCacheLayerMixin) and not isinstance(x, CacheLayerMixin) for x in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """Positions that the cache holds, left padding included: those that all its layers hold."""
+        """Positions that the cache has seen, in all its layers: left padding counts, and what `pressed` has pruned."""
         if torch.compiler.is_compiling():
             return super().get_seq_length(layer_idx) if self.is_compileable else self._length_on_host(layer_idx)
         if layer_idx or not self.storage.layers.views:
             return super().get_seq_length(layer_idx)
-        return self._pass.complete()
+        return self._pass.complete() - self.layers[min(self.storage.layers.views)].untold
 
     @torch.compiler.disable
     def _length_on_host(self, layer_idx: int) -> Any:
@@ -192,9 +192,19 @@ class PagedCache(Portable, DynamicCache):
                 if tokens_to_remove:
                     self._pass.entries.clear()
                 if tokens_to_remove and self.storage.layers.views:
-                    self.storage.crop(max(0, self._pass.complete() + tokens_to_remove))
+                    self.storage.crop(self._end_after(-tokens_to_remove))
         for layer in self._stock_parts().values():
             layer.crop(tokens_to_remove)
+
+    def _end_after(self, count: int) -> int:
+        """The position that the cache ends at without the last `count`. Raises ValueError inside of a pruned prompt."""
+        lengths, end = self.storage.lengths, self._pass.complete() - count
+        if end > 0 and end < lengths.pruned_until and lengths.counts_removed:
+            raise ValueError(
+                f"crop to {end} tokens: of the first {lengths.pruned_until} each head kept others, so none of them can be told "
+                "to be the last; reset() the cache and pass the input again"
+            )
+        return end if any(end > lengths.removed.get(i, 0) for i in self.storage.layers.views) else 0
 
     def reset(self) -> None:
         """Forget all tokens; memory and addresses stay."""
@@ -264,6 +274,7 @@ class PagedCache(Portable, DynamicCache):
     def stats(self) -> dict[str, Any]:
         """Tokens, pages, true bytes by kind, the bytes an fp16 cache takes, which backend attends and why, and how often.
 
+        `removed` is how many tokens of the prompt were pruned, by layer; `bytes_fp16` is of those that are left.
         `bytes` is what tokens use, by kind, and `bytes_total` their sum; `bytes_reserved` is what the cache holds of the
         device's and the host's memory for it, as the allocator counts: pages come in slabs, so it is more by up to a slab
         and an eighth. `calls` counts launches from the host; replays of a captured CUDA graph do not pass there.

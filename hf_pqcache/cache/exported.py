@@ -31,6 +31,8 @@ def export(cache: PagedCache, seq: Hashable, model: Any) -> bytes:
     storage = cache.storage
     if storage.lengths.is_uneven and not storage.are_independent:
         cache._pass.roll_back()
+    if storage.lengths.removed:
+        raise NotImplementedError("a pruned row cannot be exported: the file has no place for positions without tokens")
     place = _place(cache, seq)
     stock = {} if storage.are_independent else _stock_tensors(cache, place)
     layers, tensors = [], dict[str, Tensor]()

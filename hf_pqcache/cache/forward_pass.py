@@ -23,6 +23,9 @@ class WaitingLayer(Protocol):
     @property
     def num_pending(self) -> int: ...
 
+    @property
+    def seen_by(self) -> Any: ...
+
     def commit(self) -> None: ...
 
     def discard_pending(self) -> None: ...
@@ -62,6 +65,12 @@ class ForwardPass:
         for layer in list(self.pending):
             layer.commit()
 
+    def settle_seen(self) -> None:
+        """Store a prompt that waits for hooks of attention alone: the pass that brought it is over."""
+        for layer in list(self.pending):
+            if layer.seen_by is not None:
+                layer.commit()
+
     def complete(self) -> int:
         """Positions that all compressed layers hold, or will once what waits is stored."""
         if not self._has_reached_all():
@@ -99,7 +108,8 @@ class ForwardPass:
         meanwhile is for the next time; layers whose codes must be decoded are, in the graph. `why_decoded`: why the next
         pass will, if that is known without it.
         """
-        self.eager_because = self.why_never or why_decoded or next(iter(self.decoded.values()), None)
+        ragged = "layers hold different numbers of tokens" if self.storage.lengths.is_ragged else None
+        self.eager_because = self.why_never or why_decoded or next(iter(self.decoded.values()), ragged)
 
     def rule_out(self, reason: str) -> None:
         """No step can be compiled any more."""

@@ -5,21 +5,23 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 import hf_pqcache.attention.ops  # noqa: F401 - registers the ops
 from hf_pqcache.attention import interface, padding
 from hf_pqcache.attention.lazy_kv import KEY, VALUE, KVHandle, LazyKV
-from hf_pqcache.backends import dispatch, torch_backend
+from hf_pqcache.backends import dispatch
 from hf_pqcache.cache.forward_pass import ForwardPass
+from hf_pqcache.cache.pending import Pending
+from hf_pqcache.cache.tensors import LayerTensors
 from hf_pqcache.config import Side
 from hf_pqcache.models.shapes import layer_configs
 from hf_pqcache.storage.memory import out_of_memory_as_pqc004
 
 
-class PagedLayer(CacheLayerMixin):
+class PagedLayer(LayerTensors, CacheLayerMixin):
     """One compressed layer: hands handles to attention, tokens to the storage that all layers of the cache share."""
 
     is_sliding = False
@@ -32,7 +34,7 @@ class PagedLayer(CacheLayerMixin):
         self._pass = forward_pass
         self._config = config
         self._before = 0  # tokens before the pass under way
-        self._pending: tuple[Tensor, Tensor] | None = None
+        self._pending: Pending | None = None
         self._is_traceable = False
         self.eager_facts: Any = None
         super().__init__()
@@ -56,40 +58,6 @@ class PagedLayer(CacheLayerMixin):
     def stock(self) -> DynamicLayer:
         """transformers' own layer in place of this one, without tokens."""
         return DynamicLayer()
-
-    # Encoder-decoder models and a few others look at the tensors of a layer.
-    @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
-        return self._whole(KEY)
-
-    @keys.setter
-    def keys(self, value: Tensor | None) -> None:
-        self._refuse_assignment(value)
-
-    @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        return self._whole(VALUE)
-
-    @values.setter
-    def values(self, value: Tensor | None) -> None:
-        self._refuse_assignment(value)
-
-    @staticmethod
-    def _refuse_assignment(value: Tensor | None) -> None:
-        if value is not None:
-            raise AttributeError("a compressed layer's keys and values cannot be assigned; pass new tokens to update()")
-
-    def _whole(self, which: Side) -> Tensor | None:
-        if not self.is_initialized:
-            return None
-        self.commit()
-        return self._decoded(which)
-
-    def _decoded(self, which: Side) -> Tensor:
-        storage = self.storage
-        lengths, total = storage.lengths.seq_lens(self.index), storage.lengths.tokens(self.index)
-        storage.layers.state(self.index).calls["dense", "torch"] += 1
-        return torch_backend.dense(storage.layers.views[self.index], which, lengths, storage.lengths.left_pad, total)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.storage.set_batch(key_states.shape[0])
@@ -162,7 +130,7 @@ class PagedLayer(CacheLayerMixin):
                     self.open(keys, values)
                 self.batch_size = storage.layers.batch
                 self._before = storage.lengths.tokens(self.index)
-                total = self._before + count
+                total, columns = self._before + count, storage.lengths.columns(self.index) + count
                 keys, values = storage.fit_dtypes(self.index, keys, values)
                 self.dtype = keys.dtype
                 if count == 1 and total > 1:
@@ -172,9 +140,9 @@ class PagedLayer(CacheLayerMixin):
                         torch.ops.hf_pqcache.append(keys, values, state.seq_lens, state.layer_ptrs, self.index)
                     storage.advance(self.index, 1)
                 else:  # attention sees them as they are, gradients included, before they are stored
-                    self._pending = (keys, values)
+                    self._pending = Pending(keys, values, count)
                     self._pass.pending.append(self)
-                return LazyKV(self, KEY, keys, total), LazyKV(self, VALUE, values, total)
+                return LazyKV(self, KEY, keys, columns), LazyKV(self, VALUE, values, columns)
         except BaseException:
             self._pass.abort(self.index)
             raise
@@ -194,20 +162,40 @@ class PagedLayer(CacheLayerMixin):
         """After an error in attention: return to the positions before the pass."""
         self._pass.abort(self.index, self._before)
 
+    def fitted(self, mask: Any, queries: int) -> Any:
+        """`mask` with the layer's columns, where layers have different numbers of them."""
+        if not self.storage.lengths.removed or (queries == 1 and self.is_compileable):  # that one hides nothing
+            return mask
+        return padding.fitted(mask, self.storage.lengths.columns(self.index) + self.num_pending)
+
+    def note_seen(self, module: nn.Module, mask: Any, positions: Tensor | None) -> None:
+        """Called when attention has seen the tokens that wait. A prompt's wait on if `module` has hooks: they may prune."""
+        pending = self._pending
+        if pending is not None and self._before == 0 and module._forward_hooks:
+            pending.seen_by, pending.mask, pending.position_ids = module, mask, positions
+        else:
+            self.commit(mask, positions)
+
     def commit(self, mask: Any = None, positions: Tensor | None = None) -> None:
         """Store the tokens that attention has now seen. `mask`, `positions`: what it was given; they tell left padding."""
         if self._pending is None:
             return
-        (keys, values), self._pending = self._pending, None
+        pending, self._pending = self._pending, None
         self._pass.pending.remove(self)
-        storage, first = self.storage, self.storage.lengths.tokens(self.index)
+        if pending.seen_by is not None:
+            mask, positions = pending.mask, pending.position_ids
+        storage, first, keys = self.storage, self.storage.lengths.tokens(self.index), pending.keys
         try:
+            pending.check()
             with torch.no_grad(), out_of_memory_as_pqc004("encoding the new tokens"):
+                if pending.removed:
+                    storage.append_pruned(self.index, keys, pending.values, pending.positions, pending.counts_removed)
+                    return
                 if storage.lengths.wants_padding(first):
                     batch, is_generating = keys.shape[0], self._pass.is_generating
                     hidden = padding.leading_padding(mask, positions, first, keys.shape[2], batch, is_generating)
                     storage.lengths.note_padding(self.index, hidden)
-                storage.append(self.index, keys, values)
+                storage.append(self.index, keys, pending.values)
         except BaseException:
             self._pass.abort(self.index)
             raise
@@ -234,7 +222,18 @@ class PagedLayer(CacheLayerMixin):
     @property
     def num_pending(self) -> int:
         """Positions that wait for attention to have seen them."""
-        return 0 if self._pending is None else self._pending[0].shape[2]
+        return 0 if self._pending is None else self._pending.positions
+
+    @property
+    def seen_by(self) -> nn.Module | None:
+        """The attention module whose hooks may replace the prompt that waits; None if none does."""
+        return None if self._pending is None else self._pending.seen_by
+
+    @property
+    def untold(self) -> int:
+        """Positions that transformers is not told of, see `Lengths.counts_removed`."""
+        waiting = 0 if self._pending is None or self._pending.counts_removed else self._pending.removed
+        return self.storage.lengths.untold(self.index) + waiting
 
     def adopt(self, other: PagedLayer) -> None:
         """Be as far as `other`, a layer whose tokens this one's storage has copied."""
@@ -271,31 +270,40 @@ class PagedLayer(CacheLayerMixin):
             return 0
         if torch.compiler.is_compiling():
             return self.storage.layers.device_position(self.index) if self.is_compileable else self._length_on_host()
-        return self.storage.lengths.tokens(self.index) + self.num_pending
+        return self.storage.lengths.tokens(self.index) + self.num_pending - self.untold
 
     @torch.compiler.disable
     def _length_on_host(self) -> Any:
         return self.get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, 0). Constant for one-token steps of a compileable cache: a changing mask would be a new graph each.
+        """(length, positions before its first column). For one-token steps of a compileable cache the length is constant: a
+        changing mask would be a new graph each.
 
         Asked before every step: an exhausted pool (PQC001) is found here, before any layer has changed.
         """
-        is_fixed = self.is_compileable and query_length == 1
+        is_fixed, skipped = self.is_compileable and query_length == 1, self._skipped
         if torch.compiler.is_compiling():
             if not self.is_compileable:
                 return self._mask_sizes_on_host(query_length)
-            return (self.get_max_length() if is_fixed else self.get_seq_length() + query_length), 0
+            return (self.get_max_length() if is_fixed else self.get_seq_length() - skipped + query_length), skipped
+        self._pass.settle_seen()
+        skipped = self._skipped
         interface.install(self._config._attn_implementation)  # a compiled step does not come past `update` any more
         if is_fixed:  # nothing here may read the device: a step is about to start
             if self.is_initialized:
                 self.storage.before_step(self.index)
-            return self.get_max_length(), 0
+            return self.get_max_length(), skipped
         total = self._pass.complete() + query_length
         if self.is_initialized and total > query_length:
-            self.storage.reservation.reserve_positions(self.index, total)
-        return total, 0
+            self.storage.reservation.reserve_positions(self.storage.longest(self.index), total)
+        return total - self.storage.lengths.removed.get(self.index, 0), skipped
+
+    @property
+    def _skipped(self) -> int:
+        """Positions that transformers counts and the layer has no token of, as a sliding window has none of the oldest."""
+        lengths = self.storage.lengths
+        return lengths.removed.get(self.index, 0) if lengths.counts_removed else 0
 
     @torch.compiler.disable
     def _mask_sizes_on_host(self, query_length: int) -> tuple[int, int]:

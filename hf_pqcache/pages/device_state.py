@@ -6,7 +6,7 @@ import struct
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,7 @@ class DeviceState:
     Attributes:
         seq_lens: int32 (num_layers, batch, 2), tokens of each row in each layer, and how many of them are in pages.
         left_pad: int32 (batch), left padding of each row.
+        ahead: int32 (num_layers), how much further than its tokens a layer's positions are: its prompt was pruned.
         page_table: int32 (num_layers, batch, width), the ids by which each layer's kernels find the rows' pages; -1 where
             unused, and in layers without kernels.
         layer_ptrs: int64 (num_layers, 8), addresses; also the key by which ops find this state.
@@ -100,6 +101,7 @@ class DeviceState:
                 tensors = {
                     "seq_lens": torch.zeros(num_layers, batch, 2, dtype=torch.int32, device=device),
                     "left_pad": torch.zeros(batch, dtype=torch.int32, device=device),
+                    "ahead": torch.zeros(num_layers, dtype=torch.int32, device=device),
                     "page_table": torch.full((num_layers, batch, width), -1, dtype=torch.int32, device=device),
                     "layer_ptrs": torch.zeros(num_layers, PTR_COLUMNS, dtype=torch.int64, device=device),
                     "flags": torch.zeros(4, dtype=torch.int32, device=device),
@@ -108,6 +110,7 @@ class DeviceState:
                 torch._dynamo.mark_static_address(tensor, guard=False)
         self.seq_lens = tensors["seq_lens"].zero_()
         self.left_pad = tensors["left_pad"].zero_()
+        self.ahead = tensors["ahead"].zero_()
         self.page_table = tensors["page_table"].fill_(-1)
         self.layer_ptrs = tensors["layer_ptrs"].zero_()
         self.flags = tensors["flags"].zero_()
@@ -125,7 +128,8 @@ class DeviceState:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.seq_lens, self.left_pad, self.page_table, self.layer_ptrs, self.flags))
+        counters = (self.seq_lens, self.left_pad, self.ahead, self.flags)
+        return sum(t.nbytes for t in (*counters, self.page_table, self.layer_ptrs))
 
     def add_view(self, layer: int, view: LayerView) -> None:
         """Register the storage of one layer and publish its row."""
@@ -164,6 +168,11 @@ class DeviceState:
 
     def set_left_pad(self, left_pad: Sequence[int]) -> None:
         self.left_pad.copy_(torch.tensor(left_pad, dtype=torch.int32), non_blocking=True)
+
+    def set_ahead(self, ahead: Mapping[int, int]) -> None:
+        """By layer; 0 for those that are not named."""
+        numbers = [ahead.get(layer, 0) for layer in range(len(self.ahead))]
+        self.ahead.copy_(torch.tensor(numbers, dtype=torch.int32), non_blocking=True)
 
 
 def state_of(layer_ptrs: Tensor) -> DeviceState:

@@ -119,7 +119,7 @@ class Layers:
     def device_position(self, layer: int) -> Tensor:
         """int32 () on the device: positions that `layer` has seen, compiled steps included."""
         state = self.state(layer)
-        return state.seq_lens[layer, 0, 0] + state.left_pad[0]
+        return state.seq_lens[layer, 0, 0] + state.left_pad[0] + state.ahead[layer]
 
     # -- opening a layer ---------------------------------------------------------------------------------------------
     @torch.inference_mode(False)

@@ -1,8 +1,9 @@
 """How many tokens each sequence holds in each layer, as the host counts them; knows no page and stores nothing.
 
 Under `generate` all sequences advance together, one position at a time; each begins after its own left padding, which is
-never stored. Sequences that are handled one by one (cache/sequences.py) start at 0 and advance each by itself. Compiled
-steps advance the device's numbers unseen by the host, which reads them when it must.
+never stored. Of a prompt a layer may hold fewer tokens than it has positions (a press has pruned it), as many in all
+sequences. Sequences that are handled one by one (cache/sequences.py) start at 0 and advance each by itself. Compiled steps
+advance the device's numbers unseen by the host, which reads them when it must.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ class Lengths:
 
     Attributes:
         left_pad: left padding of each sequence.
+        removed: positions of the prompt that a layer holds no token of.
+        pruned_until: the end of the prompt that was pruned; 0 if none was.
+        counts_removed: whether transformers is told positions. If not, only what a layer holds, as if the rest had never been.
         is_stale: compiled steps have advanced the device's lengths unseen by the host.
         unread_steps, unread_appends: steps, and tokens stored by them, since the device's lengths were read.
         reused: tokens before this one have lost their window slot, of each sequence in each layer.
@@ -27,6 +31,9 @@ class Lengths:
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
         self.left_pad: list[int] = []
+        self.removed: dict[int, int] = {}
+        self.pruned_until = 0
+        self.counts_removed = True
         self.is_stale = False
         self.unread_steps = self.unread_appends = 0
         self.reused: dict[int, list[int]] = {}
@@ -50,16 +57,30 @@ class Lengths:
 
     def seq_lens(self, layer: int) -> list[int]:
         """Tokens that each sequence holds in `layer`."""
-        return self.at(self.positions(layer))
+        return self.at(layer, self.positions(layer))
 
-    def at(self, positions: Sequence[int]) -> list[int]:
-        """Tokens that each sequence holds at the given positions."""
-        return [max(0, position - pad) for position, pad in zip(positions, self.left_pad, strict=True)]
+    def at(self, layer: int, positions: Sequence[int]) -> list[int]:
+        """Tokens that each sequence holds in `layer` at the given positions."""
+        removed = self.removed.get(layer, 0)
+        return [max(0, position - pad - removed) for position, pad in zip(positions, self.left_pad, strict=True)]
+
+    def columns(self, layer: int) -> int:
+        """Tokens that `layer` holds, left padding included: what attention masks have columns for."""
+        return max(0, self.tokens(layer) - self.removed.get(layer, 0))
+
+    def untold(self, layer: int) -> int:
+        """Positions of `layer` that transformers is not told of."""
+        return 0 if self.counts_removed else self.removed.get(layer, 0)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether layers hold different numbers of tokens at the same position."""
+        return len({self.removed.get(layer, 0) for layer in self._layers.views}) > 1
 
     def num_pages(self, layer: int, positions: Sequence[int] | None = None) -> list[int]:
         """Pages that each sequence has written in `layer` at the given positions, or at its own."""
         view = self._layers.views[layer]
-        lengths = self.at(self.positions(layer) if positions is None else positions)
+        lengths = self.at(layer, self.positions(layer) if positions is None else positions)
         return [view.coded_tokens(length) // view.config.page_size for length in lengths]
 
     def written_pages(self) -> list[int]:
@@ -81,12 +102,12 @@ class Lengths:
         """Each sequence is at the given position in `layer`."""
         slots = self._layers.views[layer].window_slots
         self._positions[layer] = positions
-        old, lengths = self.reused.get(layer) or [0] * len(positions), self.at(positions)
+        old, lengths = self.reused.get(layer) or [0] * len(positions), self.at(layer, positions)
         self.reused[layer] = [max(a, length - slots) for a, length in zip(old, lengths, strict=True)]
 
     def shorten(self, layer: int, positions: list[int]) -> None:
         """As `count`, for sequences that have lost tokens."""
-        self.reused[layer] = [min(a, b) for a, b in zip(self.reused[layer], self.at(positions), strict=True)]
+        self.reused[layer] = [min(a, b) for a, b in zip(self.reused[layer], self.at(layer, positions), strict=True)]
         self.count(layer, positions)
 
     def place(self, layer: int, seq: int, length: int, reused: int) -> None:
@@ -104,7 +125,8 @@ class Lengths:
             seq_lens, raised = state.seq_lens.tolist(), int(state.flags[0])
             for layer in state.views:
                 sequences = zip(self._positions[layer], seq_lens[layer], self.left_pad, strict=True)
-                self.count(layer, [max(position, length + pad) for position, (length, _), pad in sequences])
+                gone = self.removed.get(layer, 0)
+                self.count(layer, [max(position, length + pad + gone) for position, (length, _), pad in sequences])
             if raised:
                 state.flags.zero_()
                 flags |= raised
@@ -118,8 +140,13 @@ class Lengths:
         """Bring all lengths and left padding to the devices."""
         for state in self._layers.states.values():
             state.set_left_pad(self.left_pad)
+        self.publish_ahead()
         for layer in self._layers.views:
             self.publish_layer(layer)
+
+    def publish_ahead(self) -> None:
+        for state in self._layers.states.values():
+            state.set_ahead(self.removed if self.counts_removed else {})
 
     def publish_layer(self, layer: int) -> None:
         view = self._layers.views[layer]
@@ -146,6 +173,18 @@ class Lengths:
         """Up to the last position of `layer`."""
         self._padding_known = max(self._padding_known, self.tokens(layer))
 
+    # -- pruned prompts --------------------------------------------------------------------------------------------
+    def note_removed(self, layer: int, count: int, until: int, is_told: bool) -> None:
+        """Of the first `until` positions, which `layer` is about to get, it gets all tokens but `count`.
+
+        is_told: whether transformers is told positions, see `counts_removed`.
+        """
+        self.removed[layer], self.pruned_until, self.counts_removed = count, max(self.pruned_until, until), is_told
+
+    def _forget_removed(self) -> None:
+        self.removed.clear()
+        self.pruned_until, self.counts_removed = 0, True
+
     # -- sequences come and go -------------------------------------------------------------------------------------
     def select(self, indices: Sequence[int | None]) -> None:
         """Sequence i becomes a copy of sequence indices[i], or an empty one."""
@@ -154,12 +193,15 @@ class Lengths:
             numbers |= {layer: _pick(old, indices) for layer, old in numbers.items()}
 
     def crop(self, tokens: int) -> None:
-        """Forget left padding beyond the first `tokens` positions."""
+        """Forget left padding beyond the first `tokens` positions, and with the last of them what a press took away."""
         self.left_pad = [min(pad, tokens) for pad in self.left_pad]
         self._padding_known = min(self._padding_known, tokens)
+        if tokens == 0:
+            self._forget_removed()
 
     def reset(self) -> None:
         self.is_stale, self.unread_steps, self.unread_appends, self._padding_known = False, 0, 0, 0
+        self._forget_removed()
         self.select([None] * self._layers.batch)
 
     def follow(self, other: Lengths) -> None:
@@ -167,6 +209,7 @@ class Lengths:
         self.left_pad, self._padding_known = list(other.left_pad), other._padding_known
         self._positions = {layer: list(numbers) for layer, numbers in other._positions.items()}
         self.reused = {layer: list(numbers) for layer, numbers in other.reused.items()}
+        self.removed, self.pruned_until, self.counts_removed = dict(other.removed), other.pruned_until, other.counts_removed
 
 
 def _pick(numbers: Sequence[int], indices: Sequence[int | None]) -> list[int]:

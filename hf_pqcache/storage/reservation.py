@@ -64,7 +64,7 @@ class Reservation:
 
     def reserve_positions(self, layer: int, positions: int) -> None:
         """Own the pages that `positions` positions of `layer` need, left padding included."""
-        self.reserve(layer, self._lengths.at([positions] * self._layers.batch))
+        self.reserve(layer, self._lengths.at(layer, [positions] * self._layers.batch))
 
     def reserve_pages(self, seq: int, count: int) -> None:
         """Own at least `count` pages for one sequence."""
@@ -140,4 +140,4 @@ class Reservation:
     def _has_room_for(self, layer: int, steps: int) -> bool:
         """Whether compiled steps, `steps` since lengths were read, surely have pages."""
         position = max(self._lengths.last_known(layer), default=0) + steps
-        return self.owns(layer, self._lengths.at([position] * self._layers.batch))
+        return self.owns(layer, self._lengths.at(layer, [position] * self._layers.batch))

@@ -69,8 +69,14 @@ class Storage:
 
     def before_step(self, layer: int) -> None:
         """Between two decode steps: own the page that the coming one may fill, without reading the device if possible."""
+        layer = self.longest(layer)
         if self.reservation.is_due(layer):
             self.reservation.reserve_ahead(layer)
+
+    def longest(self, layer: int) -> int:
+        """The layer that needs most pages; `layer` where all need as many."""
+        removed, views = self.lengths.removed, self.layers.views
+        return min(views, key=lambda i: removed.get(i, 0)) if self.lengths.is_ragged else layer
 
     # -- storing -----------------------------------------------------------------------------------------------------
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -78,6 +84,16 @@ class Storage:
         end = self.lengths.tokens(layer) + keys.shape[2]
         self._append(layer, self._new_tokens(layer, keys, values), [end] * self.layers.batch)
         self.lengths.padding_is_known(layer)
+
+    def append_pruned(self, layer: int, keys: Tensor, values: Tensor, positions: int, counts_removed: bool) -> None:
+        """Store keys, values (B, H, n, d), what is left of the first `positions` positions of `layer` in all sequences.
+
+        counts_removed: see `Lengths`.
+        """
+        self.lengths.note_removed(layer, positions - keys.shape[2], positions, counts_removed)
+        self._append(layer, dict(enumerate(zip(keys, values, strict=True))), [positions] * self.layers.batch)
+        self.lengths.padding_is_known(layer)
+        self.lengths.publish_ahead()
 
     def append_sequence(self, layer: int, seq: int, keys: Tensor, values: Tensor) -> None:
         """Store keys, values (H, T, d), the newest tokens of one sequence in `layer`."""
@@ -102,7 +118,7 @@ class Storage:
     def _append(self, layer: int, new: NewTokens, positions: list[int]) -> None:
         view, seq_lens = self.layers.views[layer], self.lengths.seq_lens(layer)
         with self.reservation.given_back_on_failure():
-            self.reservation.reserve(layer, self.lengths.at(positions))
+            self.reservation.reserve(layer, self.lengths.at(layer, positions))
             for seq, (keys, values) in new.items():
                 store.write_pages(view, seq, keys, values, seq_lens[seq])
             self._write_back(layer, self.lengths.positions(layer), positions)
@@ -146,6 +162,12 @@ class Storage:
         self.lengths.crop(tokens)
         self._publish()
 
+    def crop_layer(self, layer: int, count: int) -> None:
+        """Remove the last `count` tokens of one layer in all sequences."""
+        ends = {layer: [position - count for position in self.lengths.positions(layer)]}
+        self._shorten({i: self.lengths.positions(i) for i in self.layers.views} | ends, range(self.layers.batch))
+        self._publish()
+
     def crop_sequence(self, seq: int, length: int) -> None:
         """Keep the first `length` tokens of one sequence."""
         end = self.lengths.left_pad[seq] + length
@@ -169,7 +191,7 @@ class Storage:
         restored: list[tuple[LayerView, Side, int, int, Tensor]] = []
         sides: tuple[Side, ...] = ("key", "value")
         for layer, view in self.layers.views.items():
-            sinks, old, new = view.config.sink_tokens, lengths.seq_lens(layer), lengths.at(positions[layer])
+            sinks, old, new = view.config.sink_tokens, lengths.seq_lens(layer), lengths.at(layer, positions[layer])
             for seq in sequences:
                 coded = view.coded_tokens(new[seq])
                 pages[seq] = max(pages[seq], coded // view.config.page_size)

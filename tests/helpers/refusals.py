@@ -17,7 +17,7 @@ import transformers as tf
 from tiny_models import COMMON, SMALL, build, codebook_of, padded, tokens
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_pqcache import Codebook, PagedPQCache, calibrate
+from hf_pqcache import Codebook, PagedPQCache, calibrate, pressed
 from hf_pqcache.errors import NoKernelError, PagesExhaustedError
 from hf_pqcache.models.names import cache_kwargs
 
@@ -57,6 +57,24 @@ def _pickle() -> None:
 
 def _assignment() -> None:
     _raises(AttributeError, "cannot be assigned", lambda: setattr(_cache().layers[0], "keys", torch.zeros(1)))
+
+
+def _pruned_padding() -> None:
+    cache = _cache(count=0)
+    with pressed(build("llama"), "knorm:0.5"):
+        _raises(ValueError, "without padding", lambda: build("llama")(**padded(2, 50)[0], **cache_kwargs(cache)))
+
+
+def _pruned_crop() -> None:
+    with pressed(build("llama"), "knorm:0.5"):
+        cache = _cache()
+    _raises(ValueError, "each head kept others", lambda: cache.crop(-1))
+
+
+def _more_than_a_press() -> None:
+    base = type("Base", (), {"compress": lambda self, *args: None, "forward_hook": lambda self: None})
+    press = type("Decoding", (base,), {"forward_hook": lambda self: None})()
+    _raises(ValueError, "while decoding", lambda: pressed(build("llama"), press).__enter__())
 
 
 def _offload() -> None:
@@ -222,10 +240,28 @@ ENTRIES = (
         _pickle,
     ),
     Entry(
-        "assigning `layer.keys` or `layer.values`",
+        "assigning `layer.keys` or `layer.values`, but right after a prompt's attention, or to drop the newest tokens",
         "`AttributeError`",
         "tokens become codes once, when they are new; later assignments would be quantized twice",
         _assignment,
+    ),
+    Entry(
+        "pruning a padded batch",
+        "`ValueError`",
+        "masks tell columns, and what a head keeps stands in another column than where it was",
+        _pruned_padding,
+    ),
+    Entry(
+        "`crop` into a pruned prompt; assisted decoding over one, whose first pass is longer than the prompt",
+        "`ValueError`",
+        "each head kept other tokens, so none is the last",
+        _pruned_crop,
+    ),
+    Entry(
+        "presses that do more than compress a prompt once: that prune while decoding, mask heads, or run passes of their own",
+        "`ValueError`",
+        "pages hold as many tokens of all heads, and are not written again",
+        _more_than_a_press,
     ),
     Entry(
         "`layer.offload()`, `layer.prefetch()`",

@@ -1,0 +1,147 @@
+"""Lets a press compress prompts on their way into a paged cache, by forward hooks of the model; knows no particular press."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+
+from hf_pqcache.cache.base import PagedCache
+from hf_pqcache.cache.layer import PagedLayer
+from hf_pqcache.compressors.parse import parse
+from hf_pqcache.compressors.press import Press
+from hf_pqcache.models.names import NAMES
+
+
+@contextmanager
+def pressed(model: Any, press: Press | str) -> Iterator[None]:
+    """Within it, what comes first into an empty PagedPQCache or PagedKVCache is compressed by `press`, then stored.
+
+    Each layer keeps as many tokens in all heads and rows, layers may keep different numbers; each head keeps its own. The
+    positions of later tokens go on behind the whole prompt, and `get_seq_length` tells them; a turn that follows is stored
+    as it is. Decode steps may be compiled; once for inside and once for outside, so let it hold all turns. Other caches are
+    left alone.
+
+    Args:
+        press: "snapkv:0.5", see `parse`, or an object with `compress`, see `Press`; any kvpress press that has no more.
+
+    Raises:
+        ValueError: an unknown press, one that does more than compress a prompt, an encoder-decoder model. In the forward
+            pass: a padded batch, or keys and values that are not one number of tokens for all heads; the cache is empty
+            then, and usable.
+        RuntimeError: a compiled model; a layer whose attention does not go through transformers' attention interface.
+    """
+    chosen = parse(press) if isinstance(press, str) else press
+    _check(chosen, model)
+    prepare = getattr(chosen, "post_init_from_model", None)
+    if prepare is not None:
+        prepare(model)
+    pressing = _Pressing(chosen, model)
+    try:
+        yield
+    finally:
+        pressing.end()
+
+
+def _check(press: Any, model: Any) -> None:
+    if not isinstance(press, Press):
+        raise ValueError(f"{press!r} is no press: expected a name like snapkv:0.5, or an object with compress(...)")
+    for method, what in (
+        ("forward_hook", "more than compress a prompt, maybe prune while decoding"),
+        ("__call__", "passes of its own"),
+    ):
+        if sum(method in vars(kind) for kind in type(press).__mro__) > 1:  # kvpress' base class has one
+            raise ValueError(f"{type(press).__name__} does {what} (its own {method}), which no press here may: use another one")
+    if model.config.is_encoder_decoder:
+        raise ValueError("an encoder-decoder model's prompt is the encoder's, whose keys and values are not pruned")
+    parts = [model, *(part for part in model.modules() if part._compiled_call_impl is not None)]
+    if isinstance(model, OptimizedModule) or len(parts) > 1:
+        raise RuntimeError("hooks of a compiled model may never run: pass the model as it was before torch.compile")
+
+
+class _Pressing:
+    """The hooks of one `pressed` block."""
+
+    def __init__(self, press: Press, model: Any) -> None:
+        self._press = press
+        self._reached: set[int] = set()
+        self._turned: list[nn.Module] = []
+        modules = [part for part in model.modules() if isinstance(getattr(part, "layer_idx", None), int)]
+        self._handles = [part.register_forward_hook(self._hook(self._compress), with_kwargs=True) for part in modules]
+        self._handles.append(model.register_forward_hook(self._hook(self._check_reached), with_kwargs=True))
+        rotary = next((part.rotary_emb for part in model.modules() if hasattr(part, "rotary_emb")), None)
+        for part in modules if rotary is not None else ():  # kvpress' presses look for it there
+            if not hasattr(part, "rotary_emb"):
+                part.__dict__["rotary_emb"] = rotary
+                self._turned.append(part)
+
+    def end(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for part in self._turned:
+            del part.__dict__["rotary_emb"]
+
+    @staticmethod
+    def _hook(act: Any) -> Any:
+        """`act` for what may be a prompt; a decode step passes by, compiled or not."""
+
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            inputs = kwargs.get("hidden_states", kwargs.get("input_ids", args[0] if args else None))
+            if inputs is None or inputs.shape[1] > 1:
+                act(module, args, kwargs, output)
+
+        hook.reads_no_weights = True  # type: ignore[attr-defined]
+        return hook
+
+    @torch.compiler.disable
+    def _compress(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """After an attention module, or a decoder layer around one, which has nothing to do with it."""
+        cache = _cache_of(kwargs)
+        layer = cache.layers[module.layer_idx] if isinstance(cache, PagedCache) else None
+        if not isinstance(layer, PagedLayer) or layer.seen_by is not module:
+            return
+        try:
+            layer.replace(*self._compressed(module, args, kwargs, output, layer))
+        except BaseException:
+            layer.abort_pass()
+            raise
+        self._reached.add(layer.index)
+
+    def _compressed(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any, layer: Any) -> tuple[Tensor, Tensor]:
+        for name in ("alibi", "position_bias"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{type(module).__name__} counts distances in the cache ({name}), which pruning would change")
+        told = {name: value for name, value in kwargs.items() if name not in NAMES}
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        attentions = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        with torch.no_grad():
+            found = self._press.compress(module, hidden, layer.keys, layer.values, attentions, told)
+        if getattr(module, "masked_key_indices", None) is not None:
+            raise ValueError(
+                f"{type(self._press).__name__} lets heads keep different numbers of tokens; pages hold as many of all"
+            )
+        return found
+
+    @torch.compiler.disable
+    def _check_reached(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """After the model: has each layer in pages that got a prompt been compressed?"""
+        reached, self._reached = self._reached, set()
+        cache = _cache_of(kwargs) or _cache_of(output)
+        inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+        if not isinstance(cache, PagedCache) or inputs is None or cache.get_seq_length() != inputs.shape[1]:
+            return
+        layers = {layer.index for layer in cache.layers if isinstance(layer, PagedLayer)}
+        if missed := sorted(layers - reached):
+            cache.reset()
+            raise RuntimeError(
+                f"the press was not shown the prompt of layers {missed}: their attention does not go through transformers' "
+                "attention interface, or was compiled. The cache has been reset"
+            )
+
+
+def _cache_of(named: Any) -> Any:
+    return next((named[name] for name in NAMES if name in named and named[name] is not None), None)
