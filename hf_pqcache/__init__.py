@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hf_pqcache.config import PQConfig
     from hf_pqcache.errors import PQCacheError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Codebook", "MemoryPlan", "PQCacheError", "PQConfig", "PagedKVCache", "PagedPQCache", "calibrate", "plan_memory"]
 __all__ += ["pressed"]
 

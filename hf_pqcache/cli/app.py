@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from hf_pqcache import __version__
 from hf_pqcache.cli import commands
 from hf_pqcache.cli.commands import _errors, _progress, _unfinished
 from hf_pqcache.cli.commands._groups import Group
@@ -89,7 +90,7 @@ def _end(line: str, code: int) -> None:
     cls=_Folder,
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")},
 )
-@click.version_option(package_name="hf-pqcache")
+@click.version_option(__version__)
 @click.option("--debug", is_flag=True, expose_value=False, callback=_debug, help="Show where an error came from.")
 def main() -> None:
     """Product-quantized KV cache for Hugging Face transformers.
