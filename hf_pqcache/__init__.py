@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_pqcache.models import tested
 
 if TYPE_CHECKING:
+    from hf_pqcache.batching.enable import disable_batching, enable_batching
     from hf_pqcache.cache.caches import PagedKVCache, PagedPQCache
     from hf_pqcache.cache.footprint import MemoryPlan, plan_memory
     from hf_pqcache.cache.pressed import pressed
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from hf_pqcache.errors import PQCacheError
 
 __version__ = "0.2.0"
-__all__ = ["Codebook", "MemoryPlan", "PQCacheError", "PQConfig", "PagedKVCache", "PagedPQCache", "calibrate", "plan_memory"]
-__all__ += ["pressed"]
+__all__ = ["Codebook", "MemoryPlan", "PQCacheError", "PQConfig", "PagedKVCache", "PagedPQCache", "calibrate"]
+__all__ += ["disable_batching", "enable_batching", "plan_memory", "pressed"]
 
 #: name -> the module that has it.
 _HOMES = {
@@ -30,6 +31,8 @@ _HOMES = {
     "PagedKVCache": "cache.caches",
     "PagedPQCache": "cache.caches",
     "calibrate": "codebook.calibrate",
+    "disable_batching": "batching.enable",
+    "enable_batching": "batching.enable",
     "plan_memory": "cache.footprint",
     "pressed": "cache.pressed",
 }

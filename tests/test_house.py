@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_pqcache"
 #: From the ground up.
 ORDER = ["arguments", "config", "errors", "demo", "models", "codebook", "pages", "backends", "storage", "attention"]
-ORDER += ["compressors", "cache", "serve", "eval", "cli"]
+ORDER += ["compressors", "cache", "batching", "serve", "eval", "cli"]
 #: The same within eval/.
 EVAL_ORDER = ["quantizers", "session", "report", "measure", "metrics", "harness_tasks", "tasks", "bench", "selftest", "search"]
 EVAL_ORDER += ["calibrate", "compare", "pipeline", "publish", "demo"]

@@ -24,15 +24,18 @@ def _encode_pages(view: LayerView, which: Side, x: Tensor, row: int, first: int)
         torch_backend.encode_pages(view, which, x, numbers)
 
 
-def write_pages(view: LayerView, row: int, keys: Tensor, values: Tensor, length: int) -> None:
+def write_pages(view: LayerView, row: int, keys: Tensor, values: Tensor, length: int, in_pages: int | None = None) -> None:
     """Write the pages that leave the window when a row that holds `length` gets keys, values (H, T, d).
+
+    in_pages: how many of its tokens are in pages where that does not follow from its length, as it began with another row's.
 
     Nothing that the row holds so far is touched: its pages must be in the page table, and new. Pages that begin in the
     window are encoded from a copy of at most a window, all others straight from the new tokens, so that temporary memory
     does not grow with their number.
     """
     config, new_length = view.config, length + keys.shape[1]
-    size, old_coded, coded = config.page_size, view.coded_tokens(length), view.coded_tokens(new_length)
+    size, old_coded = config.page_size, view.coded_tokens(length) if in_pages is None else in_pages
+    coded = max(old_coded, view.coded_tokens(new_length))
     if (exact := new_length - config.sink_tokens - coded) > view.window_slots:
         raise WindowOverflowError(
             f"{exact} tokens do not fit an exact window of {view.window_slots}; report it, with the settings"

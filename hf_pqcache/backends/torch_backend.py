@@ -83,9 +83,9 @@ def coded_tokens(view: LayerView, which: Side, row: int, first: int, last: int) 
     return decode_pages(view, which, pages)[:, skip : skip + last - first]
 
 
-def row_tokens(view: LayerView, which: Side, row: int, length: int) -> Tensor:
-    """All tokens of a row that holds `length`, exact or decoded -> (H, length, d)."""
-    coded = view.coded_tokens(length)
+def row_tokens(view: LayerView, which: Side, row: int, length: int, in_pages: int | None = None) -> Tensor:
+    """All tokens of a row that holds `length`, exact or decoded -> (H, length, d); `in_pages` as in `store.write_pages`."""
+    coded = view.coded_tokens(length) if in_pages is None else in_pages
     pages = view.page_numbers(row, 0, coded // view.config.page_size)
     sinks = min(length, view.config.sink_tokens)
     return torch.cat(
@@ -129,10 +129,26 @@ def attend(
     Returns:
         (B, 1, Hq, dv) in the query's dtype; zeros for a row that attends to nothing.
     """
-    batch, num_heads, _, head_dim = query.shape
     total = max((start + length for start, length in zip(left_pad, lengths, strict=True)), default=0)
-    keys, values = (dense(view, which, lengths, left_pad, total).float() for which in ("key", "value"))
-    num_kv_heads = keys.shape[1]
+    keys, values = (dense(view, which, lengths, left_pad, total) for which in ("key", "value"))
+    return attend_dense(query, keys, values, mask, sinks, scale, softcap, lengths, left_pad)
+
+
+def attend_dense(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    lengths: Sequence[int],
+    left_pad: Sequence[int],
+) -> Tensor:
+    """As `attend`, over keys and values (B, H, total, d) as `dense` gives them."""
+    batch, num_heads, _, head_dim = query.shape
+    num_kv_heads, total = keys.shape[1:3]
+    keys, values = keys.float(), values.float()
     scores = query.float().view(batch, num_kv_heads, -1, head_dim) @ keys.mT * scale  # (B, H, G, total)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

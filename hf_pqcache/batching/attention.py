@@ -1,0 +1,101 @@
+"""Attention of one step of the engine: prompts exactly, decode steps from pages; knows no transformers.
+
+A step is a list of chunks, one for each request in it. A prompt's tokens attend to one another as they came, also when it
+comes in several steps; only then are they stored. A generated token is stored, then attends to what is stored, as in
+`generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
+
+from hf_pqcache.backends import torch_backend
+from hf_pqcache.batching.requests import Chunk
+from hf_pqcache.batching.slots import SlotLayers
+
+
+def attend_exactly(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last T of n tokens: query (Hq, T, d), keys and values (H, n, d) -> (Hq, T, d)."""
+    group = query.shape[0] // keys.shape[0]
+    new, total = query.shape[1], keys.shape[1]
+    if group > 1:
+        keys, values = keys.repeat_interleave(group, dim=0), values.repeat_interleave(group, dim=0)
+    sides = (query[None], keys[None], values[None])
+    if new == total:
+        return functional.scaled_dot_product_attention(*sides, is_causal=True, scale=scale)[0]
+    return functional.scaled_dot_product_attention(*sides, attn_mask=causal_lower_right(new, total), scale=scale)[0]
+
+
+def attend_prompt(
+    layers: SlotLayers, layer: int, chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> Tensor:
+    """The part of a prompt that is in a chunk: query (Hq, T, d), keys, values (H, T, d) -> (Hq, T, d). Stores its keys."""
+    staged = [] if chunk.staging is None else chunk.staging.layers[layer]
+    whole = [torch.cat([*(part[side] for part in staged), x], dim=1) if staged else x for side, x in enumerate((keys, values))]
+    seen = whole
+    if chunk.stored:
+        old = [layers.tokens(layer, which, chunk.slot, chunk.stored, chunk.coded) for which in ("key", "value")]
+        seen = [torch.cat(pair, dim=1) for pair in zip(old, whole, strict=True)]
+    out = attend_exactly(query, seen[0], seen[1], scale)
+    if chunk.keeps:
+        # What came is a view of the packed input, which the next step of a graph overwrites.
+        staged.append((keys.clone(), values.clone()))
+    else:
+        layers.store(layer, chunk.slot, whole[0], whole[1], chunk.stored, chunk.coded)
+        staged.clear()
+    return out
+
+
+def attend_generated(
+    layers: SlotLayers,
+    layer: int,
+    slot: int,
+    stored: int,
+    coded: int,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+) -> Tensor:
+    """Generated tokens one after the other, in plain torch: query (Hq, T, d), keys, values (H, T, d) -> (Hq, T, d)."""
+    parts = []
+    for i in range(query.shape[1]):
+        layers.store(layer, slot, keys[:, i : i + 1], values[:, i : i + 1], stored, coded)
+        coded = layers.coded_after(coded, stored + 1)
+        stored += 1
+        dense = [layers.tokens(layer, which, slot, stored, coded)[None] for which in ("key", "value")]
+        q = query[None, :, i : i + 1]
+        out = torch_backend.attend_dense(q, dense[0], dense[1], None, None, scale, 0.0, [stored], [0])  # (1, 1, Hq, d)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts, dim=1)
+
+
+def attend_step(
+    layers: SlotLayers, layer: int, chunks: Sequence[Chunk], query: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> Tensor:
+    """One layer of a step in plain torch: query (Hq, T, d), keys, values (H, T, d), packed -> (T, Hq, d), zeros at padding."""
+    out = torch.zeros_like(query)
+    for chunk in chunks:
+        if layer == 0:
+            layers.use_blocks(chunk.slot, chunk.blocks)
+            if chunk.sinks is not None:
+                layers.write_sinks(chunk.slot, chunk.sinks)
+        stored, coded, end = chunk.stored, chunk.coded, chunk.at + chunk.count
+        middle = chunk.at + chunk.exact
+        if chunk.exact:
+            part = slice(chunk.at, middle)
+            out[:, part] = attend_prompt(layers, layer, chunk, query[:, part], keys[:, part], values[:, part], scale)
+        if end > middle:
+            part = slice(middle, end)
+            if chunk.exact:
+                stored += chunk.staged + chunk.exact
+                coded = layers.coded_after(coded, stored)
+            out[:, part] = attend_generated(
+                layers, layer, chunk.slot, stored, coded, query[:, part], keys[:, part], values[:, part], scale
+            )
+    return out.transpose(0, 1)

@@ -1,0 +1,338 @@
+"""The cache that transformers' continuous batching is given: its allocator and its cache, over coded or exact blocks.
+
+The only file that touches what these two inherit (transformers 5.20 to 5.24: `PagedAttentionCache`,
+`FullAttentionCacheAllocator`, `CachePool`); `support.py` checks their signatures before. Scheduling, prefix ledgers, reference
+counts and forks are transformers' own.
+
+A block is complete when it is written, which is when its tokens leave the window; it is never changed again. So forks share
+all blocks that they have, and only the window is copied. Sinks lie in the window: blocks hold tokens from `sink_tokens` on,
+hashes cover the sinks besides, and who shares a prefix gets a copy of its sinks.
+"""
+
+from __future__ import annotations
+
+from math import lcm
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators import CachePool, FullAttentionCacheAllocator
+from transformers.generation.continuous_batching.cache_allocators.cache_allocator import compute_block_hash
+
+from hf_pqcache.batching.requests import Chunk, Request, Staging
+from hf_pqcache.batching.sizes import Sizes, longest
+from hf_pqcache.batching.slots import SlotLayers
+from hf_pqcache.batching.steps import Steps
+
+TYPE = FullAttentionCacheAllocator.layer_type
+
+
+class SlotAllocator(FullAttentionCacheAllocator):
+    """Blocks of requests, and their slots."""
+
+    def __init__(self, layers: SlotLayers, allow_block_sharing: bool) -> None:
+        self.layers = layers
+        self._before_cache_tensor_init(
+            index=0,
+            layer_indices=list(range(layers.num_layers)),
+            tokens_per_page=layers.config.page_size,
+            bytes_per_page=layers.page_bytes,
+            allow_block_sharing=allow_block_sharing,
+        )
+        self.requests: dict[str, Request] = {}
+        self.free_slots = list(range(layers.num_slots - 1, -1, -1))
+
+    def register_cache_tensor(self, bytes_per_sector: int, non_trash_bytes: int, cache_tensor: Tensor, pool: CachePool) -> None:
+        self.bytes_per_sector = bytes_per_sector
+        self._copy_view = cache_tensor.view(-1, self.bytes_per_block)
+        self._after_cache_tensor_init(non_trash_bytes, bytes_per_sector, cache_tensor, pool)
+        self.layers.attach(self._copy_view)
+
+    # -- slots -------------------------------------------------------------------------------------------------------
+    def open(self, request_id: str, stored: int, coded: int) -> Request:
+        """Give a request a slot, of which there must be one."""
+        row = np.full(2 + self.layers.page_table.shape[1], -1, dtype=np.int32)
+        row[0] = slot = self.free_slots.pop()
+        request = self.requests[request_id] = Request(slot, stored, coded, row)
+        return request
+
+    def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
+        if (request := self.requests.pop(request_id, None)) is not None:
+            self.free_slots.append(request.slot)
+        super().free_blocks(request_id, no_cache)
+
+    # -- blocks: only what has left the window needs any -----------------------------------------------------------------
+    def needs_new_blocks(self, request_id: str, past_length: int, query_length: int) -> int:
+        request, owned = self.requests.get(request_id), len(self.block_table.get(request_id, []))
+        coded = self.layers.coded_after(0 if request is None else request.coded, past_length + query_length)
+        return max(0, coded // self.tokens_per_page - owned)
+
+    def allocate_cache_to_request(self, request_id: str, past_length: int, query_length: int) -> None:
+        needed = self.needs_new_blocks(request_id, past_length, query_length)
+        self.block_table.setdefault(request_id, []).extend(self.pool.get_free_blocks(self.index, needed))
+
+    def count_shareable_blocks(self, source_request_id: str, past_length: int) -> int:
+        return self.requests[source_request_id].coded // self.tokens_per_page if self.use_block_sharing else 0
+
+    # -- prefixes ----------------------------------------------------------------------------------------------------
+    def _first_hash(self, token_ids: list[int]) -> int | None:
+        sinks = self.layers.config.sink_tokens
+        return compute_block_hash(None, token_ids[:sinks]) if sinks else None
+
+    def _tokens_of(self, token_ids: list[int], block: int) -> list[int]:
+        first = self.layers.config.sink_tokens + block * self.tokens_per_page
+        return token_ids[first : first + self.tokens_per_page]
+
+    def match_prefix_blocks(self, prompt_ids: list[int]) -> list[int]:
+        """The longest run of known blocks, which leaves at least one token of the prompt to compute."""
+        found: list[int] = []
+        current = self._first_hash(prompt_ids)
+        for i in range((len(prompt_ids) - 1 - self.layers.config.sink_tokens) // self.tokens_per_page):
+            current = compute_block_hash(current, self._tokens_of(prompt_ids, i))
+            block = self.ledger.hash_to_block.get(current)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def mark_complete_blocks(self, request_id: str, token_ids: list[int], new_new_blocks: int) -> None:
+        """Make known what the last step has written; a block whose contents are known already is given back."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return
+        parent, table, is_changed = self._first_hash(token_ids), self.block_table[request_id], False
+        for i, block in enumerate(table):
+            known = self.ledger.block_to_hash.get(block)
+            if known is None:
+                tokens = self._tokens_of(token_ids, i)
+                if not new_new_blocks or len(tokens) < self.tokens_per_page:
+                    break
+                known, new_new_blocks = compute_block_hash(parent, tokens), new_new_blocks - 1
+                if (same := self.ledger.register_new_hash(block, known)) is not None:
+                    self.ledger.acquire(same)
+                    table[i], is_changed = same, True
+                    if self.ledger.release(block):
+                        self.pool.free_blocks(self.index, [block])
+            parent = known
+        if is_changed:
+            request.set_blocks(table, is_changed=True)
+
+    # -- what a step reads -----------------------------------------------------------------------------------------------
+    def get_read_indices(self, request_id: str, past_length: int, query_length: int) -> list[int]:
+        return []
+
+    get_write_indices = get_read_indices
+
+    def fill_block_table(self, request_id: str, past_length: int, query_length: int, block_table: Tensor) -> None:
+        """The request's row of the block table: slot, tokens in pages before this step, blocks."""
+        request = self.requests[request_id]
+        request.set_blocks(self.block_table[request_id])
+        request.row[1] = request.coded
+        used = 2 + request.in_row
+        block_table[:used] = torch.from_numpy(request.row[:used])
+
+
+class SlotCache(PagedAttentionCache):
+    """The engine's cache; its constructor sizes it, attention and prefixes are its own, the rest is inherited.
+
+    Args:
+        sizes: of blocks and slots, see `sizes.py`.
+        layers: over which, not yet attached.
+        config, dtype, device: of the model.
+        allow_block_sharing: whether prefixes may be shared.
+        max_batch_tokens: most tokens of a step.
+    """
+
+    def __init__(
+        self,
+        layers: SlotLayers,
+        sizes: Sizes,
+        *,
+        config: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        allow_block_sharing: bool,
+        max_batch_tokens: int,
+    ) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        self.layers, self.sizes = layers, sizes
+        allocator = self.allocator = SlotAllocator(layers, allow_block_sharing)
+        self.cache_allocators: dict[str, Any] = {TYPE: allocator}
+        self.layer_to_allocator: dict[int, Any] = dict.fromkeys(range(layers.num_layers), allocator)
+        self.bytes_per_sector = lcm(allocator.bytes_per_block, 128)
+        blocks_per_sector = self.bytes_per_sector // allocator.bytes_per_block
+        self.tokens_per_sector = blocks_per_sector * allocator.tokens_per_page
+        self.max_batch_tokens, self.num_sectors = max_batch_tokens, -(-sizes.num_blocks // blocks_per_sector)
+        non_trash = self.num_sectors * self.bytes_per_sector
+        self.cache_tensor = torch.zeros(non_trash + 2 * self.bytes_per_sector, dtype=torch.uint8, device=device)
+        self.pool = CachePool(self.num_sectors, 1)
+        allocator.register_cache_tensor(self.bytes_per_sector, non_trash, self.cache_tensor, self.pool)
+        self.allow_block_sharing = allow_block_sharing
+        self.use_prefix_sharing = allocator.use_block_sharing
+        self.num_blocks = allocator.num_blocks
+        self.max_blocks_per_request = sizes.table_width + 2  # columns of the engine's block table
+        self.read_cache_limit = 0  # nothing is read through the engine's indices
+        self.max_decode_fast_path_length = longest(layers.config, sizes.table_width)
+        self.max_tokens_read = allocator.tokens_per_page * allocator.num_blocks
+        self.steps = Steps(layers, sizes.num_slots)
+        self._sinks_of: dict[int, Tensor] = {}  # by a prefix's first block
+        self._forked: list[tuple[int, int]] = []  # windows to copy
+
+    # -- scheduling ------------------------------------------------------------------------------------------------------
+    def why_unfit(self, prompt: int, new: int) -> str | None:
+        """Why a request of so many tokens could never be served, if so."""
+        config = self.layers.config
+        most = longest(config, min(self.sizes.table_width, self.num_blocks))
+        if prompt + new <= most:
+            return None
+        return (
+            f"the request is {prompt + new} tokens long, {new} of them to be generated, and one request has room for {most}: "
+            f"of {self.num_blocks} blocks of {config.page_size} tokens it may have {self.sizes.table_width}. Ask for fewer "
+            "tokens, or raise max_length= of enable_batching or num_blocks= of the ContinuousBatchingConfig"
+        )
+
+    def can_store_request_tokens(self, state: Any, request_len: int, dry_run: bool = False) -> bool:
+        allocator, request = self.allocator, self.allocator.requests.get(state.request_id)
+        if request is None and not dry_run and not allocator.free_slots:
+            return False
+        if not super().can_store_request_tokens(state, request_len, dry_run):
+            return False
+        if not dry_run:
+            if request is None:
+                length = state.current_len()  # 0, but for the engine's warm-up
+                request = allocator.open(state.request_id, length, self.layers.config.coded_tokens(length))
+            # After a soft reset transformers counts generated tokens to the prompt.
+            request.prompt = state._true_initial_tokens or len(state.initial_tokens)
+        return True
+
+    def is_in_prompt(self, request_id: str) -> bool:
+        """Whether a request's next token is one of its prompt: no decode step, even if it is the last one."""
+        return self.allocator.requests[request_id].is_in_prompt
+
+    def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
+        allocator, sinks = self.allocator, self.layers.config.sink_tokens
+        if not self.use_prefix_sharing or not allocator.free_slots or not self.layers.is_equalised:
+            return 0
+        blocks = allocator.match_prefix_blocks(prompt_ids)
+        if not blocks or (sinks and blocks[0] not in self._sinks_of):
+            return 0
+        coded = len(blocks) * allocator.tokens_per_page
+        allocator.acquire_prefix_blocks(request_id, coded, blocks)
+        request = allocator.open(request_id, sinks + coded, coded)
+        request.sinks = self._sinks_of.get(blocks[0])
+        self.steps.counts["prefix_tokens"] += sinks + coded
+        return sinks + coded
+
+    def count_new_complete_blocks(self, state: Any, request_len: int) -> dict[str, int]:
+        if not self.use_prefix_sharing:
+            return {}
+        request = self.allocator.requests[state.request_id]
+        if request.prompt is not None and request.length + request_len < request.prompt:
+            return {}  # the prompt's keys wait
+        coded = self.layers.coded_after(request.coded, request.length + request_len)
+        new = (coded - request.coded) // self.allocator.tokens_per_page
+        return {TYPE: new} if new else {}
+
+    def mark_complete_blocks(self, state: Any, complete_blocks: dict[str, int]) -> None:
+        request = self.allocator.requests.get(state.request_id)
+        super().mark_complete_blocks(state, complete_blocks)
+        if request is None or not complete_blocks or not self.layers.config.sink_tokens:
+            return
+        if (sinks := self.steps.sinks_of.pop(request.slot, None)) is not None:
+            self._sinks_of.setdefault(self.allocator.block_table[state.request_id][0], sinks)
+        if len(self._sinks_of) > 64:
+            known = self.allocator.ledger.block_to_hash
+            self._sinks_of = {block: kept for block, kept in self._sinks_of.items() if block in known}
+
+    def prepare_fork_request(self, src_state: Any, dst_req_ids: list[str], copy_src_and_dst: Any) -> list[str]:
+        allocator = self.allocator
+        source = allocator.requests[src_state.request_id]
+        forked: list[str] = super().prepare_fork_request(src_state, dst_req_ids[: len(allocator.free_slots)], copy_src_and_dst)
+        for request_id in forked:
+            child = source.fork(allocator.free_slots.pop())
+            allocator.requests[request_id] = child
+            child.set_blocks(allocator.block_table[request_id], is_changed=True)
+            if source.stored:
+                self._forked.append((source.slot, child.slot))
+        return forked
+
+    def perform_cache_copy(self, copy_src_and_dst: Any) -> None:
+        super().perform_cache_copy(copy_src_and_dst)
+        for source, target in self._forked:
+            self.layers.copy_window(source, target)
+        self._forked.clear()
+
+    def reset(self) -> None:
+        super().reset()
+        self._sinks_of.clear()
+        self.layers.forget_equalisers()
+
+    # -- a step ----------------------------------------------------------------------------------------------------------
+    def fill_block_table(self, request_id: str, past_length: int, query_length: int, block_table: Tensor) -> None:
+        request = self.allocator.requests[request_id]
+        self.steps.before_decode(request)
+        super().fill_block_table(request_id, past_length, query_length, block_table)
+        self._advance(request, past_length + query_length)
+
+    def extend_read_and_write_indices(
+        self, request_id: str, past_length: int, query_length: int, read_index: Any, write_index: Any
+    ) -> None:
+        request, new_length = self.allocator.requests[request_id], past_length + query_length
+        assert request.prompt is not None
+        exact = max(0, min(new_length, request.prompt) - past_length)
+        staged = 0 if request.staging is None else request.staging.tokens
+        keeps = new_length < request.prompt and staged + exact <= self.sizes.staging_tokens
+        self.steps.counts["cut_prompts"] += new_length < request.prompt and not keeps and request.stored == 0
+        if keeps and request.staging is None:
+            request.staging = Staging(self.layers.num_layers)
+        chunk = Chunk(
+            slot=request.slot,
+            at=0,
+            count=query_length,
+            exact=exact,
+            stored=request.stored,
+            coded=request.coded,
+            staged=staged,
+            keeps=keeps,
+            staging=request.staging,
+            blocks=list(self.allocator.block_table[request_id]),
+            sinks=request.sinks,
+        )
+        request.sinks = None
+        if keeps:
+            assert request.staging is not None
+            request.staging.tokens += exact
+        else:
+            request.staging = None
+            self._advance(request, new_length)
+        self.steps.add(chunk)
+
+    def _advance(self, request: Request, length: int) -> None:
+        request.coded = self.layers.coded_after(request.coded, length)
+        request.stored = length
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Keys and values go on to attention as they are, which stores them; it is told where."""
+        kwargs["cache"], kwargs["cache_layer"] = self, layer_idx
+        return key_states, value_states
+
+    # -- what users look at ----------------------------------------------------------------------------------------------
+    def stats(self) -> dict[str, Any]:
+        """What the cache holds and how it was served: see `batching.stats`."""
+        allocator, layers = self.allocator, self.layers
+        free = self.pool.num_free_sectors * allocator.blocks_per_sector + self.pool.count_free_blocks(allocator.index)
+        return {
+            "blocks": {
+                "total": self.num_blocks,
+                "free": free,
+                "shareable": len(allocator.ledger.cached_blocks),
+                "tokens": allocator.tokens_per_page,
+                "bytes": allocator.bytes_per_block,
+            },
+            "slots": {"total": layers.num_slots, "free": len(allocator.free_slots)},
+            "bytes": {"blocks": self.cache_tensor.nbytes, "windows_and_tables": layers.nbytes},
+            "backend": layers.backend._asdict(),
+            **self.steps.stats(),
+        }

@@ -1,0 +1,112 @@
+"""Lets a model's own continuous batching run over blocks of ours, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_pqcache import arguments
+from hf_pqcache.batching import support
+from hf_pqcache.codebook import shipped
+from hf_pqcache.codebook.codebook import Codebook
+from hf_pqcache.config import PQConfig
+from hf_pqcache.models.shapes import kv_shape, layer_configs
+
+
+def enable_batching(
+    model: Any,
+    bits: int | None = None,
+    *,
+    codebook: Codebook | None = None,
+    pq_config: PQConfig | None = None,
+    exact: bool = False,
+    max_length: int | None = None,
+    **overrides: Any,
+) -> Any:
+    """Let transformers' continuous batching keep this model's keys and values as codes.
+
+    From now on `model.generate_batch`, `model.init_continuous_batching`, `model.continuous_batching_context_manager` and a
+    server on them run over coded blocks; `generate` is as it was. `disable_batching` gives the engine its own blocks again.
+
+    Args:
+        model: a causal language model whose layers all have full attention, such as Llama, Qwen or Mistral.
+        bits: the operating point, 4, 3 or 2; 4 by default.
+        codebook: one of the model's own; None takes the shipped one.
+        pq_config, **overrides: settings as of `PagedPQCache`.
+        exact: keep exact tokens in blocks (`PagedKVCache`'s kind): the baseline to compare with.
+        max_length: most tokens of one request, prompt and new ones. None takes what the workload says, else the model's
+            max_position_embeddings. Longer requests fail at once with PQC001, others go on.
+
+    Returns:
+        The model.
+
+    Pool and windows are sized by `ContinuousBatchingConfig`: num_blocks (of page_size tokens), max_requests_per_batch (each has
+    a window), max_memory_percent, max_batch_tokens. A prompt of several steps waits exactly until its end has come, so that
+    chunks do not change results; one that is longer than a share of memory allows is stored meanwhile, see "cut_prompts" in
+    `stats`. A prompt that shares a prefix attends to the prefix's codes, as a later turn in `generate` does;
+    `allow_block_sharing=False` turns that off.
+
+    Raises ImportError where transformers' engine is too old or has changed, ValueError for a model that does not fit.
+    """
+    if why := support.why_unsupported():
+        raise ImportError(why)
+    from transformers import ContinuousBatchingConfig
+
+    from hf_pqcache.batching.manager import BlocksManager  # inherits from what has just been checked
+
+    arguments.check_codebook(codebook)
+    arguments.check_pq_config(pq_config)
+    base = _base(model)
+    if not hasattr(base, "init_continuous_batching"):
+        raise TypeError(f"{type(model).__name__} has no continuous batching: pass a causal language model of transformers")
+    if why := support.why_unfit(base):
+        raise ValueError(f"{why}; use generate with PagedPQCache, which keeps what it cannot compress as it is")
+    if exact:
+        if codebook is not None or bits is not None:
+            raise ValueError("exact=True keeps tokens as they are: pass no bits= and no codebook=")
+        settings, book = PQConfig(sink_tokens=0, extended_residual=1).replace(**overrides), None
+    else:
+        settings = (pq_config or PQConfig()).replace(**overrides, **({} if bits is None else {"bits": bits}))
+        head_dim = kv_shape(layer_configs(base.config.get_text_config())[0])[1]
+        assert head_dim is not None  # why_unfit has seen it
+        if codebook is not None:
+            codebook.check_model(base.config)
+        book = codebook or shipped.codebook(settings, head_dim, head_dim)
+    disable_batching(base)
+
+    @torch.no_grad()
+    def init_continuous_batching(
+        generation_config: Any = None, continuous_batching_config: Any = None, workload_hints: Any = None
+    ) -> Any:
+        cached = getattr(base, "_cached_continuous_batching_manager", None)
+        if isinstance(cached, BlocksManager):
+            cached.switch_to_cb_friendly_attn(base)
+            return cached
+        generation_config = base.generation_config if generation_config is None else generation_config
+        if generation_config.eos_token_id is None:
+            generation_config.eos_token_id = -1
+        asked = continuous_batching_config or ContinuousBatchingConfig()
+        return BlocksManager(settings, book, max_length, base, generation_config, asked, workload_hints)
+
+    init_continuous_batching.__doc__ = type(base).init_continuous_batching.__doc__
+    base.init_continuous_batching = init_continuous_batching
+    return model
+
+
+def disable_batching(model: Any) -> None:
+    """Let transformers' continuous batching have its own blocks again; without `enable_batching` before, nothing happens."""
+    base = _base(model)
+    if "init_continuous_batching" in vars(base):
+        base.destroy_cached_continuous_batching_manager()
+        del base.init_continuous_batching
+
+
+def is_enabled(model: Any) -> bool:
+    base = _base(model)
+    return "init_continuous_batching" in vars(base)
+
+
+def _base(model: Any) -> Any:
+    """The model of transformers itself: LoRA's wrapper passes calls on."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,104 @@
+"""The steps of an engine as they come: chunks that were prepared, the rows of decode steps, what was counted.
+
+A step is prepared on the host, then computed layer by layer; with asynchronous batching the next one is prepared meanwhile.
+So a step carries all that it needs, and a decode step reads nothing from the host but its launch: its block table has a row
+[slot, tokens in pages, blocks ...] for each request, which CUDA graphs replay with other contents.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_pqcache.batching.attention import attend_step
+from hf_pqcache.batching.requests import Chunk, Request
+from hf_pqcache.batching.slots import SlotLayers
+
+
+class Steps:
+    """Attention of one engine.
+
+    Attributes:
+        counts: steps and tokens by kind, see `stats`.
+        sinks_of: slot -> its sinks, once a prompt there has become pages that others may share.
+        compute_stream: on which steps are computed; None is the current one.
+    """
+
+    def __init__(self, layers: SlotLayers, max_batch: int) -> None:
+        self.layers, self.max_batch = layers, max_batch
+        self.counts: Counter[str] = Counter()
+        self.sinks_of: dict[int, Tensor] = {}
+        self.compute_stream: Any = None
+        self._next: list[Chunk] = []  # prepared
+        self._now: list[Chunk] = []  # under way
+
+    # -- preparing -------------------------------------------------------------------------------------------------------
+    def add(self, chunk: Chunk) -> None:
+        """One more request of the next step; they lie in the packed input one after the other."""
+        chunk.at = self._next[-1].at + self._next[-1].count if self._next else 0
+        self._next.append(chunk)
+
+    def before_decode(self, request: Request) -> None:
+        """A decode step of a request is being prepared."""
+        layers = self.layers
+        if not layers.is_equalised and layers.coded_after(request.coded, request.stored + 1) > request.coded:
+            with nullcontext() if self.compute_stream is None else torch.cuda.stream(self.compute_stream):
+                layers.equalise_by_window(request.slot, request.coded)
+
+    # -- computing -------------------------------------------------------------------------------------------------------
+    def attend(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, block_table: Tensor | None, lengths: Tensor
+    ) -> Tensor:
+        """One layer of the step that was prepared last.
+
+        Args:
+            query: (1, Hq, T, d). keys, values: (1, H, T, d), packed.
+            block_table: int32 (B, 2 + width) of a step of decode rows only, one token each; None where there are prompts.
+            lengths: int32 (B + 1) cumulated lengths, the new tokens included, of a step of decode rows.
+
+        Returns:
+            (1, T, Hq, d).
+        """
+        if block_table is not None:
+            return self._decode(layer, query, keys, values, scale, block_table, lengths)
+        if layer == 0:
+            self._now, self._next = self._next, []
+            self.counts["prompt_steps"] += 1
+            self.counts["prompt_tokens"] += sum(chunk.exact for chunk in self._now)
+            self.counts["generated_tokens"] += sum(chunk.count - chunk.exact for chunk in self._now)
+        out = attend_step(self.layers, layer, self._now, query[0], keys[0], values[0], scale)
+        if layer == self.layers.num_layers - 1:
+            self._keep_sinks()
+        return out[None]
+
+    def _keep_sinks(self) -> None:
+        config = self.layers.config
+        for chunk in self._now:
+            ends = chunk.exact and not chunk.keeps
+            if ends and config.sink_tokens and config.coded_tokens(chunk.stored + chunk.staged + chunk.count):
+                self.sinks_of[chunk.slot] = self.layers.sinks(chunk.slot)
+
+    def _decode(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, block_table: Tensor, lengths: Tensor
+    ) -> Tensor:
+        if layer == 0:
+            rows, stored = block_table.tolist(), (lengths.diff() - 1).tolist()
+            pages = self.layers.config.page_size
+            self._now = []
+            for at, (row, past) in enumerate(zip(rows, stored, strict=True)):
+                if past >= 0 and row[0] >= 0:
+                    used = self.layers.coded_after(row[1], past + 1) // pages
+                    self._now.append(Chunk(row[0], at, 1, 0, past, row[1], 0, False, None, row[2 : 2 + used]))
+            self.counts["decode_steps"] += 1
+            self.counts["generated_tokens"] += len(self._now)
+        return attend_step(self.layers, layer, self._now, query[0], keys[0], values[0], scale)[None]
+
+    def stats(self) -> dict[str, int]:
+        """prompt_steps, decode_steps: steps with and without prompts. prompt_tokens, generated_tokens: computed in them.
+        prefix_tokens: of prompts, taken from blocks of others."""
+        names = ("prompt_steps", "decode_steps", "prompt_tokens", "generated_tokens", "prefix_tokens", "cut_prompts")
+        return {name: self.counts[name] for name in names}
