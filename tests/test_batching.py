@@ -64,6 +64,13 @@ def engine(**changes: Any) -> ContinuousBatchingConfig:
     return ContinuousBatchingConfig(**{"num_blocks": 100, "max_batch_tokens": 64, "allow_block_sharing": False, **changes})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _references() -> None:
+    """What `generate` says to all prompts: while an engine runs, the model serves nothing else."""
+    for prompt in prompts():
+        alone(prompt, True), alone(prompt, False)
+
+
 @pytest.fixture(autouse=True)
 def _own_blocks_after() -> Iterator[None]:
     yield
