@@ -177,7 +177,8 @@ def test_padding_of_generate_is_not_stored(name: str, chunk: int | None) -> None
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["none", "2-D", "4-D"])
 def test_padding_that_is_shown_later_is_refused(count: int, implementation: str, kind: str) -> None:
-    model, cache = build("llama", implementation), cache_for(build("llama"))
+    model = build("llama", implementation)
+    cache = cache_for(model)
     inputs, _ = padded(2, 30)
     model.generate(**inputs, **cache_kwargs(cache), max_new_tokens=1)
     ids, mask = tokens(2, count), torch.ones(2, 30 + count, dtype=torch.long)
