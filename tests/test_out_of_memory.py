@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hf_pqcache.codebook import shipped
 from hf_pqcache.config import PQConfig
 from hf_pqcache.errors import CacheOutOfMemoryError
 from hf_pqcache.models.names import cache_kwargs
+from hf_pqcache.pages import slabs
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 16
 CONFIG = LlamaConfig(
@@ -218,3 +220,15 @@ def test_more_tokens_than_any_machine_holds() -> None:
     kv.append_tokens("a", 0, k[0], k[0])
     with pytest.raises(ValueError, match=r"more than 2147483647 tokens.*use max_pages=4194303 or less"):
         PagedKVCache(config, page_size=512, max_pages=1 << 22)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_more_than_the_machine_has_is_refused_before_it_is_written(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux may promise memory that there is not, and end the process that takes it."""
+    kv = PagedKVCache(CONFIG, page_size=16, max_pages=60, offload=offload)
+    forward(kv, 1, 40, 1)
+    monkeypatch.setattr(slabs.psutil, "virtual_memory", lambda: SimpleNamespace(total=100))
+    monkeypatch.setattr(slabs.psutil, "swap_memory", lambda: SimpleNamespace(total=0))
+    with pytest.raises(CacheOutOfMemoryError, match=r"PQC004.*bytes are more than the 100 of this machine"):
+        forward(kv, 1, 600, 2)
+    assert kv.get_seq_length() == 40

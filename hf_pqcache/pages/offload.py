@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pqcache.pages.slabs import MAX_SLAB, PLACE_BITS, PageSpec, PageStore, Slab
+from hf_pqcache.pages.slabs import MAX_SLAB, PLACE_BITS, PageSpec, PageStore, Slab, check_host
 
 #: Staging pools of a device: one is read while the other is filled.
 NUM_STAGING = 2
@@ -145,6 +145,7 @@ class HostedStore(PageStore):
 
     def new_slab(self, number: int, size: int) -> Slab:
         is_cuda = self.device.type == "cuda"
+        check_host(size * self.page_bytes)
         keys, values = (
             torch.empty((size, *spec.shape), dtype=spec.dtype, pin_memory=is_cuda) for spec in (self.keys, self.values)
         )

@@ -16,6 +16,7 @@ from math import prod
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -170,11 +171,20 @@ class PageStore:
 
 @torch.inference_mode(False)
 def allocate(keys: PageSpec, values: PageSpec, size: int, device: torch.device) -> Slab:
-    """Uninitialised memory for `size` pages, laid out as kernels want it."""
+    """Uninitialised memory for `size` pages, laid out as kernels want it. Raises torch.OutOfMemoryError."""
     stride = keys.padded_nbytes + values.padded_nbytes
+    if device.type == "cpu":
+        check_host(size * stride)
     memory = torch.empty((size + 1) * stride, dtype=torch.uint8, device=device)
     begin = -memory.data_ptr() % stride
     pages = memory[begin : begin + size * stride].view(size, stride)
     sides = ((keys, 0), (values, keys.padded_nbytes))
     first, second = (pages[:, at : at + spec.nbytes].view(spec.dtype).unflatten(1, spec.shape) for spec, at in sides)
     return Slab(first, second, memory.nbytes)
+
+
+def check_host(nbytes: int) -> None:
+    """Raises torch.OutOfMemoryError for more memory than the machine has, which some systems promise: they end the process
+    when it is written."""
+    if nbytes > (most := psutil.virtual_memory().total + psutil.swap_memory().total):
+        raise torch.OutOfMemoryError(f"{nbytes:,} bytes are more than the {most:,} of this machine")
