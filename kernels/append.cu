@@ -13,7 +13,7 @@ __device__ __forceinline__ void encode_part(const CacheArgs& cache, const Leavin
     const float* equaliser = IS_VALUE ? nullptr : layer.equaliser + leaving.kv_head * DIM;
     PageEncoder<C, IS_VALUE> encoder(scratch, block, cache.page_size, equaliser, layer.gain[IS_VALUE]);
     const int first = leaving.part * PART;
-    encoder.load_centroids(layer.centroids[IS_VALUE]);
+    encoder.load_centroids(layer.centroids[IS_VALUE], layer.cells[IS_VALUE]);
     encoder.take_statistics(leaving.part == 0, vector_of);
     encoder.encode(first, min(PART, cache.page_size - first), vector_of);
     if (leaving.part == 0) encoder.pad();

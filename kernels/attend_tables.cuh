@@ -47,7 +47,7 @@ constexpr int TABLE_ROWS = KeyTable::ROWS > ValueTable::ROWS ? KeyTable::ROWS : 
 template <class T, bool IS_VALUE>
 struct LaneCodes {
     typedef typename T::C C;
-    static constexpr int N = C::DEALT ? C::WORDS : 1, WIDE = N / 4 * 4;
+    static constexpr int N = C::DEALT ? C::WORDS : 1, FULL = C::DEALT ? C::FULL_WORDS : 1, WIDE = FULL / 4 * 4;
     u32 words[N];
     const u8* tile;
 
@@ -61,11 +61,12 @@ struct LaneCodes {
             words[i] = x.x, words[i + 1 < N ? i + 1 : 0] = x.y, words[i + 2 < N ? i + 2 : 0] = x.z;
             words[i + 3 < N ? i + 3 : 0] = x.w;
         }
-        if (N & 2) {
+        if (FULL & 2) {
             const uint2 x = load_stream((const uint2*)(from + WIDE * 128) + lane);
             words[WIDE < N ? WIDE : 0] = x.x, words[WIDE + 1 < N ? WIDE + 1 : 0] = x.y;
         }
-        if (N & 1) words[N - 1] = load_stream((const u32*)(from + (N - 1) * 128) + lane);
+        if (FULL & 1) words[FULL - 1] = load_stream((const u32*)(from + (FULL - 1) * 128) + lane);
+        if (N > FULL) words[N - 1] = load_stream((const u16*)(from + FULL * 128) + lane);
     }
 
     // Table row of the lane's unit number `j`, as an address: 256 times the unit and the lane's offset.

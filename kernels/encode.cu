@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) encode(const __grid_con
 
     const auto block = Block<u8>::of<C>(a.pages + page * a.page_stride, a.page_size, a.kv_heads, kv_head, PQ_VALUE);
     Encoder encoder(dynamic, block, a.page_size, PQ_VALUE ? nullptr : a.equaliser + kv_head * DIM, a.gain);
-    encoder.load_centroids(a.centroids);
+    encoder.load_centroids(a.centroids, a.cells);
     encoder.take_statistics(true, vector_of);
     encoder.encode(0, a.page_size, vector_of);
     encoder.pad();

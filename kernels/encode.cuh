@@ -3,13 +3,12 @@
 // Defines from the launch: PQ_DIM.
 #pragma once
 #include "hadamard.cuh"
+#include "nearest.cuh"
 #include "page.cuh"
 
 constexpr int WARPS = 8, THREADS = WARPS * 32;
 constexpr int DIM = PQ_DIM, NUMBERS_A_LANE = (DIM + 31) / 32, WIDE = NUMBERS_A_LANE * 32;
 constexpr int TOKENS = 64;  // that a block normalises and searches at a time: two for each lane
-
-__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
 // The logarithmic scale of a magnitude, and what it divides by, as a factor.
 __device__ __forceinline__ int log_scale(float magnitude) {
@@ -24,90 +23,13 @@ struct EncodeScratch {
     static constexpr int LINE = DIM + 1;                // lanes of a warp are tokens: a row apart is a bank apart
     float table[C::CENTROIDS * (C::NUMBERS + 1)];       // the centroids, then their half norms
     alignas(16) u16 halves[C::CENTROIDS * C::NUMBERS];  // the centroids as they came
+    alignas(16) u32 cells[has_cells<C>() ? CELLS * CELLS : 4];
     float sums[WARPS][WIDE], lows[WARPS][WIDE], highs[WARPS][WIDE];
     float mean[WIDE], factor[WIDE];  // of the page's channels
     float tops[WARPS];
     float vectors[TOKENS * LINE];
     u8 codes[TOKENS * C::M];  // in the order of their tiles' streams
 };
-
-// Four neighbouring centroids, in 16-byte loads: a load that all lanes share still moves 512 bytes into registers,
-// which is what limits this search with fewer than eight vectors a lane.
-template <int SUB, int CENTROIDS>
-struct Centroids {
-    float x[4 * SUB], half_norm[4];
-
-    __device__ __forceinline__ Centroids(const float* table, int code) {
-#pragma unroll
-        for (int i = 0; i <= SUB; i++) {
-            const float4 v =
-                ((const float4*)(i < SUB ? table + code * SUB : table + CENTROIDS * SUB + code))[i < SUB ? i : 0];
-            float* to = i < SUB ? x + 4 * i : half_norm;
-            to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-        }
-    }
-
-    __device__ __forceinline__ float closeness(int which, const float (&v)[SUB]) const {
-        float s = -half_norm[which];
-#pragma unroll
-        for (int i = 0; i < SUB; i++) s = fmaf(v[i], x[which * SUB + i], s);
-        return s;
-    }
-};
-
-// Codes of COUNT vectors: argmin |x - c|^2, of equal ones the lowest. First the block of centroids that has it, as
-// argmax x.c - |c|^2 / 2: the maximum of a block costs one instruction for each centroid, and only blocks are compared.
-// Then the distances within the block, from the centroids as they came (`halves`), which are fewer bytes: here every
-// lane reads its own.
-template <int COUNT, int SUB, int CENTROIDS>
-__device__ __forceinline__ void nearest(const float* table, const u16* halves, const float (&v)[COUNT][SUB],
-                                        int (&code)[COUNT]) {
-    typedef Centroids<SUB, CENTROIDS> Four;
-    constexpr int BLOCK = 8;
-    float best[COUNT];
-#pragma unroll
-    for (int j = 0; j < COUNT; j++) best[j] = -infinity(), code[j] = 0;
-    for (int first = 0; first < CENTROIDS; first += BLOCK) {
-        float top[COUNT];
-#pragma unroll
-        for (int part = 0; part < BLOCK; part += 4) {
-            const Four c(table, first + part);
-#pragma unroll
-            for (int j = 0; j < COUNT; j++) {
-                const float low = fmaxf(c.closeness(0, v[j]), c.closeness(1, v[j]));
-                const float high = fmaxf(c.closeness(2, v[j]), c.closeness(3, v[j]));
-                top[j] = part ? fmaxf(top[j], fmaxf(low, high)) : fmaxf(low, high);
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < COUNT; j++)
-            if (top[j] > best[j]) best[j] = top[j], code[j] = first;
-    }
-#pragma unroll
-    for (int j = 0; j < COUNT; j++) {
-        const uint4* from = (const uint4*)(halves + code[j] * SUB);
-        u32 words[SUB * 4];
-#pragma unroll
-        for (int i = 0; i < SUB; i++) {
-            const uint4 x = from[i];
-            words[4 * i] = x.x, words[4 * i + 1] = x.y, words[4 * i + 2] = x.z, words[4 * i + 3] = x.w;
-        }
-        float least = infinity();
-        int at = code[j];
-#pragma unroll
-        for (int n = 0; n < BLOCK; n++) {
-            float distance = 0.f;
-#pragma unroll
-            for (int i = 0; i < SUB; i++) {
-                const int number = n * SUB + i;
-                const float d = v[j][i] - float_of_half((u16)(words[number / 2] >> 16 * (number & 1)));
-                distance = fmaf(d, d, distance);
-            }
-            if (distance < least) least = distance, at = code[j] + n;
-        }
-        code[j] = at;
-    }
-}
 
 // Encodes one (page, KV head) of a side. vector_of(t): where token t of the page lies, in the model's dtype.
 template <class C, bool IS_VALUE>
@@ -132,7 +54,10 @@ struct PageEncoder {
             equaliser[j] = !IS_VALUE && lane + 32 * j < DIM ? 1.f / equaliser_[lane + 32 * j] : 1.f;
     }
 
-    __device__ __forceinline__ void load_centroids(const u16* centroids) {
+    __device__ __forceinline__ void load_centroids(const u16* centroids, const u32* cells) {
+        if (has_cells<C>())
+            for (int i = threadIdx.x; i < CELLS * CELLS / 4; i += THREADS)
+                ((uint4*)s.cells)[i] = ((const uint4*)cells)[i];
         for (int code = threadIdx.x; code < C::CENTROIDS; code += THREADS) {
             float norm = 0.f;
 #pragma unroll
@@ -280,7 +205,10 @@ private:
 #pragma unroll
             for (int i = 0; i < SUB; i++) v[j][i] = s.vectors[token * Scratch::LINE + subspace * SUB + i];
         }
-        nearest<COUNT * EACH, SUB, C::CENTROIDS>(s.table, s.halves, v, code);
+        if constexpr (has_cells<C>())
+            nearest_by_cells<COUNT * EACH, C::CENTROIDS>(s.cells, s.table, s.halves, v, code);
+        else
+            nearest<COUNT * EACH, SUB, C::CENTROIDS>(s.table, s.halves, v, code);
 #pragma unroll
         for (int j = 0; j < COUNT * EACH; j++) {
             const int subspace = m + j / EACH * WARPS, token = lane + 32 * (j % EACH);
@@ -298,16 +226,19 @@ private:
     }
 
     __device__ __forceinline__ void write(int first_tile, int tiles) {
-        constexpr int UNIT = C::DEALT ? 4 : 1, COUNT = C::TILE_BYTES / UNIT;  // bytes that are written at a time
+        constexpr int UNIT = !C::DEALT ? 1 : C::LANE_HALVES % 2 ? 2 : 4;  // bytes that are written at a time
+        constexpr int COUNT = C::TILE_BYTES / UNIT, A_LANE = C::DEALT ? COUNT / 32 : 1;
         for (int i = threadIdx.x; i < tiles * COUNT; i += THREADS) {
             const int tile = i / COUNT, at = i % COUNT;
             const u8* codes = s.codes + tile * TILE * C::M;
             u8* to = block.codes + (first_tile + tile) * C::TILE_BYTES;
-            if (C::DEALT)
-                ((u32*)to)[C::word_place(at / (C::WORDS + !C::DEALT), at % (C::WORDS + !C::DEALT))] =
-                    stream(codes, at * 32, 32);
+            const u32 bits = stream(codes, at * UNIT * 8, UNIT * 8);
+            if (UNIT == 4)
+                ((u32*)to)[C::word_place(at / A_LANE, at % A_LANE)] = bits;
+            else if (UNIT == 2)
+                ((u16*)to)[C::half_place(at / A_LANE, at % A_LANE)] = (u16)bits;
             else
-                to[at] = (u8)stream(codes, at * 8, 8);
+                to[at] = (u8)bits;
         }
     }
 };

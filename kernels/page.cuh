@@ -15,6 +15,7 @@ struct Layer {
     int* tickets;       // (batch + 2 * batch * kv_heads), zero between launches
     i64 recent_tokens;  // tokens that never leave the window
     float gain[2];      // what coded numbers are multiplied by when they are encoded: the centroids are as much longer
+    const u32* cells[2];  // see kernels/nearest.cuh; null for codes that are searched without
 };
 
 // What a kernel needs to know of one layer's storage and of the call.
@@ -54,12 +55,13 @@ struct EncodeArgs {
     const u16* source;  // (batch, kv_heads, tokens, head_dim), last dim dense
     u8* pages;          // of this side: the page of id 0
     const u16* centroids;
+    const u32* cells;                             // as in Layer
     const float* equaliser;                       // of keys
     const int* page_ids;                          // (batch, pages_per_row)
     const int* first_token;                       // (batch)
     i64 batch_stride, head_stride, token_stride;  // of the source, in numbers
     i64 page_stride;
-    int batch, kv_heads, tokens, pages_per_row, page_size, unused;
+    int batch, kv_heads, tokens, pages_per_row, page_size;
     float gain;
 };
 
@@ -146,9 +148,11 @@ struct Codes {
     static constexpr int SPLIT = BITS == 4 && M % 2 == 0 ? 2 : 1;  // codes of a unit
     static constexpr int UNITS = M / SPLIT, UNIT_BITS = BITS * SPLIT, UNIT_NUMBERS = NUMBERS * SPLIT;
     static constexpr int TILE_BYTES = TILE * M * BITS / 8;
-    // Dealt to the lanes of a warp: lane 4 g + c owns the units that it looks up, as WORDS words.
-    static constexpr bool DEALT = UNITS % 8 == 0 && UNITS * UNIT_BITS % 64 == 0;
-    static constexpr int LANE_UNITS = UNITS / 2, WORDS = UNITS * UNIT_BITS / 64;
+    // Dealt to the lanes of a warp: lane 4 g + c owns the units that it looks up, as FULL_WORDS words and perhaps a
+    // half.
+    static constexpr bool DEALT = UNITS % 8 == 0 && UNITS * UNIT_BITS % 32 == 0;
+    static constexpr int LANE_UNITS = UNITS / 2, LANE_HALVES = UNITS * UNIT_BITS / 32;
+    static constexpr int FULL_WORDS = LANE_HALVES / 2, WORDS = (LANE_HALVES + 1) / 2;
     static_assert(DIM % M == 0, "codes are of equally many numbers");
 
     // Which unit of its lane a (token of a tile, unit) is, and the lane.
@@ -167,10 +171,14 @@ struct Codes {
 
     // Where a word of that stream lies in the tile: planes of 4 words a lane, then of 2, then of 1, for wide loads.
     __device__ __forceinline__ static int word_place(int lane, int word) {
-        constexpr int WIDE = WORDS / 4 * 4;
+        constexpr int WIDE = FULL_WORDS / 4 * 4;
         if (word < WIDE) return word / 4 * 128 + lane * 4 + word % 4;
-        if (word < WIDE + (WORDS & 2)) return WIDE * 32 + lane * 2 + word - WIDE;
-        return (WIDE + (WORDS & 2)) * 32 + lane;
+        if (word < WIDE + (FULL_WORDS & 2)) return WIDE * 32 + lane * 2 + word - WIDE;
+        return (WIDE + (FULL_WORDS & 2)) * 32 + lane;
+    }
+    // The same of half a word; one that is alone comes last.
+    __device__ __forceinline__ static int half_place(int lane, int half) {
+        return half / 2 < FULL_WORDS ? word_place(lane, half / 2) * 2 + half % 2 : FULL_WORDS * 64 + lane;
     }
 
     __device__ __forceinline__ static int code_bytes(int page_size) {

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_pqcache.codebook import normalise, shipped
 from hf_pqcache.config import CodeShape, PQConfig, Side
 from hf_pqcache.pages.codec import CodedPages
-from hf_pqcache.pages.layout import PageLayout, num_units, word_order
+from hf_pqcache.pages.layout import PageLayout, half_order, num_units
 
 HEAD_DIMS = [16, 48, 64, 80, 96, 112, 128, 256]
 SIDES = pytest.mark.parametrize("which", ["key", "value"])
@@ -150,8 +150,8 @@ def test_no_page_at_all_is_no_token(which: Side, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_words_of_a_tile_are_dealt_without_loss(shape: tuple[int, int]) -> None:
-    order = word_order(*shape)
+def test_halves_of_words_of_a_tile_are_dealt_without_loss(shape: tuple[int, int]) -> None:
+    order = half_order(*shape)
     assert (order is None) == (num_units(*shape) is None)
     if order is not None:
         assert torch.equal(order.sort().values, torch.arange(order.numel()))

@@ -184,7 +184,7 @@ class Layers:
         base = self.pool.data_ptr()
         books = [c.data_ptr() for c in self.centroids] or [0, 0]
         self.equaliser = torch.ones(case.kv_heads, case.head_dim, device="cuda")
-        after = [self.tickets.data_ptr(), 128, 0]
+        after = [self.tickets.data_ptr(), 128, 0, 0, 0]  # attention needs neither gains nor cells
         rows = [
             [base, base + self.side_bytes[0], *books, self.equaliser.data_ptr(), *(w.data_ptr() for w in pair), *after]
             for pair in self.windows
@@ -225,9 +225,14 @@ class Layers:
 
     def attend(self, i: int, is_masked: bool = False) -> Tensor:
         return cuda_backend.attend(
-            self.query, self.desc, i, self.counts, self.starts, self.tables[i], self.mask if is_masked else None, None,
-            self.geometry, self.case.head_dim**-0.5, 0.0, self.case.tokens,
-        )  # fmt: skip
+            self.query,
+            cuda_backend.Place(self.desc, i, self.counts, self.starts, self.tables[i], self.geometry),
+            self.mask if is_masked else None,
+            None,
+            self.case.head_dim**-0.5,
+            0.0,
+            self.case.tokens,
+        )
 
     def tokens_of(self, i: int, row: int, which: Side) -> Tensor:
         """(H, tokens, d) in float64, as the storage says."""

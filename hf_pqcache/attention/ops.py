@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_pqcache.backends import cuda_backend, dispatch, store, torch_backend
+from hf_pqcache.backends.cuda_backend import Place
 from hf_pqcache.config import Side
 from hf_pqcache.pages.device_state import DeviceState, state_of
 
@@ -33,8 +34,8 @@ def append(keys: Tensor, values: Tensor, seq_lens: Tensor, layer_ptrs: Tensor, l
             state.before_append(layer, None)
         view.store.prefetch()
         state.calls["append", "cuda"] += 1
-        geometry = view.kernels.geometry
-        cuda_backend.append(keys, values, layer_ptrs, layer, advanced, view.page_table, state.flags, geometry)
+        place = Place(layer_ptrs, layer, advanced, state.left_pad, view.page_table, view.kernels.geometry)
+        cuda_backend.append(keys, values, place, state.flags)
         return
     state.calls["append", "torch"] += 1
     lengths = advanced[:, 0].tolist()
@@ -67,21 +68,8 @@ def attend(
     if name == "torch":
         return torch_backend.attend(view, query, mask, sinks, scale, softcap, lengths[:, 0].tolist(), state.left_pad.tolist())
     view.store.prefetch()
-    geometry = view.kernels.geometry
-    return cuda_backend.attend(
-        query,
-        layer_ptrs,
-        layer,
-        lengths,
-        state.left_pad,
-        view.page_table,
-        mask,
-        sinks,
-        geometry,
-        scale,
-        softcap,
-        geometry.max_tokens,
-    )
+    place = Place(layer_ptrs, layer, lengths, state.left_pad, view.page_table, view.kernels.geometry)
+    return cuda_backend.attend(query, place, mask, sinks, scale, softcap, place.geometry.max_tokens)
 
 
 def dense(like: Tensor, seq_lens: Tensor, layer_ptrs: Tensor, layer: int, which: Side, total: int) -> Tensor:

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from hf_pqcache.backends import jit, launch
 from hf_pqcache.backends.launch import Geometry
+from hf_pqcache.codebook.cells import cells, has_cells
 from hf_pqcache.config import Side
-from hf_pqcache.pages.codec import CodedPages
+from hf_pqcache.pages.codec import CodedPages, PageCodec
 from hf_pqcache.pages.layer_kv import LayerView
 
 # The structs of kernels/page.cuh, as a 64-bit compiler lays them out.
 _CACHE = "3Qq6i2I"
 ATTEND_ARGS = Struct(f"<{_CACHE}6Q2q3iI4f")
 APPEND_ARGS = Struct(f"<{_CACHE}3Q")
-ENCODE_ARGS = Struct("<6Q4q6if4x")
+ENCODE_ARGS = Struct("<7Q4q5if")
 
 _LOG2_E = 1.4426950408889634
 
@@ -32,17 +33,51 @@ class Prepared(NamedTuple):
     """What kernels need of one layer beside its storage; to be kept alive while `layer_ptrs` has its address.
 
     tickets: int32, zero: with them the blocks of a launch find out which of them is last; zero again after it.
+    cells: of keys and of values, see `cells`; None where codes are searched without.
     """
 
     geometry: Geometry
     tickets: Tensor
+    cells: tuple[Tensor | None, Tensor | None]
 
 
 def prepare_layer(view: LayerView) -> Prepared:
     """Prepare a layer for the kernels; again when its tensors are replaced."""
     batch, kv_heads = view.window_keys.shape[:2]
     tickets = torch.zeros(batch + 2 * batch * kv_heads, dtype=torch.int32, device=view.device)
-    return Prepared(Geometry.of(view), tickets)
+    return Prepared(Geometry.of(view), tickets, (cells_of(view.key_codec), cells_of(view.value_codec)))
+
+
+def cells_of(codec: PageCodec) -> Tensor | None:
+    """The cells by which kernels search the codec's centroids, if they do."""
+    if not isinstance(codec, CodedPages) or not has_cells(codec.centroids.shape[2], codec.codes.num_bits):
+        return None
+    return cells(codec.centroids)
+
+
+class Place(NamedTuple):
+    """Where one layer's storage is: what every launch over it is told.
+
+    Attributes:
+        layer_ptrs: int64 (num_layers, columns), addresses, see pages/device_state.py. layer: its row of them.
+        seq_lens: int32 (B, 2) of the layer, read on the device. left_pad: int32 (B). page_table: int32 (B, width).
+    """
+
+    layer_ptrs: Tensor
+    layer: int
+    seq_lens: Tensor
+    left_pad: Tensor
+    page_table: Tensor
+    geometry: Geometry
+
+    def values(self, piece_tiles: int = 1) -> tuple[int, ...]:
+        """The values of CacheArgs."""
+        return (
+            self.layer_ptrs.data_ptr() + self.layer * self.layer_ptrs.stride(0) * 8,
+            self.seq_lens.data_ptr(),
+            self.page_table.data_ptr(),
+            *self.geometry.tail(piece_tiles),
+        )
 
 
 # -- launching -------------------------------------------------------------------------------------------------------
@@ -50,21 +85,15 @@ def attend_values(
     q: Tensor,
     out: Tensor,
     partial: Tensor | None,
-    layer_ptrs: Tensor,
-    layer: int,
-    seq_lens: Tensor,
-    left_pad: Tensor,
-    page_table: Tensor,
+    place: Place,
     mask: Tensor | None,
     sinks: Tensor | None,
-    geometry: Geometry,
-    splits: int,
-    piece_tiles: int,
+    plan: launch.AttendPlan,
     scale: float,
     softcap: float,
 ) -> tuple[Any, ...]:
     """The values of ATTEND_ARGS."""
-    group = q.shape[1] // geometry.kv_heads
+    group = q.shape[1] // place.geometry.kv_heads
     if mask is None:
         mask_values: tuple[int, ...] = (0, 0, 0, 0)
     else:
@@ -72,11 +101,8 @@ def attend_values(
         mask_values = (mask.data_ptr(), row_stride, mask.stride(3), mask.shape[3])
     scale_log2 = scale * _LOG2_E
     return (
-        layer_ptrs.data_ptr() + layer * layer_ptrs.stride(0) * 8,
-        seq_lens.data_ptr(),
-        page_table.data_ptr(),
-        *geometry.tail(piece_tiles),
-        left_pad.data_ptr(),
+        *place.values(plan.piece_tiles),
+        place.left_pad.data_ptr(),
         q.data_ptr(),
         out.data_ptr(),
         0 if partial is None else partial.data_ptr(),
@@ -86,8 +112,8 @@ def attend_values(
         mask_values[2],
         mask_values[3],
         group,
-        splits,
-        launch.inverse(splits),
+        plan.splits,
+        launch.inverse(plan.splits),
         scale_log2,
         1.0 / scale_log2,
         scale / softcap if softcap else 0.0,
@@ -107,14 +133,9 @@ def _check_mask(mask: Tensor, q: Tensor) -> int:
 
 def attend(
     q: Tensor,
-    layer_ptrs: Tensor,
-    layer: int,
-    seq_lens: Tensor,
-    left_pad: Tensor,
-    page_table: Tensor,
+    place: Place,
     mask: Tensor | None,
     sinks: Tensor | None,
-    geometry: Geometry,
     scale: float,
     softcap: float,
     max_tokens: int,
@@ -123,8 +144,6 @@ def attend(
 
     Args:
         q: (B, Hq, 1, d) float16 or bfloat16.
-        layer_ptrs: int64 (num_layers, columns), addresses, see pages/device_state.py.
-        seq_lens: int32 (B, 2) of the layer, read on the device. left_pad: int32 (B). page_table: int32 (B, width).
         mask: None or (B or 1, 1, 1, n) of any strides, bool (True attends) or additive in q's dtype; column
             left_pad[r] + t is token t of row r, columns beyond n attend.
         sinks: None or (Hq) in q's dtype, logits that join the softmax and attend to nothing.
@@ -134,6 +153,7 @@ def attend(
     Returns:
         (B, 1, Hq, d) in q's dtype; zeros for a row that attends to nothing.
     """
+    geometry = place.geometry
     batch, heads, steps, head_dim = q.shape
     if steps != 1 or head_dim != geometry.head_dim or batch != geometry.batch or heads % geometry.kv_heads:
         raise ValueError(
@@ -158,65 +178,24 @@ def attend(
     jit.load(plan.spec, index, ATTEND_ARGS).launch(
         plan.grid,
         torch._C._cuda_getCurrentRawStream(index),
-        *attend_values(
-            q,
-            out,
-            partial,
-            layer_ptrs,
-            layer,
-            seq_lens,
-            left_pad,
-            page_table,
-            mask,
-            sinks,
-            geometry,
-            plan.splits,
-            plan.piece_tiles,
-            scale,
-            softcap,
-        ),
+        *attend_values(q, out, partial, place, mask, sinks, plan, scale, softcap),
     )
     return out
 
 
-def append_values(
-    k: Tensor,
-    v: Tensor,
-    layer_ptrs: Tensor,
-    layer: int,
-    seq_lens: Tensor,
-    page_table: Tensor,
-    flags: Tensor,
-    geometry: Geometry,
-) -> tuple[Any, ...]:
+def append_values(k: Tensor, v: Tensor, place: Place, flags: Tensor) -> tuple[Any, ...]:
     """The values of APPEND_ARGS."""
-    return (
-        layer_ptrs.data_ptr() + layer * layer_ptrs.stride(0) * 8,
-        seq_lens.data_ptr(),
-        page_table.data_ptr(),
-        *geometry.tail(),
-        k.data_ptr(),
-        v.data_ptr(),
-        flags.data_ptr(),
-    )
+    return (*place.values(), k.data_ptr(), v.data_ptr(), flags.data_ptr())
 
 
-def append(
-    k: Tensor,
-    v: Tensor,
-    layer_ptrs: Tensor,
-    layer: int,
-    seq_lens: Tensor,
-    page_table: Tensor,
-    flags: Tensor,
-    geometry: Geometry,
-) -> None:
+def append(k: Tensor, v: Tensor, place: Place, flags: Tensor) -> None:
     """Store one token's k and v (B, H, 1, d) of every row and advance seq_lens (B, 2): one launch.
 
     When the window has become a page too long, that page is encoded into page_table[row, coded / page_size], or copied
     there if the geometry says exact pages. If there is no such page (-1, or the table is too narrow) the row stays as it
     was, seq_lens included, and flags[0] |= 1.
     """
+    geometry = place.geometry
     expected = (geometry.batch, geometry.kv_heads, 1, geometry.head_dim)
     if tuple(k.shape) != expected or tuple(v.shape) != expected:
         raise ValueError(f"k, v: expected {expected}, got {tuple(k.shape)} and {tuple(v.shape)}")
@@ -226,7 +205,7 @@ def append(
     jit.load(spec, index, APPEND_ARGS).launch(
         launch.append_grid(geometry),
         torch._C._cuda_getCurrentRawStream(index),
-        *append_values(k, v, layer_ptrs, layer, seq_lens, page_table, flags, geometry),
+        *append_values(k, v, place, flags),
     )
 
 
@@ -234,10 +213,12 @@ def encode_values(
     x: Tensor, pages: int, codec: CodedPages, page_ids: Tensor, first_token: Tensor, geometry: Geometry
 ) -> tuple[Any, ...]:
     """The values of ENCODE_ARGS."""
+    found = cells_of(codec)
     return (
         x.data_ptr(),
         pages,
         codec.centroids.data_ptr(),
+        0 if found is None else found.data_ptr(),
         codec.equaliser.data_ptr(),
         page_ids.data_ptr(),
         first_token.data_ptr(),
@@ -250,7 +231,6 @@ def encode_values(
         x.shape[2],
         page_ids.shape[1],
         geometry.page_size,
-        0,
         codec.gain,
     )
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_pqcache.backends import jit
+from hf_pqcache.codebook.cells import CELLS, has_cells
 from hf_pqcache.config import CodeShape
 from hf_pqcache.pages import layout
 from hf_pqcache.pages.layer_kv import LayerView
@@ -238,10 +239,13 @@ ENCODE_WARPS = 8
 def encode_shared_bytes(head_dim: int, *sides: CodeShape) -> int:
     """Shared memory of encode.cu and append.cu, which check when compiled that it is enough."""
     wide = -(-head_dim // 32) * 32
-    widths = [(1 << codes.num_bits, head_dim // codes.num_subspaces) for codes in sides]
-    tables = max(number * (width + 1) * 4 + number * width * 2 for number, width in widths)
+
+    def table(codes: CodeShape) -> int:
+        number, width = 1 << codes.num_bits, head_dim // codes.num_subspaces
+        return number * (width + 1) * 4 + number * width * 2 + (4 * CELLS**2 if has_cells(width, codes.num_bits) else 16)
+
     tokens = 64 * (head_dim + 1) * 4 + 64 * max(codes.num_subspaces for codes in sides) + 32
-    return tables + tokens + (3 * ENCODE_WARPS * wide + 2 * wide + ENCODE_WARPS) * 4
+    return max(map(table, sides)) + tokens + (3 * ENCODE_WARPS * wide + 2 * wide + ENCODE_WARPS) * 4
 
 
 @cache

@@ -19,7 +19,7 @@ from hf_pqcache.pages.layer_kv import LayerView
 
 #: Columns of a layer's row of `layer_ptrs`: what a kernel reads rather than is told, so that a captured graph keeps
 #: working when another cache of the same shape takes over the same state. kernels/page.cuh has it as `struct Layer`.
-PTR_COLUMNS = 10
+PTR_COLUMNS = 12
 
 #: flags[0] bits that a kernel raises when it could not store a token, read by the host between steps.
 FLAG_PAGES_EXHAUSTED = 1
@@ -34,7 +34,9 @@ def layer_row(view: LayerView) -> list[int]:
     gains = struct.unpack("<q", struct.pack("<2f", *(codec.gain for codec in coded))) if coded else [0]
     windows = [view.window_keys.data_ptr(), view.window_values.data_ptr()]
     tickets = 0 if view.kernels is None else view.kernels.tickets.data_ptr()
-    return [*view.store.bases, *of_codes, *windows, tickets, view.config.extended_residual, *gains]
+    cells = (None, None) if view.kernels is None else view.kernels.cells
+    of_cells = [0 if found is None else found.data_ptr() for found in cells]
+    return [*view.store.bases, *of_codes, *windows, tickets, view.config.extended_residual, *gains, *of_cells]
 
 
 class _IdleTensors:
@@ -82,7 +84,7 @@ class DeviceState:
         ahead: int32 (num_layers), how much further than its tokens a layer's positions are: its prompt was pruned.
         page_table: int32 (num_layers, batch, width), the ids by which each layer's kernels find the rows' pages; -1 where
             unused, and in layers without kernels.
-        layer_ptrs: int64 (num_layers, 8), addresses; also the key by which ops find this state.
+        layer_ptrs: int64 (num_layers, PTR_COLUMNS), addresses; also the key by which ops find this state.
         flags: int32 (4).
         views: what each compressed layer of this device holds.
         choices: the backend chosen for attention, and why, of each (layer, query heads per KV head) seen.

@@ -55,10 +55,10 @@ class PageLayout:
         """codes uint8 (..., P, M), and scales as `normalise` has them -> blocks uint8 (..., nbytes)."""
         blocks = codes.new_zeros(*codes.shape[:-2], self.nbytes)
         stream = pack_bits(codes.flatten(-2)[..., self._order(codes.device)], self.num_bits)
-        words = word_order(self.num_subspaces, self.num_bits)
-        if words is not None:
-            shape = (*stream.shape[:-1], self.page_size // TILE_TOKENS, words.numel(), 4)
-            stream = stream.view(shape)[..., words.to(codes.device), :].flatten(-3)
+        halves = half_order(self.num_subspaces, self.num_bits)
+        if halves is not None:
+            shape = (*stream.shape[:-1], self.page_size // TILE_TOKENS, halves.numel(), 2)
+            stream = stream.view(shape)[..., halves.to(codes.device), :].flatten(-3)
         blocks[..., : stream.shape[-1]] = stream
         at, d = self.code_bytes, self.head_dim
         if mean is None or step is None:
@@ -71,10 +71,10 @@ class PageLayout:
     def unpack(self, blocks: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The inverse of `pack`: codes, and scales by name."""
         stream = blocks[..., : self.page_size * self.num_subspaces * self.num_bits // 8]
-        words = word_order(self.num_subspaces, self.num_bits)
-        if words is not None:
-            shape = (*stream.shape[:-1], self.page_size // TILE_TOKENS, words.numel(), 4)
-            stream = stream.reshape(shape)[..., torch.argsort(words).to(blocks.device), :].flatten(-3)
+        halves = half_order(self.num_subspaces, self.num_bits)
+        if halves is not None:
+            shape = (*stream.shape[:-1], self.page_size // TILE_TOKENS, halves.numel(), 2)
+            stream = stream.reshape(shape)[..., torch.argsort(halves).to(blocks.device), :].flatten(-3)
         stream = unpack_bits(stream, self.num_bits)
         codes = torch.empty_like(stream)
         codes[..., self._order(blocks.device)] = stream
@@ -110,7 +110,7 @@ def num_units(num_subspaces: int, num_bits: int) -> int | None:
     A unit is what looks up one row of a table: two neighbouring 4-bit codes as one byte, or one code.
     """
     units, bits = units_of(num_subspaces, num_bits)
-    return units if units % 8 == 0 and units * bits % 64 == 0 else None
+    return units if units % 8 == 0 and units * bits % 32 == 0 else None
 
 
 def units_of(num_subspaces: int, num_bits: int) -> tuple[int, int]:
@@ -150,24 +150,26 @@ def _page_order(which: Side, page_size: int, num_subspaces: int, num_bits: int) 
 
 
 @lru_cache(maxsize=64)
-def word_order(num_subspaces: int, num_bits: int) -> Tensor | None:
-    """Where the 32-bit words of a tile are from: word i of the tile is word order[i] of the lanes' streams; None is as it is.
+def half_order(num_subspaces: int, num_bits: int) -> Tensor | None:
+    """Where the 16-bit halves of words of a tile are from: number i of it is number order[i] of the lanes' streams; None is
+    as it is.
 
     A lane's words are dealt so that all lanes together load wide and side by side: four words of each lane at a time, then
-    two, then one.
+    two, then one, then half a word.
     """
     units = num_units(num_subspaces, num_bits)
     if units is None:
         return None
-    words = units * units_of(num_subspaces, num_bits)[1] // 64  # of a lane
-    lane, word = torch.arange(32)[:, None], torch.arange(words)[None, :]
+    halves = units * units_of(num_subspaces, num_bits)[1] // 32  # of a lane
+    lane, half = torch.arange(32)[:, None], torch.arange(halves)[None, :]
+    word, words = half // 2, halves // 2
     whole, pairs = words // 4 * 4, words & 2
     place = torch.where(
         word < whole,
         word // 4 * 128 + lane * 4 + word % 4,
         torch.where(word < whole + pairs, whole * 32 + lane * 2 + word - whole, whole * 32 + pairs * 32 + lane),
     )
-    return torch.argsort(place.flatten())
+    return torch.argsort(torch.where(word < words, place * 2 + half % 2, words * 64 + lane).flatten())
 
 
 def pack_bits(codes: Tensor, num_bits: int) -> Tensor:

@@ -86,6 +86,10 @@ class Case:
         """Where a page's values begin."""
         return -(-self.side_bytes("key") // 64) * 64
 
+    @property
+    def place(self) -> cuda_backend.Place:
+        return cuda_backend.Place(self.desc, 1, self.counts, self.starts, self.page_table, self.geometry)
+
     def codec(self, which: Side) -> CodedPages:
         side = SIDES.index(which)
         return CodedPages(
@@ -170,11 +174,13 @@ def make_case(
     case.equaliser = torch.exp2(torch.randint(0, 4, (kv_heads, head_dim)).mul(torch.rand(kv_heads, head_dim) < 0.2) / 2).to(
         device
     )
-    case.desc = torch.zeros(2, 10, dtype=torch.int64)  # layer 1 of 2: layer 0 must not be read
+    case.desc = torch.zeros(2, 12, dtype=torch.int64)  # layer 1 of 2: layer 0 must not be read
     addresses = [case.pool.data_ptr(), case.pool.data_ptr() + case.offset]
     addresses += [c.data_ptr() for c in case.centroids] or [0, 0]
     addresses += [case.equaliser.data_ptr(), *(w.data_ptr() for w in windows), case.tickets.data_ptr(), recent]
     addresses += struct.unpack("<q", struct.pack("<2f", *case.gains))
+    found = [None, None] if geometry.is_exact else [cuda_backend.cells_of(case.codec(which)) for which in SIDES]
+    addresses += [0 if lists is None else lists.data_ptr() for lists in found]
     case.desc[1] = torch.tensor(addresses)
     case.desc = case.desc.to(device)
     return case
@@ -313,10 +319,7 @@ def attend_emulated(
     out = torch.full((q.shape[0], 1, q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype)
     rows = q.shape[0] * geometry.kv_heads * splits * group
     partial = torch.full((rows * (q.shape[3] + 66),), float("nan"))
-    values = cuda_backend.attend_values(
-        q, out, partial, case.desc, 1, case.counts, case.starts, case.page_table, mask, sinks,
-        geometry, splits, plan.piece_tiles, scale, softcap,
-    )  # fmt: skip
+    values = cuda_backend.attend_values(q, out, partial, case.place, mask, sinks, plan._replace(splits=splits), scale, softcap)
     wavefronts = emulate(plan.spec, "AttendArgs", cuda_backend.ATTEND_ARGS, (splits, *plan.grid[1:]), values)
     return out, wavefronts
 
@@ -335,7 +338,7 @@ def append_emulated(case: Case, k: Tensor, v: Tensor, flags: Tensor) -> None:
     """append.cu or append_paged.cu on the CPU."""
     geometry = case.geometry
     spec = launch.append_spec(geometry.head_dim, geometry.keys, geometry.values, k.dtype == torch.bfloat16)
-    values = cuda_backend.append_values(k, v, case.desc, 1, case.counts, case.page_table, flags, geometry)
+    values = cuda_backend.append_values(k, v, case.place, flags)
     emulate(spec, "AppendArgs", cuda_backend.APPEND_ARGS, launch.append_grid(geometry), values)
 
 

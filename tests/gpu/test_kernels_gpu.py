@@ -20,11 +20,11 @@ pytestmark = [
 DEALT = [
     (128, (64, 8), (64, 8)), (128, (64, 8), (32, 8)), (128, (32, 8), (32, 8)), (128, (64, 6), (64, 6)), (128, (32, 6), (64, 4)),
     (128, (64, 5), (128, 4)), (128, (16, 8), (32, 4)), (128, (64, 7), (128, 8)), (64, (32, 8), (32, 8)), (64, (64, 8), (64, 6)),
-    (64, (32, 6), (64, 4)), (96, (48, 8), (24, 8)), (256, (128, 8), (64, 8)),
+    (64, (32, 6), (64, 4)), (64, (32, 7), (32, 5)), (64, (32, 5), (16, 6)), (96, (48, 8), (24, 8)), (256, (128, 8), (64, 8)),
 ]  # fmt: skip
 NATURAL = [
     (80, (40, 5), (20, 8)),
-    (96, (32, 7), (16, 8)),
+    (96, (24, 7), (16, 8)),
     (40, (40, 8), (20, 7)),
     (112, (28, 8), (16, 5)),
     (128, (8, 8), (8, 4)),
@@ -40,9 +40,7 @@ def poison() -> None:
 
 def attend(case, q, mask=None, sinks=None, scale=0.1, softcap=0.0, max_tokens=4096):  # type: ignore[no-untyped-def]
     poison()
-    return cuda_backend.attend(
-        q, case.desc, 1, case.counts, case.starts, case.page_table, mask, sinks, case.geometry, scale, softcap, max_tokens
-    )
+    return cuda_backend.attend(q, case.place, mask, sinks, scale, softcap, max_tokens)
 
 
 def check(case, q, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -138,12 +136,7 @@ def test_consecutive_launches_and_graph_capture() -> None:
     assert h.relative_error(out, want) < 1e-3
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outs = [
-            cuda_backend.attend(
-                q, case.desc, 1, case.counts, case.starts, case.page_table, None, None, case.geometry, 0.1, 0.0, 8192
-            )
-            for _ in range(3)
-        ]
+        outs = [cuda_backend.attend(q, case.place, None, None, 0.1, 0.0, 8192) for _ in range(3)]
     for _ in range(5):
         graph.replay()
     torch.cuda.synchronize()
@@ -191,7 +184,7 @@ def test_append_step_by_step(shape) -> None:  # type: ignore[no-untyped-def]
     for _ in range(60):
         k, v = (torch.randn(3, 2, 1, shape[0]).bfloat16().cuda() for _ in range(2))
         before = case.lengths.tolist()
-        cuda_backend.append(k, v, case.desc, 1, case.counts, case.page_table, flags, case.geometry)
+        cuda_backend.append(k, v, case.place, flags)
         stuck = flags[0].item()
         for row, length in enumerate(case.lengths.tolist()):
             coded_before, coded = (case.config.coded_tokens(n) for n in (before[row], before[row] + 1))
