@@ -14,13 +14,17 @@ import httpx
 import pytest
 import torch
 from served import Served, served, tiny
+from transformers import DynamicCache
 
+from hf_pqcache import PagedPQCache, demo
+from hf_pqcache.models.names import cache_kwargs
 from hf_pqcache.serve.engine import EngineSettings
 from hf_pqcache.serve.server import Running
 from hf_pqcache.serve.service import Limits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PROMPTS = ("The owl is", "A river in the north of", "In 1920", "The word for a house")
+#: Longer than the exact window, two of them: their beginnings become codes.
+PROMPTS = ("The owl is", "In 1920", *(demo.TEXT.read_text(encoding="utf-8")[at : at + 900] for at in (5000, 20000)))
 GREEDY = {"temperature": 0, "max_tokens": 24}
 #: (status, field, code, fields of a completion)
 WRONG: list[tuple[int, str | None, str | None, dict[str, Any]]] = [
@@ -31,8 +35,8 @@ WRONG: list[tuple[int, str | None, str | None, dict[str, Any]]] = [
     (400, "prompt", None, {"prompt": [2**70]}),
     (400, "prompt", None, {"prompt": [[1], []]}),
     (400, "prompt", None, {"prompt": "\ud800"}),
-    (400, "prompt", "context_length_exceeded", {"prompt": [5] * 4096}),
-    (400, "max_tokens", "context_length_exceeded", {"prompt": [5] * 4000, "max_tokens": 97}),
+    (400, "prompt", "context_length_exceeded", {"prompt": [5] * 5000}),
+    (400, "max_tokens", "context_length_exceeded", {"prompt": [5] * 4000, "max_tokens": 1000}),
     (400, "stop_token_ids", None, {"prompt": "a", "stop_token_ids": [4096]}),
     (400, "logprobs", "unsupported_parameter", {"prompt": "a", "logprobs": 0}),
     (404, "model", "model_not_found", {"prompt": "a", "model": "another"}),
@@ -40,20 +44,28 @@ WRONG: list[tuple[int, str | None, str | None, dict[str, Any]]] = [
 ]
 
 
+@pytest.fixture(scope="module", params=["4", "stock"])
+def variant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def server() -> Iterator[Served]:
-    with served(Limits(queue=64, body_bytes=100_000)) as found:
+def server(variant: str) -> Iterator[Served]:
+    """A request that shares the beginning of another one reads its codes, where `generate` computes: not so here."""
+    with served(Limits(queue=64, body_bytes=100_000), variant=variant, shares_prefixes=variant == "stock") as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, list[int]]:
-    """What `generate` answers each prompt with, greedily."""
+def expected(variant: str) -> dict[str, list[int]]:
+    """What `generate` answers each prompt with, greedily, over the cache of the same kind."""
     model, tokenizer = tiny()
     found = {}
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        found[prompt] = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :].tolist()
+        cache: Any = PagedPQCache(model.config, bits=4, page_size=16) if variant == "4" else DynamicCache(config=model.config)
+        answer = model.generate(ids, **cache_kwargs(cache), max_new_tokens=24, do_sample=False)
+        found[prompt] = answer[0, ids.shape[1] :].tolist()
     return found
 
 
@@ -148,7 +160,7 @@ def test_a_seed_draws_the_same_whoever_else_is_there(server: Served) -> None:
     body = {"prompt": PROMPTS[1], "max_tokens": 24, "temperature": 1.2, "top_p": 0.95, "seed": 5}
     alone = server.texts(**body, n=3)
     assert len(set(alone)) == 3
-    with_others = server.texts(**{**body, "prompt": [PROMPTS[1], PROMPTS[2]]}, n=3)
+    with_others = server.texts(**{**body, "prompt": [PROMPTS[1], PROMPTS[0]]}, n=3)
     assert with_others[:3] == alone
     assert server.texts(**{**body, "seed": 6}) == alone[1:2]
     assert server.texts(prompt=PROMPTS[1], max_tokens=24) != server.texts(prompt=PROMPTS[1], max_tokens=24)
@@ -173,7 +185,7 @@ def test_other_paths_and_bodies(server: Served) -> None:
     assert client.get("/v1/completions").status_code == 405
     assert client.get("/health").json() == {"status": "ok"}
     (model,) = client.get("/v1/models").json()["data"]
-    assert (model["id"], model["max_model_len"]) == ("tiny", 4096)
+    assert (model["id"], model["max_model_len"]) == ("tiny", server.service.context)
     assert client.get("/v1/models/tiny").json() == model
     assert client.get("/v1/models/a/b").status_code == 404
     for answer in (client.get("/v1/embeddings"), client.get("/v1/completions"), client.get("/v1/models/a/b")):
@@ -202,14 +214,15 @@ def test_metrics(server: Served) -> None:
     server.completions(prompt=prompt, max_tokens=2)
     before = [server.metric(name) for name in names]
     server.completions(prompt=prompt, max_tokens=5)
-    assert [server.metric(name) - b for name, b in zip(names, before, strict=True)] == [5, 40, 1, 1, 32]
+    hits = 32 if server.service.engine and server.service.engine.cache.use_prefix_sharing else 0
+    assert [server.metric(name) - b for name, b in zip(names, before, strict=True)] == [5, 40, 1, 1, hits]
     assert server.metric("pqcache_blocks_free") + server.metric("pqcache_blocks_used") == 256
     assert server.metric('pqcache_http_responses_total{path="/v1/completions",status="200"}') > 0
     assert server.metric("pqcache_requests_running ") == server.metric("pqcache_requests_waiting ") == 0
 
 
 def test_a_crowd_with_cancels_and_malformed_requests(server: Served, expected: dict[str, list[int]]) -> None:
-    asyncio.run(crowd(server, expected, clients=24, seconds=4))
+    asyncio.run(crowd(server, expected, clients=16, seconds=2))
 
 
 async def crowd(server: Served, expected: dict[str, list[int]], clients: int, seconds: float) -> None:
@@ -258,13 +271,14 @@ async def crowd(server: Served, expected: dict[str, list[int]], clients: int, se
     assert eventually(engine.manager.output_router.output_queue.empty)
 
 
-def test_a_pool_that_is_too_small_for_all_serves_one_after_the_other(expected: dict[str, list[int]]) -> None:
-    with served(cache_tokens=96) as server:
-        assert server.client.get("/v1/models").json()["data"][0]["max_model_len"] == 96
-        assert server.completions(prompt=[5] * 80, max_tokens=17).status_code == 400
-        wanted = [server.decoded(expected[prompt]) for prompt in PROMPTS for _ in range(4)]
-        assert server.texts(prompt=list(PROMPTS), n=4, **GREEDY) == wanted
-        assert len(server.texts(prompt=[5] * 60, max_tokens=36, temperature=0)) == 1
+def test_a_pool_that_is_too_small_for_all_serves_one_after_the_other(variant: str, expected: dict[str, list[int]]) -> None:
+    with served(cache_tokens=320, max_requests=3, variant=variant, shares_prefixes=False) as server:
+        most = server.client.get("/v1/models").json()["data"][0]["max_model_len"]
+        assert most == server.service.context >= 320
+        assert server.completions(prompt=[5] * 80, max_tokens=most - 79).status_code == 400
+        asked = PROMPTS[::-1] + PROMPTS[2:]
+        assert server.texts(prompt=asked, **GREEDY) == [server.decoded(expected[prompt]) for prompt in asked]
+        assert len(server.texts(prompt=[5] * (most - 8), max_tokens=8, temperature=0)) == 1
 
 
 def test_keys_and_the_way_up() -> None:
@@ -275,7 +289,7 @@ def test_keys_and_the_way_up() -> None:
         may_load.wait()
         return model, tokenizer
 
-    running = Running(load, "tiny", EngineSettings(cache_tokens=64, page_size=16), Limits(), api_key="secret")
+    running = Running(load, "tiny", EngineSettings("stock", 64, 16), Limits(), api_key="secret")
     statuses: list[int] = []
 
     def ask_early() -> None:
@@ -301,13 +315,13 @@ def test_what_cannot_be_loaded_is_raised() -> None:
     def load() -> Any:
         raise OSError("no such model")
 
-    running = Running(load, "tiny", EngineSettings(), Limits())
+    running = Running(load, "tiny", EngineSettings("stock"), Limits())
     with pytest.raises(OSError, match="no such model"), running.background():
         pass
 
 
 def test_an_engine_that_dies_tells_everybody() -> None:
-    with served() as server:
+    with served(variant="stock") as server:
         engine = server.service.engine
         assert engine is not None
 
@@ -329,7 +343,7 @@ def test_an_engine_that_dies_tells_everybody() -> None:
 
 @pytest.mark.parametrize(("drain_s", "reason"), [(60.0, "length"), (0.3, None)])
 def test_the_end_lets_running_requests_finish_up_to_a_limit(drain_s: float, reason: str | None) -> None:
-    with served(Limits(drain_s=drain_s)) as server:
+    with served(Limits(drain_s=drain_s), variant="stock") as server:
         body = {"prompt": PROMPTS[0], "max_tokens": 200 if reason else 4000, "ignore_eos": True, "stream": True}
         with server.client.stream("POST", "/v1/completions", json=body) as answer:
             lines = answer.iter_lines()

@@ -14,8 +14,8 @@ from typing import Any
 
 from hf_pqcache.serve.sampling import Sampler, Sampling
 
-#: What blocks hold: tokens as they are, in transformers' own blocks.
-VARIANTS = ("stock",)
+#: What blocks hold: codes of so many bits; tokens as they are, in blocks of ours or in transformers' own.
+VARIANTS = ("4", "3", "2", "exact", "stock")
 #: What is not left to transformers on a CPU.
 CPU_SIZES: dict[str, Any] = {"cache_tokens": 16384, "max_batch_tokens": 512}
 #: Of a prompt that is answered before the server is ready.
@@ -62,23 +62,27 @@ class EngineSettings:
     Attributes:
         variant: of VARIANTS.
         cache_tokens: room of the pool. page_size: tokens of a block. max_requests: most that run at a time.
+        context: most tokens of one request, its answer included.
         max_batch_tokens: most tokens of a step. shares_prefixes: whether equal beginnings are stored once.
     """
 
-    variant: str = VARIANTS[0]
+    variant: str = "4"
     cache_tokens: int | None = None
     page_size: int | None = None
     max_requests: int | None = None
     max_batch_tokens: int | None = None
     shares_prefixes: bool = True
+    context: int | None = None
 
 
 def make_manager(model: Any, settings: EngineSettings) -> Any:
-    """A `ContinuousBatchingManager` that has not started, greedy.
+    """A `ContinuousBatchingManager` of transformers that has not started, greedy.
 
-    Raises RuntimeError where transformers has not the parts that the server needs.
+    Raises RuntimeError where transformers has not the parts that the server needs, and what `enable_batching` raises.
     """
     from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    from hf_pqcache.batching import disable_batching, enable_batching
 
     if missing := missing_parts():
         raise RuntimeError(
@@ -93,8 +97,20 @@ def make_manager(model: Any, settings: EngineSettings) -> Any:
     config = ContinuousBatchingConfig(**sizes, allow_block_sharing=settings.shares_prefixes)
     if settings.cache_tokens is not None:
         config.num_blocks = max(1, -(-settings.cache_tokens // config.page_size))
+    if settings.variant == "stock":
+        disable_batching(model)
+    else:
+        pages: dict[str, Any] = {} if settings.page_size is None else {"page_size": settings.page_size}
+        kept: dict[str, Any] = {"exact": True} if settings.variant == "exact" else {"bits": int(settings.variant)}
+        enable_batching(model, **kept, **pages, max_length=settings.context)
     greedy = GenerationConfig(do_sample=False, eos_token_id=-1)
     return model.init_continuous_batching(generation_config=greedy, continuous_batching_config=config)
+
+
+def requests_that_fit(manager: Any, context: int) -> int:
+    """How many requests of `context` tokens the pool of a warmed-up manager holds at a time."""
+    cache, config = manager.batch_processor.cache, manager.continuous_batching_config
+    return max(1, min(config.max_requests_per_batch, cache.num_blocks // -(-context // config.page_size)))
 
 
 class Engine:
@@ -208,14 +224,18 @@ class Engine:
         }
 
     def _capacity(self) -> int:
-        """Most tokens that an empty pool holds of one request, by halving."""
+        """Most tokens of one request, by halving: what our blocks say, or what an empty pool of transformers' holds."""
         from transformers.generation.continuous_batching.requests import RequestState
 
         nobody = RequestState(request_id="nobody", initial_tokens=[])
-        low, high = 0, int(self.cache.max_tokens_read)
+        refuses = getattr(self.cache, "why_unfit", None)
+        low, high = 0, int(self.cache.max_tokens_read) * 2
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self.cache.can_store_request_tokens(nobody, middle, dry_run=True)
+            if refuses is not None:
+                fits = refuses(middle - 1, 1) is None
+            else:
+                fits = self.cache.can_store_request_tokens(nobody, middle, dry_run=True)
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
 

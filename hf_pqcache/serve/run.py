@@ -44,6 +44,9 @@ class Run:
 
     Args:
         is_streaming: whether texts are wanted as they are made. arrival: when the request came, `time.perf_counter`.
+
+    Attributes:
+        tells_silence: whether tokens that bring no text yet are events, too.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, choices: list[Choice], is_streaming: bool, arrival: float) -> None:
@@ -51,6 +54,7 @@ class Run:
         self.hears_tokens = is_streaming or any(choice.text.stops for choice in choices)
         self.queue: asyncio.Queue[tuple[Choice, Any] | ApiError] = asyncio.Queue()
         self.arrival = arrival
+        self.tells_silence = False
 
     @property
     def tokens(self) -> int:
@@ -116,7 +120,7 @@ class Run:
             finish = "length" if is_length else "stop"
             self._end(choice, finish)
             return Event(choice.index, text, finish)
-        return Event(choice.index, text, None) if text else None
+        return Event(choice.index, text, None) if text or self.tells_silence else None
 
     def _stop(self, choice: Choice, is_ended: bool) -> None:
         if not is_ended and choice.name is not None:

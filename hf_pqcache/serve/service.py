@@ -107,6 +107,7 @@ class Service:
             self.metrics.prompt_tokens.inc(len(ids))
             self.metrics.prompt_length.observe(len(ids))
         run = Run(engine, self.metrics, choices, job.is_streaming, arrival)
+        run.tells_silence = job.repeats_usage
         self.runs.add(run)
         return run
 

@@ -11,6 +11,14 @@ from hf_pqcache.cli.commands import _options, _output, _types
 
 @click.command()
 @click.argument("model")
+@click.option(
+    "--bits",
+    "variant",
+    type=click.Choice(["4", "3", "2", "exact", "stock"]),
+    default="4",
+    show_default=True,
+    help="Of codes, for each number of the cache; or exact tokens in our blocks, or transformers' own blocks.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all of this machine.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--api-key", envvar="PQCACHE_API_KEY", show_envvar=True, help="What clients have to send as bearer token.")
@@ -30,6 +38,7 @@ from hf_pqcache.cli.commands import _options, _output, _types
 @_options.quiet_option()
 def command(
     model: str,
+    variant: str,
     host: str,
     port: int,
     api_key: str | None,
@@ -73,12 +82,13 @@ def command(
         raise click.ClickException(f"{error.name} is not installed; type: pip install 'hf-pqcache[serve]'") from error
 
     def tell(service: Service) -> None:
-        _output.note(f"ready: {service.name} on {running.url}, {service.context:,} tokens a request")
+        kind = f"{variant} bits" if variant.isdigit() else f"{variant} blocks"
+        _output.note(f"ready: {service.name} on {running.url}, {kind}, {service.context:,} tokens a request")
 
     running = Running(
         lambda: load_model(described.source, revision=described.revision, **loading),
         name or public_name(model),
-        EngineSettings("stock", cache_tokens, page_size, max_requests, max_batch_tokens, not no_prefix_sharing),
+        EngineSettings(variant, cache_tokens, page_size, max_requests, max_batch_tokens, not no_prefix_sharing, context),
         Limits(context, max_queue, max_body * 2**20, drain_seconds),
         host=host,
         port=port,
