@@ -45,6 +45,16 @@ SHEET: dict[str, tuple[str, dict[str, str]]] = {
             "--cache zip": "unknown caches",
         },
     ),
+    "bench serve": (
+        "--model tiny --variant stock --prompt-tokens 64 --output-tokens 2 --concurrency 2 --no-check --json - --quiet",
+        {
+            "": "give one of --shape and --model",
+            "--model tiny --variant 5": "--variant",
+            "--model tiny --concurrency none": "give numbers of requests",
+            "--shape nobody": "known ones are",
+            "--model tiny --json empty.jsonl": "holds no rows of this benchmark",
+        },
+    ),
     "calibrate": (
         "--model tiny --nbits 4 --calibration-tokens 300 -o made --quiet",
         {

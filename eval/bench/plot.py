@@ -21,9 +21,9 @@ def draw(rows: Sequence[dict[str, Any]], kind: str) -> bytes:
     """A PNG of the rows of one bench.
 
     Args:
-        rows: of `bench_kernel` or `bench_generate`; what was not timed is left out.
+        rows: of `bench_kernel`, `bench_generate` or `bench_serve`; what was not timed is left out.
         kind: "kernel" draws, for every case, how many times slower each fp16 path of torch is; "generate" milliseconds per
-            token against length, a panel for every shape of model.
+            token against length, a panel for every shape of model; "serve" tokens a second of every case and kind of blocks.
 
     Raises:
         ValueError: an unknown kind, or no row that can be drawn.
@@ -31,6 +31,7 @@ def draw(rows: Sequence[dict[str, Any]], kind: str) -> bytes:
     kinds: dict[str, tuple[Callable[[dict[str, Any]], bool], Callable[[list[dict[str, Any]]], tuple[Figure, str]]]] = {
         "kernel": (lambda row: bool(row.get("fp16_us")), _kernel),
         "generate": (lambda row: row.get("kind") == "decode", _generate),
+        "serve": (lambda row: "throughput_tok_s" in row, _serve),
     }
     if kind not in kinds:
         raise ValueError(f"kind={kind!r} is unknown; use one of {sorted(kinds)}")
@@ -130,3 +131,41 @@ def _generate(rows: list[dict[str, Any]]) -> tuple[Figure, str]:
     keys.append(Line2D([], [], color=LIGHT["muted"], linewidth=1.2, linestyle=_FLOOR, label="floor: bytes at copy bandwidth"))
     figure.legend(handles=keys, loc="outside lower left", ncols=3)
     return figure, f"A decode step of generate, batch {rows[0].get('batch', 1)}"
+
+
+def _serve(rows: list[dict[str, Any]]) -> tuple[Figure, str]:
+    """Bars: generated tokens a second; a mark where all requests generate at once."""
+    cases = split(rows, _serve_case)
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    colours = {name: LIGHT[f"series-{i % NUM_SERIES + 1}"] for i, name in enumerate(variants)}
+    figure = Figure(figsize=(7.6, 1.1 + 1.4 * _BAR_INCHES * (len(rows) + len(cases))), layout="constrained")
+    axes = figure.add_subplot()
+    y, middles = 0.0, []
+    for members in cases.values():
+        middles.append(y + (len(members) - 1) / 2)
+        for row in members:
+            rate = row["throughput_tok_s"]
+            axes.barh(y, rate, height=0.86, color=colours[row["variant"]])
+            axes.text(rate, y, f" {rate:,.0f}", va="center", size=7)
+            if row.get("decode_tok_s"):
+                axes.plot([row["decode_tok_s"]] * 2, [y - 0.43, y + 0.43], color=LIGHT["ink"], linewidth=1.6)
+            y += 1
+        y += 1
+    axes.set_ylim(y - 1.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.margins(x=0.12)
+    axes.set_yticks(middles, list(cases), size=7.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("generated tokens a second; longer is better")
+    names = {name: f"{name} bits" if name.isdigit() else f"{name} blocks" for name in variants}
+    keys: list[Any] = [mpl.patches.Patch(color=colour, label=names[name]) for name, colour in colours.items()]
+    keys.append(Line2D([], [], color=LIGHT["ink"], linewidth=1.6, label="while all requests generate"))
+    figure.legend(handles=keys, loc="outside lower left", ncols=4)
+    return figure, f"Many requests at once, {rows[0]['model']}"
+
+
+def _serve_case(row: dict[str, Any]) -> str:
+    in_flight = "memory full" if row["concurrency"] is None else f"{row['concurrency']} requests"
+    flow = f"{row['rate']:g} requests/s" if row.get("rate") else in_flight
+    return f"{tokens_text(row['prompt_tokens'])} + {tokens_text(row['output_tokens'])} tokens\n{flow}"

@@ -1,4 +1,4 @@
-"""`pqcache bench`: decode attention and whole decode steps against every fp16 path, on this machine's GPU."""
+"""`pqcache bench`: decode attention and whole decode steps against every fp16 path, and many requests at once."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from typing import Any
 
 import click
 
-from hf_pqcache.cli.commands import _options, _output
+from hf_pqcache.cli.commands import _bench_serve, _options, _output
 from hf_pqcache.cli.commands._groups import Group
 
 
 @click.group(cls=Group)
 def command() -> None:
-    """Time kernels or generate on a GPU, physical ceiling first.
+    """Time kernels, generate or many requests at once, correctness first.
 
     \b
     Example:  pqcache bench kernel --json kernel.json --plot kernel.png
     """
+
+
+command.add_command(_bench_serve.command, "serve")
 
 
 class _KernelCase(click.ParamType):
