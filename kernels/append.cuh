@@ -31,9 +31,11 @@ __device__ __forceinline__ void append_token(const AppendArgs& a, WritePage writ
     const int parts = (cache.page_size + PART - 1) / PART, blocks_per_row = cache.kv_heads * 2 * parts;
     const int batch_row = blockIdx.x / blocks_per_row, part = blockIdx.x % parts;
     const int is_value = blockIdx.x / parts % 2, kv_head = blockIdx.x / parts / 2 % cache.kv_heads;
+    const int block_row = batch_row * cache.kv_heads + kv_head;
     let_next_start();
     wait_for_earlier();
     const Row now(cache, batch_row);
+    const int window_block = cache.window_block(batch_row, kv_head, block_row);
     const int length = now.length(), recent_tokens = (int)layer.recent_tokens, page_at = now.coded / cache.page_size;
     const bool is_full = now.left + 1 - recent_tokens >= cache.page_size;
     int page = 0;
@@ -43,12 +45,11 @@ __device__ __forceinline__ void append_token(const AppendArgs& a, WritePage writ
     if (page < 0) {  // nowhere to go: keep everything as it is and say so
         if (threadIdx.x == 0) atomicOr(a.flags, 1);
     } else {
-        const i64 head_at = (i64)batch_row * cache.kv_heads + kv_head;
-        u16* window = layer.window[is_value] + head_at * now.slots() * PQ_DIM;
+        u16* window = layer.window[is_value] + (i64)window_block * now.slots() * PQ_DIM;
         if (part == 0) {
             const int body = length - cache.sink_tokens;
             const int slot = body < 0 ? length : cache.sink_tokens + body % cache.window_slots;
-            const u16* from = (is_value ? a.value : a.key) + head_at * PQ_DIM;
+            const u16* from = (is_value ? a.value : a.key) + (i64)block_row * PQ_DIM;
             for (int i = threadIdx.x; i < PQ_DIM; i += THREADS) window[(i64)slot * PQ_DIM + i] = from[i];
         }
         // The leaving page and the new token's slot are apart: the ring is a page longer than what must stay.

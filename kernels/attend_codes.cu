@@ -169,8 +169,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
     // The last warps, which have the fewest pieces, begin with the window; its tiles go round over the splits.
     int slot = (work.split + (WARPS - 1 - warp) * a.splits) * TILE;
     const int num_slots = cache.sink_tokens + cache.window_slots;
-    const i64 window = (i64)work.block_row * num_slots * DIM;
-    const u16 *window_keys = layer.window[0] + window, *window_values = layer.window[1] + window;
+    const u16 *window_keys, *window_values;
+    auto find_window = [&](bool is_hint) {
+        const i64 at = (i64)cache.window_block(work.batch_row, work.kv_head, work.block_row, is_hint) * num_slots * DIM;
+        window_keys = layer.window[0] + at, window_values = layer.window[1] + at;
+    };
+    find_window(true);
     if (slot < num_slots) {
         for (int line = lane * 64; line < min(TILE, num_slots - slot) * DIM; line += 32 * 64) {
             prefetch_line(window_keys + slot * DIM + line);
@@ -188,6 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
     Query query;
     if (warp < work.num_heads) query.load(queries + warp * DIM, layer.equaliser + work.kv_head * DIM, lane);
     const Row row(cache, work.batch_row);
+    if (PQ_SLOTS) find_window(false);
     Pieces pieces(a, work, row.coded, warp);
     pieces.start(lane);
     Block<const u8> next_keys, next_values;  // where the next piece is; codes from its first tile on

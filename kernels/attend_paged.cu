@@ -191,6 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
     let_next_start();
     wait_for_earlier();
     const Row row(cache, work.batch_row);
+    const int window_block = cache.window_block(work.batch_row, work.kv_head, work.block_row);
     const int start = PQ_MASK ? a.starts[work.batch_row] : 0;
     exact.load_query(a.query + ((i64)work.block_row * a.group + work.first_head) * PQ_DIM, work.num_heads);
 
@@ -201,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
         !PQ_MASK || mask_is_silent<THREADS>(a, work.batch_row, begin, start + cache.sink_tokens + share.end * TOKENS);
 
     const int ring_first = row.ring_first();
-    const i64 window = (i64)work.block_row * row.slots() * PQ_DIM;
+    const i64 window = (i64)window_block * row.slots() * PQ_DIM;
     const u16 *window_keys = layer.window[0] + window, *window_values = layer.window[1] + window;
     // The last warps, which have the fewest tiles, begin with the window; its tiles go round over the splits.
     for (int slot = (work.split + (WARPS - 1 - warp) * a.splits) * TOKENS; slot < row.used_slots(ring_first);

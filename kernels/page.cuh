@@ -11,8 +11,8 @@ struct Layer {
                               // exact pages
     const float*
         equaliser;      // (kv_heads, head_dim): what keys are divided by before they are rotated, queries multiplied by
-    u16* window[2];     // (batch, kv_heads, sink_tokens + window_slots, head_dim), the model's own numbers
-    int* tickets;       // (batch + 2 * batch * kv_heads), zero between launches
+    u16* window[2];     // (windows, kv_heads, sink_tokens + window_slots, head_dim), the model's own numbers
+    int* tickets;       // (batch + 2 * batch * kv_heads) of the largest launch, zero between launches
     i64 recent_tokens;  // tokens that never leave the window
     float gain[2];      // what coded numbers are multiplied by when they are encoded: the centroids are as much longer
     const u32* cells[2];  // see kernels/nearest.cuh; null for codes that are searched without
@@ -23,10 +23,20 @@ struct CacheArgs {
     const Layer* layer;
     int* counts;            // (batch, 2): tokens of each row, and how many of them are codes
     const int* page_table;  // (batch, table_width): ids of pages
+    const int* windows;     // (batch): the window that each row has; unused without PQ_SLOTS
     i64 page_stride;        // bytes from page id n to n + 1, of either side
     int batch, kv_heads, table_width, page_size, sink_tokens;
     int window_slots;  // slots of the ring: the tokens that never leave it and a page, or more
     u32 tiles_per_page_inverse, pieces_per_page_inverse;
+
+    // Which (window, KV head) of Layer::window a (row, KV head) of the batch has: the same, `block_row`, unless rows
+    // change their places from step to step: PQ_SLOTS, chosen by the launch. is_hint: before wait_for_earlier().
+    __device__ __forceinline__ int window_block(int row, int kv_head, int block_row, bool is_hint = false) const {
+#if PQ_SLOTS
+        block_row = (is_hint ? load_shared_level(windows + row) : windows[row]) * kv_heads + kv_head;
+#endif
+        return block_row;
+    }
 };
 
 struct AttendArgs {

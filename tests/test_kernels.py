@@ -54,13 +54,13 @@ def _compile(spec: jit.KernelSpec, arch: int, tmp_path: Path) -> str:
 
 
 def _attend_spec(
-    shape: Shape, group: int, arch: int, mask: int = 0, tokens: int = 4096, is_bf16: bool = False
+    shape: Shape, group: int, arch: int, mask: int = 0, tokens: int = 4096, is_bf16: bool = False, has_slots: bool = False
 ) -> jit.KernelSpec:
     head_dim, *codes = shape
     keys, values = (None if code is None else CodeShape(*code) for code in codes)
     geometry = launch.Geometry(head_dim, keys, values, 8, 1, 64, 1 << 16, 4, 192, 100)
     device = launch.Device(divmod(arch, 10), 132, {80: 166912, 90: 232448}[arch])
-    return launch.attend_plan(geometry, group, is_bf16, mask, False, tokens, device).spec
+    return launch.attend_plan(geometry, group, is_bf16, mask, False, tokens, device, has_slots).spec
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -72,6 +72,14 @@ def test_attention_compiles_and_hardly_spills(shape: Shape, arch: int, tmp_path:
             report = _compile(_attend_spec(shape, 4, arch, mask, tokens, is_bf16), arch, tmp_path)
             found = re.search(r"(\d+) bytes spill stores", report)
             assert int(found[1] if found else 1 << 20) <= most, report
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("shape", [MAIN, EXACT], ids=str)
+def test_slots_for_rows_hardly_spill(shape: Shape, arch: int, tmp_path: Path) -> None:
+    report = _compile(_attend_spec(shape, 4, arch, tokens=8192, is_bf16=True, has_slots=True), arch, tmp_path)
+    found = re.search(r"(\d+) bytes spill stores", report)
+    assert int(found[1] if found else 1 << 20) <= 16, report
 
 
 @pytest.mark.parametrize("arch", [80, 90])

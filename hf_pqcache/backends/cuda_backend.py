@@ -21,7 +21,7 @@ from hf_pqcache.pages.codec import CodedPages, PageCodec
 from hf_pqcache.pages.layer_kv import LayerView
 
 # The structs of kernels/page.cuh, as a 64-bit compiler lays them out.
-_CACHE = "3Qq6i2I"
+_CACHE = "4Qq6i2I"
 ATTEND_ARGS = Struct(f"<{_CACHE}6Q2q3iI4f")
 APPEND_ARGS = Struct(f"<{_CACHE}3Q")
 ENCODE_ARGS = Struct("<7Q4q5if")
@@ -41,10 +41,13 @@ class Prepared(NamedTuple):
     cells: tuple[Tensor | None, Tensor | None]
 
 
-def prepare_layer(view: LayerView) -> Prepared:
-    """Prepare a layer for the kernels; again when its tensors are replaced."""
-    batch, kv_heads = view.window_keys.shape[:2]
-    tickets = torch.zeros(batch + 2 * batch * kv_heads, dtype=torch.int32, device=view.device)
+def prepare_layer(view: LayerView, max_batch: int = 0) -> Prepared:
+    """Prepare a layer for the kernels; again when its tensors are replaced.
+
+    max_batch: rows of the largest launch, if they are more than the layer has windows.
+    """
+    windows, kv_heads = view.window_keys.shape[:2]
+    tickets = torch.zeros(max(windows, max_batch) * (1 + 2 * kv_heads), dtype=torch.int32, device=view.device)
     return Prepared(Geometry.of(view), tickets, (cells_of(view.key_codec), cells_of(view.value_codec)))
 
 
@@ -61,6 +64,8 @@ class Place(NamedTuple):
     Attributes:
         layer_ptrs: int64 (num_layers, columns), addresses, see pages/device_state.py. layer: its row of them.
         seq_lens: int32 (B, 2) of the layer, read on the device. left_pad: int32 (B). page_table: int32 (B, width).
+        geometry: its batch is B, of this launch: `Geometry.of_batch`.
+        slots: int32 (B), the window that each row has, read on the device; None where row r has window r.
     """
 
     layer_ptrs: Tensor
@@ -69,6 +74,7 @@ class Place(NamedTuple):
     left_pad: Tensor
     page_table: Tensor
     geometry: Geometry
+    slots: Tensor | None = None
 
     def values(self, piece_tiles: int = 1) -> tuple[int, ...]:
         """The values of CacheArgs."""
@@ -76,8 +82,15 @@ class Place(NamedTuple):
             self.layer_ptrs.data_ptr() + self.layer * self.layer_ptrs.stride(0) * 8,
             self.seq_lens.data_ptr(),
             self.page_table.data_ptr(),
+            0 if self.slots is None else self.slots.data_ptr(),
             *self.geometry.tail(piece_tiles),
         )
+
+    def check(self) -> None:
+        """Raises ValueError where slots are not those of the launch's rows."""
+        slots, batch = self.slots, self.geometry.batch
+        if slots is not None and (slots.dtype != torch.int32 or slots.shape != (batch,) or not slots.is_contiguous()):
+            raise ValueError(f"slots: expected contiguous int32 ({batch},), got {slots.dtype} {tuple(slots.shape)}")
 
 
 # -- launching -------------------------------------------------------------------------------------------------------
@@ -159,6 +172,7 @@ def attend(
         raise ValueError(
             f"q: expected ({geometry.batch}, a multiple of {geometry.kv_heads}, 1, {geometry.head_dim}), got {tuple(q.shape)}"
         )
+    place.check()
     mask_kind = 0 if mask is None else _check_mask(mask, q)
     if sinks is not None and (sinks.dtype != q.dtype or not sinks.is_contiguous()):
         sinks = sinks.to(q.dtype).contiguous()
@@ -172,6 +186,7 @@ def attend(
         softcap != 0.0,
         max_tokens,
         launch.device_of(index),
+        place.slots is not None,
     )
     out = torch.empty((batch, 1, heads, head_dim), dtype=q.dtype, device=q.device)
     partial = torch.empty(plan.partial_floats, dtype=torch.float32, device=q.device) if plan.splits > 1 else None
@@ -201,7 +216,10 @@ def append(k: Tensor, v: Tensor, place: Place, flags: Tensor) -> None:
         raise ValueError(f"k, v: expected {expected}, got {tuple(k.shape)} and {tuple(v.shape)}")
     k, v = k.contiguous(), v.contiguous()
     index = k.device.index
-    spec = launch.append_spec(geometry.head_dim, geometry.keys, geometry.values, k.dtype == torch.bfloat16)
+    place.check()
+    spec = launch.append_spec(
+        geometry.head_dim, geometry.keys, geometry.values, k.dtype == torch.bfloat16, place.slots is not None
+    )
     jit.load(spec, index, APPEND_ARGS).launch(
         launch.append_grid(geometry),
         torch._C._cuda_getCurrentRawStream(index),

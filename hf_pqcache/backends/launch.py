@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import ceil
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ def inverse(divisor: int) -> int:
 class Geometry:
     """The sizes of one layer's storage that a launch needs; equal for all layers of most caches.
 
+    batch: rows of the launch, which may be fewer than the layer has windows, or more.
     window_slots counts the ring only, without sinks. keys and values are None where pages hold the model's own numbers,
     (kv_heads, page_size, head_dim) a side. page_stride: bytes from the page of one id to that of the next.
     """
@@ -56,6 +57,11 @@ class Geometry:
             window_slots=slots - config.sink_tokens,
             table_width=view.page_table.shape[1],
         )
+
+    @lru_cache(maxsize=1024)  # noqa: B019 - as `tail`
+    def of_batch(self, batch: int) -> Geometry:
+        """The same for a launch of so many rows."""
+        return replace(self, batch=batch)
 
     @property
     def max_tokens(self) -> int:
@@ -208,11 +214,19 @@ def num_splits(blocks: int, tokens: int, slots: int, fixed_tokens: int = 1500) -
 
 @lru_cache(maxsize=4096)
 def attend_plan(
-    geometry: Geometry, group: int, bf16: bool, mask: int, softcap: bool, max_tokens: int, device: Device
+    geometry: Geometry,
+    group: int,
+    bf16: bool,
+    mask: int,
+    softcap: bool,
+    max_tokens: int,
+    device: Device,
+    has_slots: bool = False,
 ) -> AttendPlan:
-    """The launch for sequences of at most max_tokens. mask: 0 none, 1 bool, 2 additive."""
+    """The launch for sequences of at most max_tokens. mask: 0 none, 1 bool, 2 additive. has_slots: see `Place`."""
     head_dim, wide = geometry.head_dim, -(-geometry.head_dim // 32) * 32
     defines = {"PQ_BF16": int(bf16), "PQ_MASK": mask, "PQ_SOFTCAP": int(softcap), "PQ_DIM": head_dim}
+    defines["PQ_SLOTS"] = int(has_slots)
     blocks = geometry.batch * geometry.kv_heads * -(-group // 8)
     if geometry.is_exact:
         warps, wide = _paged_warps(head_dim), -(-head_dim // 64) * 64
@@ -257,11 +271,14 @@ def encode_spec(head_dim: int, codes: CodeShape, is_value: bool, bf16: bool) -> 
 
 
 @cache
-def append_spec(head_dim: int, keys: CodeShape | None, values: CodeShape | None, bf16: bool) -> jit.KernelSpec:
+def append_spec(
+    head_dim: int, keys: CodeShape | None, values: CodeShape | None, bf16: bool, has_slots: bool = False
+) -> jit.KernelSpec:
     """append.cu, or append_paged.cu for exact pages, where bits are copied as they are."""
+    defines = {"PQ_DIM": head_dim, "PQ_SLOTS": int(has_slots)}
     if keys is None or values is None:
-        return jit.KernelSpec("append_paged.cu", "append", 256, 0, (("PQ_DIM", head_dim),), overlaps=True)
-    defines = {"PQ_BF16": int(bf16), "PQ_DIM": head_dim, "PQ_KEY_M": keys.num_subspaces, "PQ_KEY_BITS": keys.num_bits}
+        return jit.KernelSpec("append_paged.cu", "append", 256, 0, tuple(defines.items()), overlaps=True)
+    defines |= {"PQ_BF16": int(bf16), "PQ_KEY_M": keys.num_subspaces, "PQ_KEY_BITS": keys.num_bits}
     defines |= {"PQ_VALUE_M": values.num_subspaces, "PQ_VALUE_BITS": values.num_bits}
     shared = encode_shared_bytes(head_dim, keys, values)
     return jit.KernelSpec("append.cu", "append", ENCODE_WARPS * 32, shared, tuple(defines.items()), overlaps=True)

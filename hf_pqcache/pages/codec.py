@@ -46,6 +46,11 @@ class PageCodec(Protocol):
         """pages (n, ...) -> (H, n * P, d) of `dtype`; the inverse of `encode` as far as there is one."""
 
 
+def max_page_id(codec: PageCodec, page_size: int) -> int:
+    """How many pages kernels can tell apart, which count heads and tokens of all of them in 32 bits."""
+    return min((1 << 31) // codec.num_heads, (1 << 32) // (codec.num_heads * page_size // codec.tokens_together))
+
+
 @dataclass(frozen=True, eq=False)
 class CodedPages:
     """Pages of codes and of what normalises them (`normalise`): uint8 (bytes,) each, laid out as `layout` says.

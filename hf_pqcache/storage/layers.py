@@ -14,7 +14,7 @@ from hf_pqcache.backends import dispatch, torch_backend
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.pages.block_pool import PageAllocator, PageTable
-from hf_pqcache.pages.codec import CodedPages, ExactPages, PageCodec
+from hf_pqcache.pages.codec import CodedPages, ExactPages, PageCodec, max_page_id
 from hf_pqcache.pages.device_state import DeviceState
 from hf_pqcache.pages.layer_kv import LayerView
 from hf_pqcache.pages.offload import Offload
@@ -149,8 +149,7 @@ class Layers:
             self._add(layer, view)
 
     def _new_store(self, keys: PageCodec, values: PageCodec, device: torch.device) -> PageStore:
-        num_heads = keys.num_heads
-        max_id = min((1 << 31) // num_heads, (1 << 32) // (num_heads * self.config.page_size // keys.tokens_together))
+        max_id = max_page_id(keys, self.config.page_size)
         if self.offload is not None:
             return self.offload.new_store(keys.spec, values.spec, device, max_id)
         return PageStore(keys.spec, values.spec, device, max_id)

@@ -46,7 +46,7 @@ class Case:
     """A layer with random contents and all that a call of its kernels takes; lists hold keys, then values.
 
     pool: uint8 (max_pages, page bytes), keys and values of a page side by side. centroids: float16 (1, C, d/M), none for exact
-    pages. windows: (batch, kv_heads, sink_tokens + window_slots, d).
+    pages. windows: (batch, kv_heads, sink_tokens + window_slots, d). slots: see `cuda_backend.Place`.
     """
 
     config: PQConfig
@@ -61,6 +61,7 @@ class Case:
     equaliser: Tensor
     gains: tuple[float, float]
     desc: Tensor
+    slots: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -88,7 +89,7 @@ class Case:
 
     @property
     def place(self) -> cuda_backend.Place:
-        return cuda_backend.Place(self.desc, 1, self.counts, self.starts, self.page_table, self.geometry)
+        return cuda_backend.Place(self.desc, 1, self.counts, self.starts, self.page_table, self.geometry, self.slots)
 
     def codec(self, which: Side) -> CodedPages:
         side = SIDES.index(which)
@@ -315,7 +316,9 @@ def attend_emulated(
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
     launch.attend_plan.cache_clear()
     with patch.object(launch, "_piece_tiles", lambda *a: piece_tiles) if piece_tiles else nullcontext():
-        plan = launch.attend_plan(geometry, group, q.dtype == torch.bfloat16, kind, softcap != 0, 2048, EMULATED)
+        plan = launch.attend_plan(
+            geometry, group, q.dtype == torch.bfloat16, kind, softcap != 0, 2048, EMULATED, case.slots is not None
+        )
     out = torch.full((q.shape[0], 1, q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype)
     rows = q.shape[0] * geometry.kv_heads * splits * group
     partial = torch.full((rows * (q.shape[3] + 66),), float("nan"))
@@ -337,7 +340,8 @@ class EmulatedKernel:
 def append_emulated(case: Case, k: Tensor, v: Tensor, flags: Tensor) -> None:
     """append.cu or append_paged.cu on the CPU."""
     geometry = case.geometry
-    spec = launch.append_spec(geometry.head_dim, geometry.keys, geometry.values, k.dtype == torch.bfloat16)
+    is_bf16, has_slots = k.dtype == torch.bfloat16, case.slots is not None
+    spec = launch.append_spec(geometry.head_dim, geometry.keys, geometry.values, is_bf16, has_slots)
     values = cuda_backend.append_values(k, v, case.place, flags)
     emulate(spec, "AppendArgs", cuda_backend.APPEND_ARGS, launch.append_grid(geometry), values)
 
