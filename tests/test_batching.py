@@ -10,26 +10,19 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import transformers as tf
+from engine_runs import CODED, EXACT, NEW, engine, greedy, prompts, results
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
-from transformers import __version__ as transformers_version
 
 from hf_pqcache import PagedKVCache, PagedPQCache, PQConfig
+from hf_pqcache.batching import disable_batching, enable_batching, is_enabled, support
 from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = [pytest.mark.cache]
-if tuple(map(int, transformers_version.split(".")[:2])) < (5, 20):
-    pytest.skip("continuous batching needs transformers 5.20", allow_module_level=True)
-
-from transformers import ContinuousBatchingConfig  # noqa: E402
-
-from hf_pqcache.batching import disable_batching, enable_batching, is_enabled  # noqa: E402
-
-#: Fifty tokens fill two pages of codes.
-CODED = {"page_size": 16, "extended_residual": 16}
-EXACT = {"page_size": 16}
-NEW = 24
+if why := support.why_unsupported():
+    pytest.skip(why, allow_module_level=True)
 
 
 @cache
@@ -39,29 +32,11 @@ def model() -> Any:
 
 
 @cache
-def prompts() -> tuple[tuple[int, ...], ...]:
-    made = torch.Generator().manual_seed(1)
-    lengths = (1, 2, 5, 19, 20, 21, 35, 36, 37, 52, 90, 120)
-    found = [tuple(torch.randint(1, 128, (n,), generator=made).tolist()) for n in lengths]
-    return (*found, (*found[-1][:50], 3, 4, 5), found[-1])  # one that begins like another, and the same again
-
-
-@cache
 def alone(prompt: tuple[int, ...], exact: bool) -> list[int]:
     """What `generate` says to a prompt."""
     made = PagedKVCache(model().config, **EXACT) if exact else PagedPQCache(model().config, **CODED)
     out = model().generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, **cache_kwargs(made))
     return out[0, len(prompt) :].tolist()
-
-
-def greedy(sequences: int = 1) -> GenerationConfig:
-    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
-    config.num_return_sequences = sequences  # refused by its constructor for greedy search, and fine for the engine
-    return config
-
-
-def engine(**changes: Any) -> ContinuousBatchingConfig:
-    return ContinuousBatchingConfig(**{"num_blocks": 100, "max_batch_tokens": 64, "allow_block_sharing": False, **changes})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,15 +50,6 @@ def _references() -> None:
 def _own_blocks_after() -> Iterator[None]:
     yield
     disable_batching(model())
-
-
-def results(manager: Any, wanted: set[str], seconds: float = 60.0) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    until = time.monotonic() + seconds
-    while wanted - set(found) and time.monotonic() < until and manager.is_running():
-        if (result := manager.get_result(timeout=0.05)) is not None and result.is_finished():
-            found[result.request_id] = result
-    return found
 
 
 def check_that_nothing_is_lost(manager: Any) -> None:
@@ -269,7 +235,7 @@ def test_generate_is_as_it_was_before_between_and_after() -> None:
     assert alone(prompts()[6], False) == plain
     disable_batching(model())
     assert not is_enabled(model())
-    exact = model().generate_batch([list(prompts()[6])], greedy(), ContinuousBatchingConfig(num_blocks=8))
+    exact = model().generate_batch([list(prompts()[6])], greedy(), tf.ContinuousBatchingConfig(num_blocks=8))
     assert next(iter(exact.values())).error is None
 
 

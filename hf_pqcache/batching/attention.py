@@ -15,20 +15,21 @@ from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
 from hf_pqcache.backends import torch_backend
+from hf_pqcache.batching.kernels import KernelRows
 from hf_pqcache.batching.requests import Chunk
 from hf_pqcache.batching.slots import SlotLayers
 
 
 def attend_exactly(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """Causal attention of the last T of n tokens: query (Hq, T, d), keys and values (H, n, d) -> (Hq, T, d)."""
-    group = query.shape[0] // keys.shape[0]
+    attend, group = functional.scaled_dot_product_attention, query.shape[0] // keys.shape[0]
     new, total = query.shape[1], keys.shape[1]
+    if new == total:
+        sides = (query[None], keys[None], values[None])
+        return attend(*sides, is_causal=True, scale=scale, enable_gqa=group > 1)[0]
     if group > 1:
         keys, values = keys.repeat_interleave(group, dim=0), values.repeat_interleave(group, dim=0)
-    sides = (query[None], keys[None], values[None])
-    if new == total:
-        return functional.scaled_dot_product_attention(*sides, is_causal=True, scale=scale)[0]
-    return functional.scaled_dot_product_attention(*sides, attn_mask=causal_lower_right(new, total), scale=scale)[0]
+    return attend(query[None], keys[None], values[None], attn_mask=causal_lower_right(new, total), scale=scale)[0]
 
 
 def attend_prompt(
@@ -76,26 +77,44 @@ def attend_generated(
 
 
 def attend_step(
-    layers: SlotLayers, layer: int, chunks: Sequence[Chunk], query: Tensor, keys: Tensor, values: Tensor, scale: float
+    layers: SlotLayers,
+    rows: KernelRows | None,
+    layer: int,
+    chunks: Sequence[Chunk],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
 ) -> Tensor:
-    """One layer of a step in plain torch: query (Hq, T, d), keys, values (H, T, d), packed -> (T, Hq, d), zeros at padding."""
+    """One layer of a step: query (Hq, T, d), keys, values (H, T, d), packed -> (T, Hq, d), zeros at padding.
+
+    rows: of kernels; without, plain torch computes generated tokens, one request after the other.
+    """
     out = torch.zeros_like(query)
+    together = [chunk for chunk in chunks if chunk.is_decode] if rows is not None else []
+    if rows is not None and together:
+        if layer == 0:
+            rows.begin_beside_prompts(together)
+        at = torch.tensor([chunk.at for chunk in together]).to(query.device, non_blocking=True)
+        out[:, at] = rows.attend(layer, query[:, at], keys[:, at], values[:, at], scale).transpose(0, 1)
     for chunk in chunks:
+        if rows is not None and chunk.is_decode:
+            continue
         if layer == 0:
             layers.use_blocks(chunk.slot, chunk.blocks)
             if chunk.sinks is not None:
                 layers.write_sinks(chunk.slot, chunk.sinks)
-        stored, coded, end = chunk.stored, chunk.coded, chunk.at + chunk.count
-        middle = chunk.at + chunk.exact
+        stored, coded, middle = chunk.stored, chunk.coded, chunk.at + chunk.exact
         if chunk.exact:
             part = slice(chunk.at, middle)
             out[:, part] = attend_prompt(layers, layer, chunk, query[:, part], keys[:, part], values[:, part], scale)
-        if end > middle:
-            part = slice(middle, end)
-            if chunk.exact:
-                stored += chunk.staged + chunk.exact
-                coded = layers.coded_after(coded, stored)
-            out[:, part] = attend_generated(
-                layers, layer, chunk.slot, stored, coded, query[:, part], keys[:, part], values[:, part], scale
-            )
+            stored += chunk.staged + chunk.exact
+            coded = layers.coded_after(coded, stored)
+        if chunk.count > chunk.exact:
+            part = slice(middle, chunk.at + chunk.count)
+            sides = (query[:, part], keys[:, part], values[:, part])
+            if rows is None:
+                out[:, part] = attend_generated(layers, layer, chunk.slot, stored, coded, *sides, scale)
+            else:
+                out[:, part] = rows.attend_in_turn(layer, chunk, stored, coded, sides, scale)
     return out.transpose(0, 1)

@@ -126,12 +126,13 @@ class SlotAllocator(FullAttentionCacheAllocator):
     get_write_indices = get_read_indices
 
     def fill_block_table(self, request_id: str, past_length: int, query_length: int, block_table: Tensor) -> None:
-        """The request's row of the block table: slot, tokens in pages before this step, blocks."""
+        """The request's row of the block table: slot, tokens in pages before this step, blocks; in the end, all tokens."""
         request = self.requests[request_id]
         request.set_blocks(self.block_table[request_id])
         request.row[1] = request.coded
         used = 2 + request.in_row
         block_table[:used] = torch.from_numpy(request.row[:used])
+        block_table[-1] = request.stored
 
 
 class SlotCache(PagedAttentionCache):
@@ -172,11 +173,11 @@ class SlotCache(PagedAttentionCache):
         self.allow_block_sharing = allow_block_sharing
         self.use_prefix_sharing = allocator.use_block_sharing
         self.num_blocks = allocator.num_blocks
-        self.max_blocks_per_request = sizes.table_width + 2  # columns of the engine's block table
+        self.max_blocks_per_request = sizes.table_width + 3  # columns of the engine's block table
         self.read_cache_limit = 0  # nothing is read through the engine's indices
         self.max_decode_fast_path_length = longest(layers.config, sizes.table_width)
         self.max_tokens_read = allocator.tokens_per_page * allocator.num_blocks
-        self.steps = Steps(layers, sizes.num_slots)
+        self.steps = Steps(layers, sizes.num_slots, len(allocator._copy_view))
         self._sinks_of: dict[int, Tensor] = {}  # by a prefix's first block
         self._forked: list[tuple[int, int]] = []  # windows to copy
 

@@ -42,8 +42,6 @@ def attention(
     if odd or attention_mask is not None or kwargs.get("sliding_window"):
         what = ", ".join(odd) or ("attention_mask" if attention_mask is not None else "sliding_window")
         raise NotImplementedError(f"attention over blocks does not know what {type(module).__name__} makes of {what}")
-    lengths = kwargs["cu_seq_lens_k"]
-    lengths = lengths["full_attention"] if isinstance(lengths, dict) else lengths
     table = kwargs.get("block_table")
     out = cache.steps.attend(
         kwargs.get("cache_layer", module.layer_idx),
@@ -52,6 +50,5 @@ def attention(
         value,
         query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         None if table is None else table[0],
-        lengths,
     )
     return out, None

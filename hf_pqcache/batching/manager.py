@@ -161,7 +161,7 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
             blocks, slots, staging = (int(x) for x in least.tolist())
             planned = sizes.Sizes(blocks, slots, min(planned.table_width, blocks), staging)
         continuous_batching_config.max_requests_per_batch = planned.num_slots
-        continuous_batching_config.max_blocks_per_request = planned.table_width + 2
+        continuous_batching_config.max_blocks_per_request = planned.table_width + 3
         layers = SlotLayers(
             self._settings,
             self._book,
@@ -170,7 +170,7 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
             num_slots=planned.num_slots,
             table_width=planned.table_width,
         )
-        return SlotCache(
+        cache = SlotCache(
             layers,
             planned,
             config=config,
@@ -179,6 +179,9 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
             allow_block_sharing=continuous_batching_config.allow_block_sharing,
             max_batch_tokens=max_batch_tokens,
         )
+        if cache.steps.rows is None:  # plain torch reads the device, which no graph can hold
+            continuous_batching_config.use_cuda_graph = (False, False)
+        return cache
 
     def _memory_for_cache(
         self, config: Any, max_batch_tokens: int, query_heads: int, heads: int, head_dim: int, dtype: torch.dtype

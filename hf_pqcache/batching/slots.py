@@ -19,7 +19,7 @@ from hf_pqcache.backends import cuda_backend, dispatch, store, torch_backend
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.codebook.normalise import EQUALISER_TOKENS
 from hf_pqcache.config import PQConfig, Side
-from hf_pqcache.pages.codec import CodedPages, ExactPages, PageCodec
+from hf_pqcache.pages.codec import CodedPages, ExactPages, PageCodec, max_page_id
 from hf_pqcache.pages.device_state import PTR_COLUMNS, layer_row
 from hf_pqcache.pages.layer_kv import LayerView
 from hf_pqcache.pages.slabs import MAX_SLAB, PageStore, Slab
@@ -81,6 +81,11 @@ class SlotLayers:
     @property
     def block_bytes(self) -> int:
         return self.num_layers * self.page_bytes
+
+    @property
+    def max_id(self) -> int:
+        """How many pages kernels can tell apart."""
+        return max_page_id(self._codecs[0][0], self.config.page_size)
 
     def attach(self, memory: Tensor) -> None:
         """Let blocks lie in `memory`, uint8 (number of blocks, block_bytes), dense."""

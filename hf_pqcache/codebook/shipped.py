@@ -47,7 +47,8 @@ def side(which: Side, width: int, num_bits: int) -> tuple[Tensor, float]:
     name = f"{which}.{width}.{num_bits}"
     if name not in _file():
         return make(which, width, num_bits)
-    return _file()[name], float(_file()[f"{name}.gain"])
+    # In a file a tensor begins anywhere; kernels read 16 bytes at a time, also where they run on a CPU.
+    return _file()[name].clone(), float(_file()[f"{name}.gain"])
 
 
 @lru_cache(maxsize=1)
