@@ -81,6 +81,7 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
         return sizes.Wishes(
             num_blocks=asked.num_blocks,
             num_slots=slots,
+            is_usual=max_length is not None,
             max_length=max_length or getattr(text_config, "max_position_embeddings", None) or 32768,
             max_prompt=hints.max_prompt_length if hints is not None and hints.max_prompt_length else None,
         )

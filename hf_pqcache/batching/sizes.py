@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from hf_pqcache.config import PQConfig
 from hf_pqcache.errors import CacheOutOfMemoryError
 
-#: Requests at once where neither the user nor the workload says how many.
-MOST_SLOTS = 256
+#: Requests at once where neither the user nor the workload says how many; transformers' own number.
+MOST_SLOTS = 1024
 #: Of what is left beside the model, at most so much for windows, and for prompts that come in chunks.
 WINDOW_SHARE, STAGING_SHARE = 0.3, 0.15
 
@@ -39,13 +39,14 @@ class Wishes:
 
     Attributes:
         num_blocks, num_slots: as in Sizes.
-        max_length: most tokens of one request, prompt and new ones.
+        max_length: most tokens of one request, prompt and new ones. is_usual: whether many are that long.
         max_prompt: most tokens of a prompt, where the workload is known.
     """
 
     num_blocks: int | None = None
     num_slots: int | None = None
     max_length: int = 1
+    is_usual: bool = False
     max_prompt: int | None = None
 
 
@@ -63,12 +64,12 @@ def plan(
     if wishes.max_prompt is not None:
         staging = min(staging, wishes.max_prompt if wishes.max_prompt > max_batch_tokens else 0)
     left = memory - int(staging) * token_bytes
-    if wishes.num_slots is not None:
-        slots = wishes.num_slots
-        if wishes.num_blocks is None:  # no more than can have blocks
-            slots = max(1, min(slots, left // (slot_bytes + per_request * block_bytes)))
-    else:
-        slots = max(1, min(MOST_SLOTS, int(WINDOW_SHARE * left) // slot_bytes))
+    slots = wishes.num_slots or MOST_SLOTS
+    if wishes.num_blocks is None and (wishes.is_usual or wishes.num_slots is not None):  # no more than can have blocks
+        slots = min(slots, left // (slot_bytes + per_request * block_bytes))
+    elif wishes.num_slots is None:
+        slots = min(slots, int(WINDOW_SHARE * left) // slot_bytes)
+    slots = max(1, slots)
     blocks = wishes.num_blocks
     if blocks is None:
         # Twice what all of them can use: the rest keeps prefixes of requests that are gone.

@@ -1,0 +1,64 @@
+"""How an engine's memory is divided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_pqcache import PQConfig
+from hf_pqcache.batching.sizes import Wishes, longest, plan
+
+CONFIG = PQConfig()
+GIB = 1 << 30
+#: An 8B model: 2.2 MiB a block, 25 MiB a window, 128 KiB a token.
+COSTS: dict[str, Any] = {"block_bytes": 2_250_000, "slot_bytes": 25_700_000, "token_bytes": 131_072, "max_batch_tokens": 8192}
+
+
+def memory_of(sizes: Any) -> int:
+    bytes_: int = sizes.num_blocks * COSTS["block_bytes"] + (sizes.num_slots + 1) * COSTS["slot_bytes"]
+    return bytes_ + sizes.staging_tokens * COSTS["token_bytes"]
+
+
+@given(
+    st.integers(GIB, 200 * GIB),
+    st.builds(
+        Wishes,
+        num_slots=st.none() | st.integers(1, 2000),
+        max_length=st.integers(1, 1 << 20),
+        is_usual=st.booleans(),
+        max_prompt=st.none() | st.integers(1, 1 << 18),
+    ),
+)
+def test_what_is_planned_fits(memory: int, wishes: Wishes) -> None:
+    try:
+        sizes = plan(CONFIG, wishes, memory=memory, **COSTS)
+    except MemoryError as error:
+        assert "PQC004" in str(error)  # noqa: PT017
+        assert memory < 3 * GIB
+        return
+    assert memory_of(sizes) <= memory
+    assert 1 <= sizes.num_slots <= (wishes.num_slots or 1024)
+    assert 1 <= sizes.table_width <= sizes.num_blocks
+
+
+def test_a_known_workload_fills_the_memory() -> None:
+    sizes = plan(CONFIG, Wishes(max_length=4608, is_usual=True, max_prompt=4096), memory=57 * GIB, **COSTS)
+    assert sizes.staging_tokens == 0, "a prompt of one step waits for nothing"
+    assert sizes.num_slots > 330
+    assert memory_of(sizes) > 56 * GIB
+    assert sizes.num_blocks >= sizes.num_slots * CONFIG.pages_of(4608)
+
+
+@given(st.integers(1, 300))
+def test_longest_is_the_longest(pages: int) -> None:
+    most = longest(CONFIG, pages)
+    assert CONFIG.pages_of(most) == pages
+    assert CONFIG.pages_of(most + 1) == pages + 1
+
+
+def test_more_than_there_is_says_what_to_lower() -> None:
+    with pytest.raises(MemoryError, match=r"PQC004.*num_blocks"):
+        plan(CONFIG, Wishes(num_blocks=10**6), memory=GIB, **COSTS)
