@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from served import Served, served, tiny
-from transformers import DynamicCache
+from served import GREEDY, PROMPTS, Served, answers_of_generate, crowd, eventually, is_idle, served, tiny
 
-from hf_pqcache import PagedPQCache, demo
-from hf_pqcache.models.names import cache_kwargs
 from hf_pqcache.serve.engine import EngineSettings
 from hf_pqcache.serve.server import Running
 from hf_pqcache.serve.service import Limits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-#: Longer than the exact window, two of them: their beginnings become codes.
-PROMPTS = ("The owl is", "In 1920", *(demo.TEXT.read_text(encoding="utf-8")[at : at + 900] for at in (5000, 20000)))
-GREEDY = {"temperature": 0, "max_tokens": 24}
 #: (status, field, code, fields of a completion)
 WRONG: list[tuple[int, str | None, str | None, dict[str, Any]]] = [
     (400, "prompt", None, {}),
@@ -58,31 +50,7 @@ def server(variant: str) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def expected(variant: str) -> dict[str, list[int]]:
-    """What `generate` answers each prompt with, greedily, over the cache of the same kind."""
-    model, tokenizer = tiny()
-    found = {}
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        cache: Any = PagedPQCache(model.config, bits=4, page_size=16) if variant == "4" else DynamicCache(config=model.config)
-        answer = model.generate(ids, **cache_kwargs(cache), max_new_tokens=24, do_sample=False)
-        found[prompt] = answer[0, ids.shape[1] :].tolist()
-    return found
-
-
-def eventually(holds: Callable[[], bool]) -> bool:
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        if holds():
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def is_idle(server: Served) -> bool:
-    engine = server.service.engine
-    assert engine is not None
-    state = engine.state()
-    return (state["waiting"], state["running"], len(engine.sampler.free), server.service.runs) == (0, 0, engine.slots, set())
+    return answers_of_generate(variant)
 
 
 def test_texts_are_those_of_generate(server: Served, expected: dict[str, list[int]]) -> None:
@@ -223,52 +191,6 @@ def test_metrics(server: Served) -> None:
 
 def test_a_crowd_with_cancels_and_malformed_requests(server: Served, expected: dict[str, list[int]]) -> None:
     asyncio.run(crowd(server, expected, clients=16, seconds=2))
-
-
-async def crowd(server: Served, expected: dict[str, list[int]], clients: int, seconds: float) -> None:
-    """Clients that ask, go away in the middle, or send nonsense, each over and over. Every text is checked."""
-    until = time.monotonic() + seconds
-    texts = {prompt: server.decoded(ids) for prompt, ids in expected.items()}
-    done = {"right": 0, "gone": 0, "refused": 0}
-
-    async def one(number: int) -> None:
-        rng = random.Random(number)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-            while time.monotonic() < until:
-                prompt = rng.choice(PROMPTS)
-                body = {"prompt": prompt, "stream": True, **GREEDY}
-                kind = rng.choice(["right", "right", "gone", "refused", "sampled"])
-                if kind == "refused":
-                    content = rng.choice([b"{", b"[]", b'{"prompt": [99999]}', b'{"prompt": "a", "top_p": 7}'])
-                    answer = await client.post("/v1/completions", content=content)
-                    assert answer.status_code == 400
-                    done[kind] += 1
-                    continue
-                if kind == "sampled":
-                    body |= {"temperature": 1, "top_k": 5, "repetition_penalty": 1.2}
-                text, seen = "", 0
-                async with client.stream("POST", "/v1/completions", json=body) as answer:
-                    assert answer.status_code == 200
-                    async for line in answer.aiter_lines():
-                        if line.startswith("data: {"):
-                            text += json.loads(line[6:])["choices"][0]["text"]
-                            seen += 1
-                        if kind == "gone" and seen == 5:
-                            break
-                if kind == "right":
-                    assert text == texts[prompt]
-                elif kind == "gone":
-                    assert texts[prompt].startswith(text)
-                done[kind if kind in done else "right"] += 1
-
-    await asyncio.gather(*(one(number) for number in range(clients)))
-    assert min(done.values()) > 0
-    assert await asyncio.to_thread(eventually, lambda: is_idle(server))
-    engine = server.service.engine
-    assert engine is not None
-    assert engine.samplings == {}
-    assert engine.manager.output_router.result_handlers == {}
-    assert eventually(engine.manager.output_router.output_queue.empty)
 
 
 def test_a_pool_that_is_too_small_for_all_serves_one_after_the_other(variant: str, expected: dict[str, list[int]]) -> None:

@@ -14,18 +14,18 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from served import served
-from test_serve import GREEDY, PROMPTS, crowd, expected, is_idle, variant
+from served import GREEDY, PROMPTS, answers_of_generate, crowd, is_idle, served
 
 from hf_pqcache.serve.service import Limits
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 MINUTES, CLIENTS, PORT = 10, 64, 18765
-__all__ = ["expected", "variant"]  # fixtures
 
 
-def test_ten_minutes_of_a_crowd(variant: str, expected: dict[str, list[int]]) -> None:
+@pytest.mark.parametrize("variant", ["4", "stock"])
+def test_ten_minutes_of_a_crowd(variant: str) -> None:
     """No wrong text, no request, slot or block lost, memory flat."""
+    expected = answers_of_generate(variant)
     with served(
         Limits(queue=4096), variant=variant, shares_prefixes=variant == "stock", cache_tokens=8192, max_requests=CLIENTS
     ) as server:

@@ -150,7 +150,7 @@ def answers(manager: Any, prompts: Sequence[list[int]], new_tokens: int, concurr
 def closed_loop(model: Any, case: Case, goal: Goal) -> dict[str, Any]:
     """A row: requests in flight replaced as they end."""
     context = case.prompt_tokens + case.output_tokens
-    settings = EngineSettings(case.variant, max_requests=case.concurrency or 1024, context=context, shares_prefixes=False)
+    settings = _settings(case, case.concurrency or 1024)
     with running(model, settings) as manager:
         fit = requests_that_fit(manager, context)
         concurrency = case.concurrency or fit
@@ -168,14 +168,20 @@ def closed_loop(model: Any, case: Case, goal: Goal) -> dict[str, Any]:
 def open_loop(model: Any, case: Case, goal: Goal, start: Start, ask: Ask) -> dict[str, Any]:
     """A row: requests come over HTTP when they come, whatever the server does meanwhile."""
     assert case.rate is not None
-    context, count = case.prompt_tokens + case.output_tokens, case.requests or 64
+    count = case.requests or 64
     prompts = random_prompt(model, count + 1, case.prompt_tokens, case.seed).tolist()
-    settings = EngineSettings(case.variant, max_requests=case.concurrency or 256, context=context, shares_prefixes=False)
+    settings = _settings(case, case.concurrency or 256)
     with start(settings) as url:
         ask(url, [prompts.pop()], 4, 1e3, case.seed)
         served = ask(url, prompts, case.output_tokens, case.rate, case.seed)
     free()
     return figures(served, goal)
+
+
+def _settings(case: Case, most: int) -> EngineSettings:
+    context = case.prompt_tokens + case.output_tokens
+    sizes = {"context": context, "longest_prompt": case.prompt_tokens, "max_requests": most}
+    return EngineSettings(case.variant, **sizes, shares_prefixes=False)  # type: ignore[arg-type]
 
 
 def bench_serve(

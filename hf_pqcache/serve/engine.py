@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hf_pqcache.config import PQConfig
 from hf_pqcache.serve.sampling import Sampler, Sampling
 
 #: What blocks hold: codes of so many bits; tokens as they are, in blocks of ours or in transformers' own.
@@ -33,6 +34,12 @@ SIGNATURES = {
     "cb_logits_processors.ContinuousBatchingLogitsProcessorList.__call__": {"input_ids", "scores", "logits_processor_args"},
     "cache.PagedAttentionCache.search_prefix_match": {"request_id", "prompt_ids"},
     "cache.PagedAttentionCache.can_store_request_tokens": {"state", "request_len", "dry_run"},
+    "continuous_api.ContinuousMixin.init_continuous_batching": {
+        "generation_config",
+        "continuous_batching_config",
+        "workload_hints",
+    },
+    "utils.WorkloadHints": {"max_prompt_length", "max_generated_length", "num_requests"},
     "requests.RequestState.__init__": {"initial_tokens", "position_offset", "_true_initial_tokens", "logit_processor_kwargs"},
 }
 
@@ -62,7 +69,7 @@ class EngineSettings:
     Attributes:
         variant: of VARIANTS.
         cache_tokens: room of the pool. page_size: tokens of a block. max_requests: most that run at a time.
-        context: most tokens of one request, its answer included.
+        context: most tokens of one request, its answer included; longest_prompt: of them, where that is known.
         max_batch_tokens: most tokens of a step. shares_prefixes: whether equal beginnings are stored once.
     """
 
@@ -73,44 +80,52 @@ class EngineSettings:
     max_batch_tokens: int | None = None
     shares_prefixes: bool = True
     context: int | None = None
+    longest_prompt: int | None = None
 
 
 def make_manager(model: Any, settings: EngineSettings) -> Any:
     """A `ContinuousBatchingManager` of transformers that has not started, greedy.
 
-    Raises RuntimeError where transformers has not the parts that the server needs, and what `enable_batching` raises.
+    Raises ImportError where transformers has not the parts that the server needs, and what `enable_batching` raises.
     """
     from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers.generation.continuous_batching.utils import WorkloadHints
 
     from hf_pqcache.batching import disable_batching, enable_batching
 
     if missing := missing_parts():
-        raise RuntimeError(
+        raise ImportError(
             f"continuous batching of this release of transformers lacks {missing[0]}; 5.20 to 5.24 have what serve needs"
         )
     if model.device.type == "cpu":  # its memory is everybody's, and masks of a step take batch x pool
         given = {name: getattr(settings, name) or size for name, size in CPU_SIZES.items()}
         settings = replace(settings, **given)
-    sizes: dict[str, Any] = {"max_requests_per_batch": settings.max_requests, "max_batch_tokens": settings.max_batch_tokens}
-    if settings.page_size is not None:
-        sizes["page_size"] = settings.page_size
-    config = ContinuousBatchingConfig(**sizes, allow_block_sharing=settings.shares_prefixes)
-    if settings.cache_tokens is not None:
-        config.num_blocks = max(1, -(-settings.cache_tokens // config.page_size))
     if settings.variant == "stock":
+        page_size = settings.page_size or ContinuousBatchingConfig().page_size
         disable_batching(model)
     else:
-        pages: dict[str, Any] = {} if settings.page_size is None else {"page_size": settings.page_size}
+        page_size = settings.page_size or PQConfig().page_size
         kept: dict[str, Any] = {"exact": True} if settings.variant == "exact" else {"bits": int(settings.variant)}
-        enable_batching(model, **kept, **pages, max_length=settings.context)
+        enable_batching(model, **kept, page_size=page_size, max_length=settings.context)
+    config = ContinuousBatchingConfig(
+        page_size=page_size,
+        num_blocks=None if settings.cache_tokens is None else -(-settings.cache_tokens // page_size),
+        max_requests_per_batch=settings.max_requests,
+        max_batch_tokens=settings.max_batch_tokens,
+        allow_block_sharing=settings.shares_prefixes,
+    )
+    hints = None
+    if settings.longest_prompt is not None and settings.context is not None:
+        hints = WorkloadHints(settings.longest_prompt, settings.context - settings.longest_prompt, settings.max_requests or 0)
     greedy = GenerationConfig(do_sample=False, eos_token_id=-1)
-    return model.init_continuous_batching(generation_config=greedy, continuous_batching_config=config)
+    return model.init_continuous_batching(greedy, config, hints)
 
 
 def requests_that_fit(manager: Any, context: int) -> int:
     """How many requests of `context` tokens the pool of a warmed-up manager holds at a time."""
     cache, config = manager.batch_processor.cache, manager.continuous_batching_config
-    return max(1, min(config.max_requests_per_batch, cache.num_blocks // -(-context // config.page_size)))
+    most: int = config.max_requests_per_batch  # of ours, what windows and blocks have been made for
+    return most if hasattr(cache, "why_unfit") else max(1, min(most, cache.num_blocks // -(-context // config.page_size)))
 
 
 class Engine:
@@ -121,7 +136,7 @@ class Engine:
 
     Attributes:
         capacity: most tokens of one request, its answer included. vocab_size: token ids are below it.
-        slots: most requests with a history at a time. prefix_hits: tokens that were not computed again.
+        most_requests: that run at a time. slots: of them, with a history. prefix_hits: tokens that were not computed again.
     """
 
     def __init__(self, model: Any, settings: EngineSettings) -> None:
@@ -139,6 +154,7 @@ class Engine:
         self._count_prefix_hits()
         self._part_graphs()
         self.capacity = self._capacity()
+        self.most_requests = int(self.manager.continuous_batching_config.max_requests_per_batch)
 
     def start(self) -> None:
         """Run, and answer once greedily and once with a draw: what is made when first used is made now.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,13 +14,17 @@ from typing import Any
 
 import httpx
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from hf_pqcache import demo
+from hf_pqcache import PagedPQCache, demo
+from hf_pqcache.models.names import cache_kwargs
 from hf_pqcache.serve.engine import EngineSettings
 from hf_pqcache.serve.server import Running
 from hf_pqcache.serve.service import Limits, Service
 
+#: Longer than the exact window, two of them: their beginnings become codes.
+PROMPTS = ("The owl is", "In 1920", *(demo.TEXT.read_text(encoding="utf-8")[at : at + 900] for at in (5000, 20000)))
+GREEDY = {"temperature": 0, "max_tokens": 24}
 SETTINGS = {"cache_tokens": 4096, "page_size": 16, "max_requests": 16, "max_batch_tokens": 128}
 
 
@@ -84,3 +91,77 @@ def served(limits: Limits | None = None, api_key: str | None = None, **sizes: An
             yield found
         finally:
             found.client.close()
+
+
+def answers_of_generate(variant: str) -> dict[str, list[int]]:
+    """What `generate` goes on with after each of PROMPTS, greedily, over the cache of the same kind (variant 4 or stock)."""
+    model, tokenizer = tiny()
+    found = {}
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        cache: Any = PagedPQCache(model.config, bits=4, page_size=16) if variant == "4" else DynamicCache(config=model.config)
+        answer = model.generate(ids, **cache_kwargs(cache), max_new_tokens=24, do_sample=False)
+        found[prompt] = answer[0, ids.shape[1] :].tolist()
+    return found
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        if holds():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def is_idle(server: Served) -> bool:
+    engine = server.service.engine
+    assert engine is not None
+    state = engine.state()
+    return (state["waiting"], state["running"], len(engine.sampler.free), server.service.runs) == (0, 0, engine.slots, set())
+
+
+async def crowd(server: Served, expected: dict[str, list[int]], clients: int, seconds: float) -> None:
+    """Clients that ask, go away in the middle, or send nonsense, each over and over. Every text is checked."""
+    until = time.monotonic() + seconds
+    texts = {prompt: server.decoded(ids) for prompt, ids in expected.items()}
+    done = {"right": 0, "gone": 0, "refused": 0}
+
+    async def one(number: int) -> None:
+        rng = random.Random(number)
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            while time.monotonic() < until:
+                prompt = rng.choice(PROMPTS)
+                body = {"prompt": prompt, "stream": True, **GREEDY}
+                kind = rng.choice(["right", "right", "gone", "refused", "sampled"])
+                if kind == "refused":
+                    content = rng.choice([b"{", b"[]", b'{"prompt": [99999]}', b'{"prompt": "a", "top_p": 7}'])
+                    answer = await client.post("/v1/completions", content=content)
+                    assert answer.status_code == 400
+                    done[kind] += 1
+                    continue
+                if kind == "sampled":
+                    body |= {"temperature": 1, "top_k": 5, "repetition_penalty": 1.2}
+                text, seen = "", 0
+                async with client.stream("POST", "/v1/completions", json=body) as answer:
+                    assert answer.status_code == 200
+                    async for line in answer.aiter_lines():
+                        if line.startswith("data: {"):
+                            text += json.loads(line[6:])["choices"][0]["text"]
+                            seen += 1
+                        if kind == "gone" and seen == 5:
+                            break
+                if kind == "right":
+                    assert text == texts[prompt]
+                elif kind == "gone":
+                    assert texts[prompt].startswith(text)
+                done[kind if kind in done else "right"] += 1
+
+    await asyncio.gather(*(one(number) for number in range(clients)))
+    assert min(done.values()) > 0
+    assert await asyncio.to_thread(eventually, lambda: is_idle(server))
+    engine = server.service.engine
+    assert engine is not None
+    assert engine.samplings == {}
+    assert engine.manager.output_router.result_handlers == {}
+    assert eventually(engine.manager.output_router.output_queue.empty)

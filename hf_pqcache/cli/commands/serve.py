@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -26,7 +27,7 @@ from hf_pqcache.cli.commands import _options, _output, _types
 @click.option("--context", type=_types.Length(), help="Most tokens of a prompt and its answer together.")
 @click.option("--cache-tokens", type=_types.Length(), help="Room of the pool: 512K; what the GPU has left, or 16K on a CPU.")
 @click.option("--page-size", type=click.IntRange(16, 512), help="Tokens of a block.")
-@click.option("--max-requests", type=click.IntRange(min=1), default=256, show_default=True, help="Most that run at a time.")
+@click.option("--max-requests", type=click.IntRange(min=1), help="Most that run at a time; what the memory allows if absent.")
 @click.option("--max-batch-tokens", type=click.IntRange(min=16), help="Most tokens of a step; 8192, or 512 on a CPU.")
 @click.option("--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Most that wait or run.")
 @click.option("--max-body", type=click.IntRange(min=1), default=32, show_default=True, help="MiB of one request.")
@@ -46,7 +47,7 @@ def command(
     context: int | None,
     cache_tokens: int | None,
     page_size: int | None,
-    max_requests: int,
+    max_requests: int | None,
     max_batch_tokens: int | None,
     max_queue: int,
     max_body: int,
@@ -68,6 +69,8 @@ def command(
     Then:     curl -s localhost:8765/v1/completions \\
                 -d '{"prompt": "The owl is", "max_tokens": 16}'
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise click.UsageError("serve runs in one process: start one for each GPU, without torchrun, and spread requests")
     loading = _options.loading_of(options)
     from hf_pqcache.eval.session.model_config import load_model_config
     from hf_pqcache.eval.session.models import check_device, load_model, public_name
@@ -82,8 +85,10 @@ def command(
         raise click.ClickException(f"{error.name} is not installed; type: pip install 'hf-pqcache[serve]'") from error
 
     def tell(service: Service) -> None:
+        assert service.engine is not None
         kind = f"{variant} bits" if variant.isdigit() else f"{variant} blocks"
-        _output.note(f"ready: {service.name} on {running.url}, {kind}, {service.context:,} tokens a request")
+        told = f"{service.context:,} tokens a request, {service.engine.most_requests} requests at a time"
+        _output.note(f"ready: {service.name} on {running.url}, {kind}, {told}")
 
     running = Running(
         lambda: load_model(described.source, revision=described.revision, **loading),

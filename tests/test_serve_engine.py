@@ -1,0 +1,43 @@
+"""The engine of a server: its sizes are those asked for, and a transformers that lacks a part is refused by name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+from served import tiny
+
+from hf_pqcache.serve import engine
+from hf_pqcache.serve.engine import SIGNATURES, VARIANTS, Engine, EngineSettings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MODULE = "transformers.generation.continuous_batching"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("page_size", [None, 32])
+def test_the_pool_has_room_for_the_tokens_asked_for(variant: str, page_size: int | None) -> None:
+    """And not for much more: the exact window aside, less than a block of 256."""
+    made = Engine(tiny()[0], EngineSettings(variant, cache_tokens=2000, page_size=page_size, max_batch_tokens=64))
+    assert 2000 <= made.capacity <= 2000 + 256 + 200
+    assert made.most_requests >= 16
+
+
+@pytest.mark.parametrize("context", [None, 700])
+def test_the_context_is_the_longest_request(context: int | None) -> None:
+    made = Engine(tiny()[0], EngineSettings("4", cache_tokens=2000, max_batch_tokens=64, context=context))
+    assert (context or 2000) <= made.capacity <= (context or 2000) + 256
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_a_part_that_transformers_lacks_is_named(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine.missing_parts() == []
+    module, *owners, name = path.split(".")
+    owner: Any = importlib.import_module(f"{MODULE}.{module}")
+    for part in owners:
+        owner = getattr(owner, part)
+    monkeypatch.setattr(owner, name, lambda self: None)
+    assert {missing.split()[0] for missing in engine.missing_parts()} == {path}
+    with pytest.raises(ImportError, match=f"lacks {path}"):
+        engine.make_manager(tiny()[0], EngineSettings("stock"))
