@@ -93,6 +93,13 @@ def number_bytes(name: str, config: Any) -> float:
     return (spec.true_bits(config) or 16.0) / 8
 
 
+def weights_read(model: Any) -> int:
+    """Bytes of weights that a step reads; of the embeddings it is a row, unless they are the head, too."""
+    embeddings = model.get_input_embeddings().weight
+    is_head = model.get_output_embeddings().weight is embeddings
+    return sum(p.numel() * p.element_size() for p in model.parameters()) - (0 if is_head else embeddings.nbytes)
+
+
 def fill(cache: Any, config: Any, tokens: int, device: str = "cuda", seed: int = 0) -> None:
     """Give every layer `tokens` random keys and values."""
     shape = (1, config.num_key_value_heads, tokens, config.head_dim)
@@ -282,8 +289,7 @@ def bench_generate(
         _free()
         model = build_model(SHAPES[shape_name])
         config = model.config
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        weights -= model.get_input_embeddings().weight.nbytes  # one row of it is read
+        weights = weights_read(model)
         note(f"{shape_name}: logits differ from plain torch by {check_logits(model):.1e}")
         for tokens in [n for shape, n in cases if shape == shape_name]:
             per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim

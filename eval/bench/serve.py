@@ -22,6 +22,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hf_pqcache.cache.caches import PagedPQCache
+from hf_pqcache.eval.bench.generate import number_bytes, weights_read
+from hf_pqcache.eval.bench.kernel import copy_bandwidth
 from hf_pqcache.eval.bench.latency import Goal, Served, figures
 from hf_pqcache.eval.measure.speed import random_prompt
 from hf_pqcache.models.names import cache_kwargs
@@ -151,18 +153,29 @@ def closed_loop(model: Any, case: Case, goal: Goal) -> dict[str, Any]:
     """A row: requests in flight replaced as they end."""
     context = case.prompt_tokens + case.output_tokens
     settings = _settings(case, case.concurrency or 1024)
+    began = time.perf_counter()
     with running(model, settings) as manager:
         fit = requests_that_fit(manager, context)
         concurrency = case.concurrency or fit
         count = case.requests or concurrency
         prompts = random_prompt(model, count + 2, case.prompt_tokens, case.seed).tolist()
-        answers(manager, [prompts.pop(), prompts.pop()], 4, 2)  # what is made when first used is made here
+        # What is made when first used is made here.
+        first = min(answers(manager, [prompts.pop(), prompts.pop()], 4, 2), key=lambda one: one.timestamps[0]).timestamps[0]
         found = answers(manager, prompts, case.output_tokens, concurrency)
         blocks = manager.batch_processor.cache.num_blocks
     served = [Served(case.prompt_tokens, one.created_time, one.timestamps or [], one.error) for one in found]
     begun_anew = sum(one.error is None and len(one.timestamps or []) < case.output_tokens for one in found)
-    row = {"in_flight": min(concurrency, count), "requests_that_fit": fit, "blocks": blocks, "begun_anew": begun_anew}
+    row: dict[str, Any] = {"first_token_s": first - began}
+    row |= {"in_flight": min(concurrency, count), "requests_that_fit": fit, "blocks": blocks, "begun_anew": begun_anew}
     return row | figures(served, goal)
+
+
+def floor_ms(model: Any, case: Case, in_flight: int, bandwidth: float) -> float:
+    """Milliseconds of a step of all requests, if it did nothing but read: weights once, and half-grown answers' caches."""
+    config, name = model.config.get_text_config(), {"4": "pq", "3": "pq-3bit", "2": "pq-2bit"}.get(case.variant, "dynamic")
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    held = in_flight * (case.prompt_tokens + case.output_tokens / 2)
+    return (weights_read(model) + held * numbers * number_bytes(name, config)) / bandwidth * 1e3
 
 
 def open_loop(model: Any, case: Case, goal: Goal, start: Start, ask: Ask) -> dict[str, Any]:
@@ -197,15 +210,20 @@ def bench_serve(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each case; one that runs out of memory has an "error".
 
+    Besides what `figures` tells, rows of a closed loop have first_token_s (from before the engine was made), requests_that_fit,
+    begun_anew (thrown out for room), and on a GPU floor_ms, what a step's reading takes at the bandwidth of a copy.
+
     Args:
         name: of the model, for rows. is_checked: whether logits are compared first.
 
     Raises RuntimeError if logits are wrong.
     """
+    bandwidth = copy_bandwidth() if model.device.type == "cuda" else None
     conditions = {
         "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "gpu": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "",
+        **({} if bandwidth is None else {"copy_tb_per_s": bandwidth / 1e12}),
         "versions": {package: version(package) for package in ("hf-pqcache", "torch", "transformers")},
     }
     for variant in dict.fromkeys(case.variant for case in cases):
@@ -221,7 +239,9 @@ def bench_serve(
                 row |= closed_loop(model, case, goal) if case.rate is None else open_loop(model, case, goal, start, ask)
             except (MemoryError, torch.OutOfMemoryError) as error:
                 row["error"] = f"out of memory: {' '.join(str(error).split())[:200]}"
-            if model.device.type == "cuda":
+            if bandwidth is not None:
+                if "in_flight" in row:
+                    row["floor_ms"] = floor_ms(model, case, row["in_flight"], bandwidth)
                 row["peak_bytes"] = torch.cuda.max_memory_allocated(model.device)
             yield row | {"took_s": time.perf_counter() - began} | conditions
 

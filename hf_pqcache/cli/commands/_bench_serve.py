@@ -204,8 +204,10 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         "tok/s": figures("throughput_tok_s"),
         "total tok/s": figures("total_tok_s"),
         "decode tok/s": figures("decode_tok_s"),
+        "floor ms": figures("floor_ms", ".2f"),
         "good req/s": figures("goodput_req_s", ".2f"),
         **{f"{name.upper()} p{p} ms": figures(f"{name}_p{p}_ms", ".1f") for name in ("ttft", "tpot", "itl") for p in (50, 99)},
+        "first s": figures("first_token_s"),
         "peak": [_output.bytes_text(row.get("peak_bytes")) for row in rows],
     }
     notes = [_line(row) for row in rows if "error" in row]
