@@ -26,9 +26,9 @@ SINKS, RECENT, PAGE = 2, 5, 16
 LENGTHS = [SINKS + RECENT + 3 * PAGE - 1, 1, 40, SINKS + PAGE + RECENT]
 
 
-def make(shape: Any, dtype: torch.dtype = torch.float16, max_batch: int = 7) -> Requests:
+def make(shape: Any, dtype: torch.dtype = torch.float16, **changes: Any) -> Requests:
     options = {"kv_heads": 2, "page_size": PAGE, "sink_tokens": SINKS, "recent": RECENT, "dtype": dtype}
-    return Requests.make(shape, LENGTHS, max_batch, **options)
+    return Requests.make(shape, LENGTHS, max_batch=7, **(options | changes))
 
 
 def random_rows(requests: Requests, num_rows: int, group: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,10 +151,12 @@ def test_rows_in_another_order_are_computed_bit_for_bit_as_in_that_of_the_slots(
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [MAIN, EXACT], ids=str)
-def test_steps_of_changing_rows_match_float64(shape: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("recent", "shared"), [(RECENT, [0] * 4), (24, [1, 0, 2, 0])], ids=["alone", "shared"])
+def test_steps_of_changing_rows_match_float64(shape: Any, dtype: torch.dtype, recent: int, shared: list[int]) -> None:
+    """Of requests also that began with pages of others, which leave fewer tokens in the window."""
     torch.manual_seed(0)
     rng = random.Random(0)
-    requests = make(shape, dtype)
+    requests = make(shape, dtype, recent=recent, shared=shared)
     for batch in (4, 7, 2):
         order: list[int | None] = [*rng.sample(range(4), min(batch, 3)), *[None] * batch][:batch]
         rng.shuffle(order)

@@ -19,7 +19,7 @@ LAYER = 1
 
 @dataclass
 class Requests:
-    """Request r has slot r; one slot more is the trash slot. Of each: its blocks, its length, all that it should hold.
+    """Request r has slot r; one slot more is the trash slot. Of each: its blocks, its length, how much is in pages, all it holds.
 
     history: of each side and request, float64 (H, length, d); coded tokens as their pages have them.
     """
@@ -29,12 +29,15 @@ class Requests:
     blocks: list[list[int]]
     free: list[int]
     lengths: list[int]
+    coded: list[int]
     history: list[list[Tensor]]
     flags: Tensor
 
     @classmethod
     def make(cls, shape, lengths: list[int], max_batch: int, spare_blocks: int = 8, **options) -> Requests:  # type: ignore[no-untyped-def]
         """Requests of these lengths. `options`: of `make_case`."""
+        if "shared" in options:
+            options["shared"] = [*options["shared"], 0]
         case = h.make_case(*shape, [*lengths, 0], **options)
         geometry, device = case.geometry, case.pool.device
         blocks = [[page for page in row if page >= 0] for row in case.page_table[: len(lengths)].tolist()]
@@ -50,20 +53,23 @@ class Requests:
         case.desc[LAYER, :2] = torch.tensor([begin, begin + case.offset])
         case.desc[LAYER, 7] = case.tickets.data_ptr()
         rows = BatchRows(NUM_LAYERS, max_batch, width, num_blocks, trash_slot=len(lengths), device=device)
-        return cls(case, rows, blocks, free, list(lengths), history, torch.zeros(4, dtype=torch.int32, device=device))
+        coded, flags = case.counts[: len(lengths), 1].tolist(), torch.zeros(4, dtype=torch.int32, device=device)
+        return cls(case, rows, blocks, free, list(lengths), coded, history, flags)
+
+    def coded_after(self, request: int) -> int:
+        """Tokens of a request in pages once it has one token more."""
+        return max(self.coded[request], self.case.config.coded_tokens(self.lengths[request] + 1))
 
     def fill(self, order: Order, block_table: Tensor, lengths: Tensor) -> None:
         """Write a step's rows, as an engine does. Requests get a block before a page leaves their window."""
-        config = self.case.config
         table = torch.full(block_table.shape, -1, dtype=torch.int32)
         given = torch.zeros(len(order), dtype=torch.int32)
         for row, request in enumerate(order):
             if request is None:
                 continue
-            coded, after = (config.coded_tokens(self.lengths[request] + more) for more in (0, 1))
-            while len(self.blocks[request]) < after // config.page_size:
+            while len(self.blocks[request]) < self.coded_after(request) // self.case.config.page_size:
                 self.blocks[request].append(self.free.pop())
-            entries = [request, coded, *self.blocks[request]]
+            entries = [request, self.coded[request], *self.blocks[request]]
             table[row, : len(entries)] = torch.tensor(entries)
             given[row] = self.lengths[request] + 1
         block_table.copy_(table)
@@ -95,9 +101,10 @@ class Requests:
         )  # fmt: skip
         there = [(row, request) for row, request in enumerate(order) if request is not None]
         for row, request in there:
-            before, self.lengths[request] = self.lengths[request], self.lengths[request] + 1
-            assert case.counts[row].tolist() == [before + 1, config.coded_tokens(before + 1)]
-            first, end = (config.sink_tokens + config.coded_tokens(n) for n in (before, before + 1))
+            coded = self.coded_after(request)
+            first, end = (config.sink_tokens + n for n in (self.coded[request], coded))
+            self.lengths[request], self.coded[request] = self.lengths[request] + 1, coded
+            assert case.counts[row].tolist() == [self.lengths[request], coded]
             for side, (which, x) in enumerate(zip(h.SIDES, (k, v), strict=True)):
                 held = torch.cat([self.history[side][request], x[row].double().cpu()], dim=1)
                 now = h.exact(gathered, row, which)

@@ -124,14 +124,16 @@ def make_case(
     device: str = "cpu",
     extra_slots: int = 0,
     starts: list[int] | None = None,
+    shared: list[int] | None = None,
 ) -> Case:
     """Rows of the given lengths; unused window slots, unused pages and table entries are poisoned.
 
-    keys, values: (M, bits) of each side; None for pages of exact tokens.
+    keys, values: (M, bits) of each side; None for pages of exact tokens. shared: how many pages each row has beyond those that
+    left its window, as one does that began with the pages of another.
     """
     batch = len(lengths)
     config = PQConfig(page_size=page_size, sink_tokens=sink_tokens, extended_residual=recent)
-    pages_of = [config.coded_tokens(n) // page_size for n in lengths]
+    pages_of = [config.coded_tokens(n) // page_size + more for n, more in zip(lengths, shared or [0] * batch, strict=True)]
     max_pages, width = sum(pages_of) + 2, max(pages_of) + 2
     order = torch.randperm(max_pages)
     table = torch.full((batch, width), -1, dtype=torch.int32)
@@ -144,7 +146,7 @@ def make_case(
     for _ in SIDES:
         window = torch.full((batch, kv_heads, sink_tokens + slots, head_dim), float("nan"), dtype=dtype)
         for row, n in enumerate(lengths):
-            held = window_tokens(config, n, slots)
+            held = window_tokens(config, n, slots, pages_of[row] * page_size)
             window[row, :, [slot for slot, _ in held]] = torch.randn(kv_heads, len(held), head_dim).to(dtype)
         windows.append(window.to(device))
     shapes = [None if codes is None else CodeShape(*codes) for codes in (keys, values)]
@@ -168,7 +170,8 @@ def make_case(
             shape = (1, 1 << codes.num_bits, head_dim // codes.num_subspaces)
             case.centroids.append((torch.rand(shape) * 2 - 1).half().to(device))
     case.pool = case.pool.to(device)
-    case.counts = torch.tensor([[n, config.coded_tokens(n)] for n in lengths], dtype=torch.int32, device=device)
+    counts = [[n, pages * page_size] for n, pages in zip(lengths, pages_of, strict=True)]
+    case.counts = torch.tensor(counts, dtype=torch.int32, device=device)
     case.starts = torch.tensor(starts or [0] * batch, dtype=torch.int32, device=device)
     case.page_table = table.to(device)
     case.tickets = torch.zeros(batch + 2 * batch * kv_heads, dtype=torch.int32, device=device)
@@ -187,9 +190,9 @@ def make_case(
     return case
 
 
-def window_tokens(config: PQConfig, length: int, slots: int) -> list[tuple[int, int]]:
+def window_tokens(config: PQConfig, length: int, slots: int, coded: int) -> list[tuple[int, int]]:
     """(slot, token) of everything that a row's window holds."""
-    sinks, coded = config.sink_tokens, config.coded_tokens(length)
+    sinks = config.sink_tokens
     held = [(t, t) for t in range(min(length, sinks))]
     return held + [(sinks + (t - sinks) % slots, t) for t in range(sinks + coded, length)]
 
@@ -224,12 +227,11 @@ def hadamard(head_dim: int) -> Tensor:
 
 def exact(case: Case, row: int, which: Side) -> Tensor:
     """All keys or values of a row in float64: (H, length, d), on the CPU."""
-    config, length = case.config, int(case.lengths[row])
+    config, (length, coded) = case.config, case.counts[row].tolist()
     window = case.windows[SIDES.index(which)]
     out = torch.zeros(window.shape[1], length, window.shape[3], dtype=torch.float64)
-    for slot, token in window_tokens(config, length, case.geometry.window_slots):
+    for slot, token in window_tokens(config, length, case.geometry.window_slots, coded):
         out[:, token] = window[row, :, slot].double().cpu()
-    coded = config.coded_tokens(length)
     for i in range(coded // config.page_size):
         first = config.sink_tokens + i * config.page_size
         out[:, first : first + config.page_size] = decode_page(case, which, int(case.page_table[row, i]))

@@ -64,8 +64,8 @@ def test_steps_of_changing_rows(shape: Any, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     rng = random.Random(0)
     requests = Requests.make(
-        shape, LENGTHS, max_batch=9, spare_blocks=40, kv_heads=KV_HEADS, page_size=16, recent=rng.choice([1, 24]), dtype=dtype,
-        device="cuda",
+        shape, LENGTHS, max_batch=9, spare_blocks=40, kv_heads=KV_HEADS, page_size=16, recent=24, dtype=dtype,
+        device="cuda", shared=[0, 0, 1, 0, 1, 0],
     )  # fmt: skip
     graphs = [Graph(requests, num_rows) for num_rows in (9, 3)]
     for _ in range(30):
