@@ -19,7 +19,7 @@ LAYER = 1
 
 @dataclass
 class Requests:
-    """Request r has slot r; one slot more is the trash slot. Of each: its blocks, its length, how much is in pages, all it holds.
+    """Request r has slot r; one slot more is the trash slot. Of each: blocks, length, tokens in pages, and all that it holds.
 
     history: of each side and request, float64 (H, length, d); coded tokens as their pages have them.
     """
