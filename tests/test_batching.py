@@ -247,6 +247,15 @@ def test_a_kept_manager_serves_again() -> None:
     model().destroy_cached_continuous_batching_manager()
 
 
+@pytest.mark.slow
+def test_a_compiled_step_is_the_same() -> None:
+    enable_batching(model(), **CODED)
+    config = engine(decode_compile_config=tf.CompileConfig(backend="eager", fullgraph=False, mode=None))
+    few = [list(prompts()[i]) for i in (3, 9)]
+    found = model().generate_batch(few, greedy(), config)
+    assert [r.generated_tokens for r in found.values()] == [alone(tuple(p), False) for p in few]
+
+
 def test_samples_are_those_of_their_own_settings() -> None:
     """A request with top_k=1 is greedy, beside one that is not."""
     enable_batching(model(), **CODED)

@@ -35,12 +35,14 @@ def enable_batching(
         codebook: one of the model's own; None takes the shipped one.
         pq_config, **overrides: settings as of `PagedPQCache`.
         exact: keep exact tokens in blocks (`PagedKVCache`'s kind): the baseline to compare with.
-        max_length: most tokens of one request, prompt and new ones. None takes what the workload says, else the model's
-            max_position_embeddings. Longer requests fail at once with PQC001, others go on.
+        max_length: tokens that one request may have, prompt and new ones. None takes what the workload says, else the model's
+            max_position_embeddings. Requests that are longer than there is room for fail at once with PQC001, others go on.
 
     Returns:
         The model.
 
+    On a GPU decode steps are CUDA graphs, and the next step is prepared meanwhile; `default_compile_level=1` of the
+    ContinuousBatchingConfig has torch.compile fuse what lies between attentions besides, for half a minute of compilation.
     Pool and windows are sized by `ContinuousBatchingConfig`: num_blocks (of page_size tokens), max_requests_per_batch (each has
     a window), max_memory_percent, max_batch_tokens. A prompt of several steps waits exactly until its end has come, so that
     chunks do not change results; one that is longer than a share of memory allows is stored meanwhile, see "cut_prompts" in

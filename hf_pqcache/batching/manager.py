@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AttentionInterface, ContinuousBatchingConfig
+from transformers import AttentionInterface, CompileConfig, ContinuousBatchingConfig
 from transformers.generation.continuous_batching import continuous_api
 
 from hf_pqcache.batching import function, sizes
@@ -28,6 +28,14 @@ from hf_pqcache.models.shapes import kv_shape, layer_configs
 logger = logging.getLogger(__name__)
 
 _SWAPPING = threading.Lock()
+
+
+def _compiled(level: int) -> CompileConfig | None:
+    """What transformers compiles decode steps by at a default_compile_level."""
+    if level <= 0:
+        return None
+    mode = "max-autotune-no-cudagraphs" if level >= 2 else "default"
+    return CompileConfig(mode=mode, fullgraph=False, dynamic=level <= 2)
 
 
 class BlocksManager(continuous_api.ContinuousBatchingManager):
@@ -54,8 +62,8 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
         config = copy.deepcopy(asked)
         config.page_size = settings.page_size
         # What transformers resolves for flash attention only, and would warn of.
-        config.max_blocks_per_request = None
-        config.use_cuda_graph = False
+        config.max_blocks_per_request = config.varlen_compile_config = config.decode_compile_config = None
+        config.use_cuda_graph, config.default_compile_level = False, 0
         if config.cpu_offload_space:
             logger.warning("cpu_offload_space=%s has no effect: windows do not move to the host", config.cpu_offload_space)
             config.cpu_offload_space = 0.0
@@ -67,6 +75,8 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
         graphs = asked.use_cuda_graph[-1] if isinstance(asked.use_cuda_graph, tuple | list) else asked.use_cuda_graph
         resolved.use_cuda_graph = (False, on_gpu and graphs is not False)
         resolved.use_async_batching = on_gpu if asked.use_async_batching is None else asked.use_async_batching
+        # Steps of prompts are not compiled: attention would cut each of their layers, for lengths that never come again.
+        resolved.decode_compile_config = asked.decode_compile_config or _compiled(asked.default_compile_level)
         self._wishes = self._wished(asked, workload_hints, max_length)
 
     def _wished(self, asked: Any, hints: Any, max_length: int | None) -> sizes.Wishes:

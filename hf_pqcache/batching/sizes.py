@@ -81,4 +81,6 @@ def plan(
             f"need {needed / 2**20:.0f} MiB, and there are {memory / 2**20:.0f} MiB: lower num_blocks or "
             "max_requests_per_batch of the ContinuousBatchingConfig, or extended_residual="
         )
-    return Sizes(int(blocks), int(slots), min(per_request, int(blocks)), int(staging))
+    # The engine warms up with one request that fills a step.
+    width = max(per_request, config.pages_of(max_batch_tokens + config.page_size))
+    return Sizes(int(blocks), int(slots), min(width, int(blocks)), int(staging))
