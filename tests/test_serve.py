@@ -32,7 +32,7 @@ WRONG: list[tuple[int, str | None, str | None, dict[str, Any]]] = [
     (400, "stop_token_ids", None, {"prompt": "a", "stop_token_ids": [4096]}),
     (400, "logprobs", "unsupported_parameter", {"prompt": "a", "logprobs": 0}),
     (404, "model", "model_not_found", {"prompt": "a", "model": "another"}),
-    (429, None, None, {"prompt": ["a"] * 100, "n": 1}),
+    (400, "n", None, {"prompt": ["a"] * 33, "n": 2}),
 ]
 
 
@@ -173,6 +173,18 @@ def test_who_goes_away_is_cancelled(server: Served, stream: bool) -> None:
                 client.post("/v1/completions", json=body)
     assert eventually(lambda: is_idle(server))
     assert server.metric('pqcache_requests_total{outcome="cancelled"}') == before + 3
+
+
+def test_a_full_queue_asks_to_come_back(server: Served) -> None:
+    long = {"prompt": PROMPTS[0], "max_tokens": 4000, "ignore_eos": True, "stream": True, "n": 63}
+    with server.client.stream("POST", "/v1/completions", json=long) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        refused = server.completions(prompt="a", n=2)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
+        assert refused.headers["retry-after"]
+        assert server.completions(prompt="a", max_tokens=1).status_code == 200
+    assert eventually(lambda: is_idle(server))
 
 
 def test_metrics(server: Served) -> None:

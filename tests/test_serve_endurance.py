@@ -26,9 +26,8 @@ MINUTES, CLIENTS, PORT = 10, 64, 18765
 def test_ten_minutes_of_a_crowd(variant: str) -> None:
     """No wrong text, no request, slot or block lost, memory flat."""
     expected = answers_of_generate(variant)
-    with served(
-        Limits(queue=4096), variant=variant, shares_prefixes=variant == "stock", cache_tokens=8192, max_requests=CLIENTS
-    ) as server:
+    sizes = {"cache_tokens": 8192, "max_requests": CLIENTS, "max_batch_tokens": 512}
+    with served(Limits(queue=4096), variant=variant, shares_prefixes=variant == "stock", **sizes) as server:
         memory = []
         for _ in range(MINUTES):
             asyncio.run(crowd(server, expected, clients=CLIENTS, seconds=60))

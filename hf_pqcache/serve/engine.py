@@ -62,6 +62,18 @@ def missing_parts() -> list[str]:
     return found
 
 
+def check() -> None:
+    """Raises ImportError where transformers is too old, or has changed a part that the server needs."""
+    from hf_pqcache.batching import support
+
+    if why := support.why_unsupported():
+        raise ImportError(why)
+    if missing := missing_parts():
+        raise ImportError(
+            f"continuous batching of this release of transformers lacks {missing[0]}; 5.20 to 5.24 have what serve needs"
+        )
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """Sizes of the engine; None leaves one to transformers.
@@ -88,15 +100,12 @@ def make_manager(model: Any, settings: EngineSettings) -> Any:
 
     Raises ImportError where transformers has not the parts that the server needs, and what `enable_batching` raises.
     """
+    check()
     from transformers import ContinuousBatchingConfig, GenerationConfig
     from transformers.generation.continuous_batching.utils import WorkloadHints
 
     from hf_pqcache.batching import disable_batching, enable_batching
 
-    if missing := missing_parts():
-        raise ImportError(
-            f"continuous batching of this release of transformers lacks {missing[0]}; 5.20 to 5.24 have what serve needs"
-        )
     if model.device.type == "cpu":  # its memory is everybody's, and masks of a step take batch x pool
         given = {name: getattr(settings, name) or size for name, size in CPU_SIZES.items()}
         settings = replace(settings, **given)

@@ -15,7 +15,7 @@ TOKENS = tuple(float(4**n) for n in range(11))
 GAUGES = {
     "waiting": ("pqcache_requests_waiting", "Requests that wait for room in a batch"),
     "running": ("pqcache_requests_running", "Requests that the engine works on"),
-    "blocks_used": ("pqcache_blocks_used", "Blocks of the pool that hold tokens of running requests"),
+    "blocks_used": ("pqcache_blocks_used", "Blocks of the pool that hold tokens of requests"),
     "blocks_free": ("pqcache_blocks_free", "Blocks of the pool that are free"),
 }
 

@@ -91,6 +91,8 @@ class Service:
         engine = self.check_ready()
         self.check_model(job.model)
         wanted = job.choices * (1 if job.is_chat else len(job.prompts))
+        if wanted > self.limits.queue:
+            raise refused("n", f"{wanted} answers in one request; this server has room for {self.limits.queue} at a time")
         taken = self.admitted + sum(run.open_choices for run in self.runs)
         if taken + wanted > self.limits.queue:
             raise ApiError(

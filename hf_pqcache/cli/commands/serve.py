@@ -34,7 +34,11 @@ from hf_pqcache.cli.commands import _options, _output, _types
 @click.option(
     "--drain-seconds", type=click.FloatRange(min=0), default=30, show_default=True, help="What running requests get at the end."
 )
-@click.option("--no-prefix-sharing", is_flag=True, help="Store equal beginnings of prompts each time.")
+@click.option(
+    "--no-prefix-sharing",
+    is_flag=True,
+    help="Compute equal beginnings of prompts each time; with sharing, later requests read their codes.",
+)
 @_options.loading_options
 @_options.quiet_option()
 def command(
@@ -78,11 +82,13 @@ def command(
     described = load_model_config(model, {"revision": revision})
     check_device(loading["device"])
     try:
-        from hf_pqcache.serve.engine import EngineSettings
+        from hf_pqcache.serve.engine import EngineSettings, check
         from hf_pqcache.serve.server import Running
         from hf_pqcache.serve.service import Limits, Service
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is not installed; type: pip install 'hf-pqcache[serve]'") from error
+
+    check()
 
     def tell(service: Service) -> None:
         assert service.engine is not None
