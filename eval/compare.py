@@ -32,6 +32,7 @@ class Line:
         perplexity, change: of the first text. texts: both of every text, by its name.
         true_bits: of each number of an old token, with its scales and offsets. bits: with the exact window and tables, at
             the length of the comparison.
+        compression: how many times fewer bits than 16 a number of a long prompt takes: by its bits and by pruning.
         slowdown: time per token over the dynamic cache's; like changes, only where that came before.
     """
 
@@ -41,6 +42,7 @@ class Line:
     texts: dict[str, tuple[float, float | None]] = field(default_factory=dict)
     recall: float | None = None
     true_bits: float | None = None
+    compression: float | None = None
     bits: float | None = None
     kv_bytes: int | None = None
     codebook_bytes: int | None = None
@@ -95,6 +97,7 @@ def compare(
     recall_count: int = 20,
     new_tokens: int = 32,
     filler: str | None = None,
+    question_after: bool = False,
 ) -> tuple[list[Line], list[Row]]:
     """Measure every cache -> (lines of the table, rows). A cache that fails gets a line that says why.
 
@@ -108,7 +111,11 @@ def compare(
         windows: of the perplexity; None measures the whole text.
         chunk: tokens of a step of the perplexity. recall_count: pass keys, spread evenly over the depths.
         filler: what they are hidden in; None is the first of `texts`.
+        question_after: see `recall_at`.
+
+    Where one of `specs` has a press, the first half of a window is every cache's prompt, and only the other half is scored.
     """
+    prompt = tokens // 2 if any(spec.press for spec in specs) else None
     lines: list[Line] = []
     rows: list[Row] = []
     exact: list[Row] = []
@@ -118,7 +125,10 @@ def compare(
             try:
                 one = ready(spec)
                 one.cache.make(one.model, tokens)
-                found = _measure(one, texts, measures, tokens, windows, chunk, recall_count, new_tokens, filler)
+                with one.cache.pressing(one.model):
+                    found = _measure(
+                        one, texts, measures, tokens, windows, chunk, recall_count, new_tokens, filler, prompt, question_after
+                    )
             except Exception as error:  # of one cache; the others are measured all the same
                 why = " ".join(str(error).split()) or type(error).__name__
                 lines.append(Line(spec.label, note=why if isinstance(error, ImportError | ValueError) else f"failed: {why}"))
@@ -147,6 +157,7 @@ def _line(session: Session, texts: Sequence[str], rows: Sequence[Row], exact: Se
         texts=changes,
         recall=sum(grid) / len(grid) if grid else None,
         true_bits=session.code_bits,
+        compression=16 / min(16.0, session.code_bits) / session.cache.kept if session.code_bits else None,
         bits=next((row.true_bits for row in rows if row.metric == "kv_bytes"), None),
         kv_bytes=int(values["kv_bytes"]) if "kv_bytes" in values else None,
         codebook_bytes=int(values["codebook_bytes"]) if "kv_bytes" in values else None,
@@ -166,15 +177,22 @@ def _measure(
     recall_count: int,
     new_tokens: int,
     filler: str | None,
+    prompt: int | None,
+    question_after: bool,
 ) -> list[Row]:
-    options: dict[str, Any] = {"window": tokens, "limit": windows, "chunk": chunk, "mode": "cache"}
+    options: dict[str, Any] = {"window": tokens, "limit": windows, "chunk": chunk, "mode": "cache", "prompt": prompt}
     rows = []
     if "perplexity" in measures:
         rows += [run_perplexity(session, name, "1", text, **options) for name, text in texts.items()]
     if "recall" in measures and recall_count:
         depths = [(i + 0.5) / recall_count for i in range(recall_count)]
         rows += tasks.get("recall").run(
-            session, filler or next(iter(texts.values())), lengths=(tokens,), depths=depths, count=1
+            session,
+            filler or next(iter(texts.values())),
+            lengths=(tokens,),
+            depths=depths,
+            count=1,
+            question_after=question_after,
         )
     if "memory" in measures:
         rows += tasks.get("memory").run(session, lengths=(tokens,))
@@ -202,6 +220,7 @@ COLUMNS = {
     "change": ("change", "+.2%"),
     "recall": ("recall", ".0%"),
     "true bits": ("true_bits", ".2f"),
+    "smaller": ("compression", ".1f"),
     "with window": ("bits", ".2f"),
     "KV bytes": ("kv_bytes", ",d"),
     "codebooks": ("codebook_bytes", ",d"),

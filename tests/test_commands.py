@@ -177,7 +177,7 @@ SHEET: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "list": (
-        "caches configs tasks",
+        "caches presses configs tasks",
         {"everything": "'everything' is not one of", "--nope": "No such option", "caches --json": "requires an argument"},
     ),
     "lm-eval": (

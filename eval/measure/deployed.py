@@ -47,6 +47,7 @@ def cache_perplexity(
     chunk: int = CHUNK,
     prefill: int | None = None,
     batch: int = 1,
+    is_prompt: bool = False,
     max_windows: int | None = None,
     progress: bool = True,
 ) -> float:
@@ -58,6 +59,7 @@ def cache_perplexity(
         chunk: tokens of one step.
         prefill: tokens of the first step, as a prompt would come; None means `chunk`. fp8 caches take their scale from what
             comes first.
+        is_prompt: whether the first step is a prompt, none of whose tokens is scored, nor the one that it predicts.
         batch: windows that run together, as rows. It changes no figure where the rows of a cache are independent, and
             spares time on a GPU.
 
@@ -71,6 +73,10 @@ def cache_perplexity(
     parts = list(spans(ids.numel(), window, stride))[:max_windows]
     if not parts:
         raise ValueError(f"the text has {ids.numel()} tokens; perplexity needs at least two")
+    if is_prompt:
+        parts = [(begin, end, max(first, begin + prefill + 1)) for begin, end, first in parts if end > begin + prefill + 1]
+        if not parts:
+            raise ValueError(f"a prompt of {prefill} tokens leaves none to score in a window of {window}")
     check_positions(min(window, ids.numel()), max_positions(model.config), "a perplexity window", "the window")
     device = next(model.parameters()).device
     total, count = 0.0, 0

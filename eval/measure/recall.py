@@ -77,6 +77,12 @@ def passkey_prompt(tokenizer: Any, filler: torch.Tensor, tokens: int, depth: flo
     return torch.cat([text[:at], fact, text[at:], question])[None], key
 
 
+def question_tokens(tokenizer: Any, seed: int) -> int:
+    """Tokens of the question at the end of a `passkey_prompt` of this seed."""
+    name = random.Random(seed).choice(NAMES)
+    return _frame(tokenizer, name, "00000")[1].numel()
+
+
 @torch.inference_mode()
 def recall_at(
     model: Any,
@@ -88,6 +94,7 @@ def recall_at(
     depths: Sequence[float],
     seed: int = 0,
     progress: bool = False,
+    question_after: bool = False,
 ) -> list[bool]:
     """For one pass key at each of `depths`, each with its own prompt: does greedy generation give it back?
 
@@ -95,16 +102,21 @@ def recall_at(
         filler: int64 (N), ordinary text to hide it in.
         make_cache: makes a fresh cache for every prompt.
         tokens: length of a prompt.
+        question_after: whether the question is a turn of its own, which comes when the text is in the cache: what prunes the
+            text does not know it yet.
     """
     found = []
     for i, depth in enumerate(tqdm(depths, desc=f"recall at {tokens}", leave=False, disable=not progress)):
         ids, key = passkey_prompt(tokenizer, filler, tokens, depth, seed + i)
         ids = ids.to(model.device)
         digits = len(tokenizer(" " + key, add_special_tokens=False)["input_ids"])
+        cache = make_cache()
+        if question_after:
+            model(ids[:, : tokens - question_tokens(tokenizer, seed + i)], **cache_kwargs(cache, model), use_cache=True)
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            **cache_kwargs(make_cache()),
+            **cache_kwargs(cache),
             max_new_tokens=digits + 1,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id or 0,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
@@ -13,8 +14,10 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from hf_pqcache.cache.caches import PagedKVCache, PagedPQCache
 from hf_pqcache.cache.footprint import OTHERS, layer_shapes
+from hf_pqcache.cache.pressed import pressed
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.codebook.samples import compressible_layers
+from hf_pqcache.compressors import parse as presses
 from hf_pqcache.config import OPERATING_POINTS, PQConfig, Side
 from hf_pqcache.eval import quantizers
 from hf_pqcache.pages.layout import PageLayout
@@ -58,6 +61,19 @@ def check_name(text: str) -> tuple[str, float | None, tuple[str, ...]]:
     return name, wanted, options
 
 
+def split_press(text: str) -> tuple[str, str]:
+    """ "pq:4+snapkv:0.5" -> ("pq:4", "snapkv:0.5"), "pq:4" -> ("pq:4", "").
+
+    Raises ValueError for a press that is none, or beside a cache that cannot prune.
+    """
+    cache, plus, press = text.partition("+")
+    if plus:
+        presses.parse(press)
+        if cache.partition(":")[0] not in ("pq", "paged-kv"):
+            raise ValueError(f"{text}: only pq and paged-kv caches let a press prune their prompts")
+    return cache, press
+
+
 @dataclass(frozen=True)
 class CacheSpec:
     """A kind of cache and its settings; `make` builds fresh ones.
@@ -66,11 +82,13 @@ class CacheSpec:
         name: one of CACHES.
         settings: the cache's own settings, JSON values: arguments of transformers' QuantizedCache or of PQConfig.
         codebook: for pq; None is the one that comes with the package.
+        press: what prunes prompts before they are stored, "snapkv:0.5"; for pq and paged-kv.
     """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     codebook: Codebook | None = None
+    press: str = ""
 
     def __post_init__(self) -> None:
         if self.name not in CACHES:
@@ -106,6 +124,8 @@ class CacheSpec:
     @property
     def label(self) -> str:
         """For tables: "hqq 3 bits", "pq 4 bits", "pq M=64/32 n=8/6"."""
+        if self.press:
+            return f"{replace(self, press='').label}, {self.press}"
         if self.name == "pq":
             return f"pq {codes_text(self.settings)}"
         name = f"{self.name} {self.settings['nbits']} bits" if "nbits" in self.settings else self.name
@@ -141,6 +161,15 @@ class CacheSpec:
         if self.name == "pq":
             return PagedPQCache(config, self.codebook, self.config, expected_tokens=max_tokens)
         return PagedKVCache(config, **self.settings, expected_tokens=max_tokens)
+
+    def pressing(self, model: Any) -> AbstractContextManager[None]:
+        """Within it, caches that `make` made get their prompts pruned."""
+        return pressed(model, self.press) if self.press else nullcontext()
+
+    @property
+    def kept(self) -> float:
+        """The share of a prompt's tokens that is stored."""
+        return 1 - presses.parse(self.press).ratio if self.press else 1.0
 
     def true_bits(self, model_config: Any, dtype_bits: int = 16) -> float | None:
         """Bits of each number of an old token, with every scale, offset and index that comes with it; None if not known.

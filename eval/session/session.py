@@ -90,7 +90,7 @@ class Session:
             model_fingerprint=self.model_fingerprint,
             cache=self.cache.name,
             settings={**settings, **self.loading, "dtype": dtype_name(self.model)},
-            cache_config=dict(self.cache.settings),
+            cache_config={**self.cache.settings, **({"press": self.cache.press} if self.cache.press else {})},
             task_version=version,
             codebook=None if book is None else book.fingerprint,
             seed=self.seed,

@@ -14,7 +14,7 @@ from hf_pqcache.codebook.calibrate import calibrate
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.session import distributed
-from hf_pqcache.eval.session.caches import CODES, CacheSpec, check_name, codes_of, head_dim_of
+from hf_pqcache.eval.session.caches import CODES, CacheSpec, check_name, codes_of, head_dim_of, split_press
 from hf_pqcache.eval.session.given import RECOMMENDED, check_data_dir, check_given
 from hf_pqcache.eval.session.model_config import DEMO, ModelConfig, load_model_config, stated_settings
 from hf_pqcache.eval.session.models import check_device, load_config, load_model, load_tokenizer, public_name, token_ids
@@ -221,7 +221,8 @@ def prepare(
 
     Args:
         model: a name of model_configs/, a YAML file, a folder or a Hub id.
-        caches: names and bits, see `CacheSpec.parse`; for pq without bits the model config decides the shape.
+        caches: names and bits, see `CacheSpec.parse`, maybe with a press, "pq:4+snapkv:0.5"; for pq without bits the model
+            config decides the shape.
         overrides: settings of the model config that win over its file. One that none of the caches has is refused.
         codebook: folder or Hub repository; None is the model config's, or the one that comes with the package.
         calibration: text to learn a codebook of the model's own from, see `text_of`; None learns none.
@@ -236,6 +237,7 @@ def prepare(
     """
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
     config = load_model_config(model, overrides)
+    caches, presses = zip(*map(split_press, caches), strict=True)
     for text in caches:
         check_name(text)
     loading["device"] = check_device(device or distributed.local_device())
@@ -244,6 +246,7 @@ def prepare(
     config.check(hf_config)
     width = head_dim_of(hf_config)
     specs = [CacheSpec.parse(text, width, config.pq_config) for text in caches]
+    specs = [replace(spec, press=press) for spec, press in zip(specs, presses, strict=True)]
     own = codebook or (config.codebook if "pq" in caches and not (learns or calibration) else None)
     book = None if own is None else Codebook.from_pretrained(own, revision=None if codebook else config.codebook_revision)
     sources = {"--codebook": codebook, "--calibration": calibration}

@@ -88,12 +88,16 @@ class TextTask:
         return run_perplexity(session, self.name, self.version, self.text(split, data_dir), split=split, **options)
 
 
-def mode_of(spec: CacheSpec, mode: str | None, chunk: int | None) -> str:
-    """How the perplexity of a cache is computed: `mode`, or the cache's own.
+def mode_of(spec: CacheSpec, mode: str | None, chunk: int | None, prompt: int | None = None) -> str:
+    """How the perplexity of a cache is computed: `mode`, or the cache's own, or cache where there is a prompt or a press.
 
-    Raises ValueError for a mode that the cache cannot serve, and for a `chunk` in one that has none.
+    Raises ValueError for a mode that the cache cannot serve, and for a `chunk` or `prompt` in one that has none.
     """
     is_simulated = spec.name == "pq"
+    if mode is None and (spec.press or prompt is not None):
+        mode = "cache"
+    if mode not in (None, "cache") and (spec.press or prompt is not None):
+        raise ValueError(f"mode {mode} takes a window at once and has no prompt to prune: use mode cache")
     mode = mode or ("stream" if is_simulated else "exact" if spec.name == "dynamic" else "cache")
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; use one of {MODES}")
@@ -113,6 +117,7 @@ def check_perplexity(
     mode: str | None = None,
     chunk: int | None = None,
     limit: int | None = None,
+    prompt: int | None = None,
     split: str = "test",
     data_dir: str | Path | None = None,
 ) -> int:
@@ -121,11 +126,13 @@ def check_perplexity(
     Raises ValueError or FileNotFoundError for what would fail or mean nothing once the model is loaded.
     """
     spec = setup.specs[0]
-    mode_of(spec, mode, chunk)
+    mode_of(spec, mode, chunk, prompt)
     available = token_ids(setup.tokenizer, task.text(split, data_dir)).numel()
     found = min(setup.window, available) if window is None else window
     check_positions(found, setup.limit, "a perplexity window", "--window")
     spec.check_room(found)
+    if prompt is not None and prompt > found - 2:
+        raise ValueError(f"prompt={prompt} leaves nothing to score in a window of {found}: use {found - 2} or less")
     if not 1 <= (stride or found) <= found:
         raise ValueError(f"stride={stride} and window={found}: use a stride from 1 to the window")
     if available < found:
@@ -156,6 +163,7 @@ def run_perplexity(
     mode: str | None = None,
     chunk: int | None = None,
     limit: int | None = None,
+    prompt: int | None = None,
     **settings: Any,
 ) -> Row:
     """One row: the perplexity of `text` (or token ids, int64 (N)) under the session's cache.
@@ -165,14 +173,18 @@ def run_perplexity(
             for pq, and cache for every other.
         chunk: tokens of a step in mode cache after the first, CHUNK if None; in the others it must be None.
         limit: windows to measure; None measures the whole text.
+        prompt: tokens of a window that come at once, and are pruned where the cache has a press; only those behind them are
+            scored. None is half a window under a press, else nothing. In mode cache.
         settings: more of the row's settings.
 
     Raises ValueError for a mode that the cache cannot serve.
     """
     spec = session.cache
-    mode = mode_of(spec, mode, chunk)
+    mode = mode_of(spec, mode, chunk, prompt)
+    prompt = window // 2 if prompt is None and spec.press else prompt
     settings |= {"window": window, "stride": stride or window, "mode": mode, "limit": limit}
-    settings |= {"chunk": chunk or CHUNK, "prefill": PREFILL} if mode == "cache" else {}
+    settings |= {"chunk": chunk or CHUNK, "prefill": prompt or PREFILL} if mode == "cache" else {}
+    settings |= {} if prompt is None else {"prompt": prompt}
     data = text.numpy().tobytes() if isinstance(text, torch.Tensor) else text.encode()
     settings["text_sha256"] = hashlib.sha256(data).hexdigest()[:16]
     row = session.row(name, version, "perplexity", **settings)
@@ -183,7 +195,8 @@ def run_perplexity(
             raise ValueError(f"{name} has {ids.numel()} tokens, less than a window of {window}: use a longer text")
         common: dict[str, Any] = {"window": window, "stride": stride, "max_windows": limit, "progress": session.progress}
         if mode == "cache":
-            steps: dict[str, Any] = {"chunk": chunk or CHUNK, "prefill": PREFILL, "batch": _windows_at_once(session, window)}
+            steps: dict[str, Any] = {"chunk": chunk or CHUNK, "prefill": prompt or PREFILL, "is_prompt": prompt is not None}
+            steps["batch"] = _windows_at_once(session, window)
             return [cache_perplexity(model, ids, lambda n, rows: spec.make(model, n, rows), **steps, **common)]
         config = spec.config if spec.name == "pq" else None
         options: dict[str, Any] = {"mode": mode, "codebook": spec.codebook, "config": config}

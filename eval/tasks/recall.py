@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -23,12 +24,20 @@ class RecallTask:
     version: str = "1"
 
     def run(
-        self, session: Session, text: str, *, lengths: Sequence[int], depths: Sequence[float] = DEPTHS, count: int = 4
+        self,
+        session: Session,
+        text: str,
+        *,
+        lengths: Sequence[int],
+        depths: Sequence[float] = DEPTHS,
+        count: int = 4,
+        question_after: bool = False,
     ) -> list[Row]:
         """One row for every length and depth: the share of `count` pass keys that greedy decoding gives back.
 
         Args:
             text: what they are hidden in, of at least the greatest length.
+            question_after: see `recall_at`.
 
         Raises ValueError, before anything is measured, for lengths and depths that mean nothing; see `check_recall`.
         """
@@ -38,7 +47,9 @@ class RecallTask:
         done: list[Row] = []
         cells = [(tokens, depth) for tokens in lengths for depth in depths]
         for tokens, depth in tqdm(cells, desc="recall", unit="cell", disable=not session.progress, leave=False):
-            row = session.row(self.name, self.version, "recall", tokens=tokens, depth=depth, count=count, text_sha256=digest)
+            told: dict[str, Any] = {"tokens": tokens, "depth": depth, "count": count, "text_sha256": digest}
+            told |= {"question": "after"} if question_after else {}
+            row = session.row(self.name, self.version, "recall", **told)
 
             def run(tokens: int = tokens, depth: float = depth) -> list[float]:
                 make = session.cache.make
@@ -50,6 +61,7 @@ class RecallTask:
                     tokens=tokens,
                     depths=[depth] * count,
                     seed=session.seed,
+                    question_after=question_after,
                 )
                 return [sum(found) / count]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,7 +69,7 @@ class _Pressing:
 
     def __init__(self, press: Press, model: Any) -> None:
         self._press = press
-        self._reached: set[int] = set()
+        self._reached: weakref.WeakKeyDictionary[PagedCache, set[int]] = weakref.WeakKeyDictionary()
         self._turned: list[nn.Module] = []
         modules = [part for part in model.modules() if isinstance(getattr(part, "layer_idx", None), int)]
         self._handles = [part.register_forward_hook(self._hook(self._compress), with_kwargs=True) for part in modules]
@@ -109,7 +110,7 @@ class _Pressing:
         except BaseException:
             layer.abort_pass()
             raise
-        self._reached.add(layer.index)
+        self._reached.setdefault(cache, set()).add(layer.index)
 
     def _compressed(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any, layer: Any) -> tuple[Tensor, Tensor]:
         for name in ("alibi", "position_bias"):
@@ -129,13 +130,12 @@ class _Pressing:
     @torch.compiler.disable
     def _check_reached(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After the model: has each layer in pages that got a prompt been compressed?"""
-        reached, self._reached = self._reached, set()
         cache = _cache_of(kwargs) or _cache_of(output)
         inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
         if not isinstance(cache, PagedCache) or inputs is None or cache.get_seq_length() != inputs.shape[1]:
             return
         layers = {layer.index for layer in cache.layers if isinstance(layer, PagedLayer)}
-        if missed := sorted(layers - reached):
+        if missed := sorted(layers - self._reached.pop(cache, set())):
             cache.reset()
             raise RuntimeError(
                 f"the press was not shown the prompt of layers {missed}: their attention does not go through transformers' "

@@ -101,6 +101,9 @@ _CACHE = (
         help="dynamic, static, quanto[:4|2], hqq[:8|4|3|2|1], fp8, pq[:4|3|2], paged-kv, kivi[:4|3|2], "
         "turboquant[:4|3.5|3|2.5|2], kvquant[:4|3|2], int4-token; the number is bits a value (`pqcache list caches`).",
     ),
+    click.option(
+        "--press", help="What prunes prompts before they are stored, and by how much: snapkv:0.5 (`pqcache list presses`)."
+    ),
     _CODEBOOK,
 )
 
@@ -207,6 +210,12 @@ def setup_of(
     )
     unfinished.begin(setup.results)
     return setup
+
+
+def cache_of(options: dict[str, Any]) -> str:
+    """Cache and press as one name, "pq:4+snapkv:0.5"; both are taken out of `options`."""
+    cache, press = options.pop("cache"), options.pop("press")
+    return cache if press is None else f"{cache}+{press}"
 
 
 def was_given(name: str) -> bool:

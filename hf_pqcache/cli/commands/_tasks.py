@@ -31,12 +31,13 @@ def task_of(group: click.Group) -> Callable[[Callable[..., Any]], click.Command]
         def call(json_file: Path | None, **options: Any) -> None:
             from hf_pqcache.eval import tasks
 
-            cache, when = options.pop("cache"), getattr(function, "reads_data", None)
+            cache, when = _options.cache_of(options), getattr(function, "reads_data", None)
             more = {} if when is None else {"data_dir": options["data_dir"]}
             setup = _options.setup_of(options, [cache], [json_file], reads_data=when is not None and when(options))
             run = function(tasks.get, setup, **more, **options)
             session = setup.ready(setup.open(), setup.specs[0])
-            rows = run(session)
+            with session.cache.pressing(session.model):
+                rows = run(session)
             _rows.finish(rows, json_file, f"{session.model_name}, {session.cache.label}, {session.device_name}")
 
         call.__doc__ = function.__doc__

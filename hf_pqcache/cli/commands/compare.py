@@ -23,6 +23,10 @@ from hf_pqcache.cli.commands import _options, _output, _types, _unfinished
 @click.option("--recall-count", type=click.IntRange(min=0), default=20, show_default=True, help="Pass keys to ask for.")
 @click.option("--filler", help="Text to hide pass keys in: a file, demo, noise, task/split; the first --text if absent.")
 @click.option(
+    "--press", "presses", type=_types.Words(), help="Also with pruned prompts, where a cache can: snapkv:0.5,knorm:0.5"
+)
+@click.option("--question-after", is_flag=True, help="Ask for pass keys in a turn of its own, unknown to what prunes the text.")
+@click.option(
     "--outliers",
     type=click.FloatRange(min=0, min_open=True),
     help="Multiply two channels of the keys by this, and divide the queries': same model, keys like Qwen2.5's.",
@@ -39,6 +43,8 @@ def command(
     chunk: int | None,
     recall_count: int,
     filler: str | None,
+    presses: list[str] | None,
+    question_after: bool,
     outliers: float | None,
     new_tokens: int,
     markdown_file: Path | None,
@@ -48,15 +54,16 @@ def command(
 ) -> None:
     """Perplexity, recall, bytes and speed of a model under every cache, side by side.
 
-    True bits count codes and every scale and offset; "with window" adds the tokens that stay exact. All caches but those of
-    transformers keep the same tokens exact; a name that ends in :own has the window of its authors.
+    True bits count codes and every scale and offset; "with window" adds the tokens that stay exact. "Smaller" is 16 over true
+    bits, over the share of a prompt that is kept. All caches but those of transformers keep the same tokens exact; a name that
+    ends in :own has the window of its authors. Under --press the first half of each window is a prompt, the rest is scored.
 
     \b
     Example:  pqcache compare --model tiny --caches dynamic,kivi:4,pq:4 \\
               --tokens 256 --limit 1 --measure perplexity --plot bits.png \\
               --results rows.jsonl
     """
-    from hf_pqcache.eval.compare import DEFAULT_CACHES, MEASURES, check, compare, markdown, picture, table
+    from hf_pqcache.eval.compare import DEFAULT_CACHES, MEASURES, check, compare, table
     from hf_pqcache.eval.session.outliers import plant_outliers
     from hf_pqcache.eval.session.texts import is_data_set, text_of
 
@@ -64,7 +71,9 @@ def command(
     _check_measures(measures, MEASURES, plot)
     named = {name: text for text, name in (text_of(text, data_dir) for text in texts)}
     reads_data = any(is_data_set(source) for source in (*texts, *((filler,) if filler else ())))
-    setup = _options.setup_of(options, caches or DEFAULT_CACHES, [json_file, markdown_file, plot], reads_data=reads_data)
+    setup = _options.setup_of(
+        options, _with_presses(caches or DEFAULT_CACHES, presses or []), [json_file, markdown_file, plot], reads_data=reads_data
+    )
     count = recall_count if "recall" in measures else 0
     hidden_in = None if filler is None else text_of(filler, data_dir)[0]
     length = check(setup, named, tokens=tokens, recall_count=count, new_tokens=new_tokens, filler=hidden_in)
@@ -84,6 +93,7 @@ def command(
         recall_count=count,
         new_tokens=new_tokens,
         filler=hidden_in,
+        question_after=question_after,
     )
     _output.show_table(
         f"{session.model_name}, {length} tokens, {session.device_name}, {session.model.dtype}, text {', '.join(named)}",
@@ -91,6 +101,13 @@ def command(
         notes=[f"{line.cache}: {line.note}" for line in lines if line.note],
     )
     _unfinished.finished()
+    _save(lines, rows, json_file, markdown_file, plot)
+
+
+def _save(lines: list[Any], rows: list[Any], json_file: Path | None, markdown_file: Path | None, plot: Path | None) -> None:
+    """Write what was asked for. Raises ClickException if a cache was not measured."""
+    from hf_pqcache.eval.compare import markdown, picture
+
     if markdown_file is not None:
         _output.say(_output.written(markdown_file, _output.save_text(markdown_file, markdown(lines))))
     _output.write_json(json_file, {"table": [asdict(x) for x in lines], "rows": [row.to_dict() for row in rows]})
@@ -100,6 +117,15 @@ def command(
         raise click.ClickException(f"{len(failed)} of {len(lines)} caches were not measured: {', '.join(failed)}")
 
 
+def _with_presses(caches: Sequence[str], presses: Sequence[str]) -> list[str]:
+    """The caches, and after each that can prune its prompts the same one with each press."""
+    able = ("pq", "paged-kv")
+    if presses and not any(cache.partition(":")[0] in able for cache in caches):
+        raise click.UsageError(f"--press does nothing without one of {', '.join(able)} among --caches")
+    able_caches = {cache for cache in caches if cache.partition(":")[0] in able}
+    return [name for cache in caches for name in (cache, *(f"{cache}+{p}" for p in presses if cache in able_caches))]
+
+
 def _check_measures(measures: Sequence[str], known: Sequence[str], plot: Path | None) -> None:
     if unknown := sorted({*measures} - {*known}):
         raise click.BadParameter(f"{', '.join(unknown)}: use some of {', '.join(known)}", param_hint="--measure")
@@ -107,7 +133,7 @@ def _check_measures(measures: Sequence[str], known: Sequence[str], plot: Path | 
         raise click.UsageError("--plot draws perplexities: leave it out, or add perplexity to --measure")
     unused = {
         "perplexity": {"limit": "--limit", "chunk": "--chunk"},
-        "recall": {"recall_count": "--recall-count", "filler": "--filler"},
+        "recall": {"recall_count": "--recall-count", "filler": "--filler", "question_after": "--question-after"},
         "speed": {"new_tokens": "--new-tokens"},
     }
     for measure in sorted({*unused} - {*measures}):

@@ -30,6 +30,9 @@ def _windows(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--chunk", type=click.IntRange(min=1), help="Tokens a step, in mode cache only; 64 if absent."),
         click.option("--mode", type=click.Choice(["exact", "distort", "stream", "cache"]), help="The cache's own if absent."),
         click.option("--limit", type=click.IntRange(min=1), help="Windows to measure; all if absent."),
+        click.option(
+            "--prompt", type=click.IntRange(min=1), help="First tokens of a window, at once and unscored; half under --press."
+        ),
         click.option("--stride", type=click.IntRange(min=1), help="The next window starts so many tokens later."),
         click.option("--window", type=click.IntRange(min=2), help="Tokens of a window; the model config's if absent."),
         click.option("--split", type=click.Choice(["test", "validation", "train"]), default="test", show_default=True),
@@ -263,6 +266,9 @@ def _is_text_of_data_set(options: dict[str, Any]) -> bool:
     help="Where: 0 first, 1 last.",
 )
 @click.option("--count", type=click.IntRange(min=1), default=4, show_default=True, help="Pass keys for every cell.")
+@click.option(
+    "--question-after", is_flag=True, help="Ask in a turn of its own: what prunes the text does not know the question."
+)
 @_options.text_option("Filler")
 @click.option("--plot", type=_options.FILE, help="Draw recall over depth and length here (PNG; needs matplotlib).")
 @reads_data(_is_text_of_data_set)
@@ -275,6 +281,7 @@ def recall(
     depths: list[float],
     text: str,
     count: int,
+    question_after: bool,
     plot: Path | None,
 ) -> Any:
     """Pass keys over depth and length.
@@ -295,7 +302,8 @@ def recall(
     _output.check_writable(plot)
 
     def run(session: Any) -> Any:
-        rows = get("recall").run(session, filler, lengths=chosen, depths=depths, count=count)
+        asked = {"lengths": chosen, "depths": depths, "count": count, "question_after": question_after}
+        rows = get("recall").run(session, filler, **asked)
         if plot is not None:
             from hf_pqcache.eval.report.charts import recall_maps
             from hf_pqcache.eval.report.plots import save_png

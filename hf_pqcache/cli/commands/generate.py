@@ -58,7 +58,7 @@ def command(
     from hf_pqcache.models.positions import check_positions
 
     text = prompt if prompt_file is None else _read(prompt_file)
-    cache = options.pop("cache")
+    cache = _options.cache_of(options)
     if temperature == 0:
         _options.refuse_unused("at temperature 0, where nothing is sampled", {"top_p": "--top-p"})
     if cache == "dynamic":
@@ -86,7 +86,8 @@ def command(
         _output.say("")
         with _streams.side_by_side([spec.label for spec in specs]) as streams:
             options = {"max_new_tokens": max_new_tokens, "show": streams.show, **sampling}
-            found = answers(session.model, session.tokenizer, asked, **options)
+            with session.cache.pressing(session.model):
+                found = answers(session.model, session.tokenizer, asked, **options)
         for one, history in zip(found, histories, strict=True):
             history.append({"role": "assistant", "content": one.text})
         _print(found)
