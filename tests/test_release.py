@@ -34,7 +34,21 @@ typed = files("hf_pqcache").joinpath("py.typed").is_file()
 print(json.dumps([version("hf-pqcache"), hf_pqcache.__version__, failed, typed]))
 """
 #: What modules may lack: each is an extra.
-EXTRAS = {"cupy", "lm_eval", "jieba", "jinja2", "matplotlib", "hqq", "optimum", "gguf", "ray"}
+EXTRAS = {
+    "cupy",
+    "lm_eval",
+    "jieba",
+    "jinja2",
+    "matplotlib",
+    "hqq",
+    "optimum",
+    "gguf",
+    "ray",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+    "httpx",
+}
 needs_network = pytest.mark.skipif(os.environ.get("PIP_NO_INDEX") == "1", reason="pip may not ask an index")
 
 

@@ -80,7 +80,7 @@ class Running:
     ) -> None:
         self.load, self.settings, self.when_ready = load, settings, when_ready
         self.service = Service(name, limits)
-        self.socket = _bound(host, port)
+        self.socket = bound(host, port)
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self.socket.getsockname()[1]}"
         config = uvicorn.Config(
@@ -152,7 +152,7 @@ class Running:
         self.is_ready.set()
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def bound(host: str, port: int) -> socket.socket:
     """A listening socket. Raises OSError that names the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import click
@@ -39,6 +40,8 @@ from hf_pqcache.cli.commands import _options, _output, _types
     is_flag=True,
     help="Compute equal beginnings of prompts each time; with sharing, later requests read their codes.",
 )
+@click.option("--replicas", type=click.IntRange(min=1), help="Processes with the model, on Ray Serve; extra 'ray'.")
+@click.option("--most-replicas", type=click.IntRange(min=1), help="As many under load; Ray adds and removes them.")
 @_options.loading_options
 @_options.quiet_option()
 def command(
@@ -57,6 +60,8 @@ def command(
     max_body: int,
     drain_seconds: float,
     no_prefix_sharing: bool,
+    replicas: int | None,
+    most_replicas: int | None,
     revision: str | None,
     quiet: bool,
     **options: Any,
@@ -68,6 +73,12 @@ def command(
 
     \b
     Example:  pqcache serve tiny --port 8765
+
+    With --replicas requests that begin alike go to the same one. A replica that dies is started anew; requests of which it
+    had sent nothing are asked again elsewhere, streams end with an error. RAY_ADDRESS names a cluster to join.
+
+    \b
+    Example:  pqcache serve tiny --replicas 2 --port 8765
 
     \b
     Then:     curl -s localhost:8765/v1/completions \\
@@ -96,16 +107,32 @@ def command(
         told = f"{service.context:,} tokens a request, {service.engine.most_requests} requests at a time"
         _output.note(f"ready: {service.name} on {running.url}, {kind}, {told}")
 
-    running = Running(
-        lambda: load_model(described.source, revision=described.revision, **loading),
-        name or public_name(model),
-        EngineSettings(variant, cache_tokens, page_size, max_requests, max_batch_tokens, not no_prefix_sharing, context),
-        Limits(context, max_queue, max_body * 2**20, drain_seconds),
-        host=host,
-        port=port,
-        api_key=api_key,
-        when_ready=tell,
-    )
+    load = partial(load_model, described.source, revision=described.revision, **loading)
+    sizes = EngineSettings(variant, cache_tokens, page_size, max_requests, max_batch_tokens, not no_prefix_sharing, context)
+    limits = Limits(context, max_queue, max_body * 2**20, drain_seconds)
+    what = load, name or public_name(model), sizes, limits
+    if replicas or most_replicas:
+        _serve_replicas(what, host, port, api_key, (replicas or 1, most_replicas), loading["device"])
+        return
+    running = Running(*what, host=host, port=port, api_key=api_key, when_ready=tell)
     if not quiet:
         _output.note(f"loading {running.service.name}; {running.url}/health says when it is ready")
     running.run()
+
+
+def _serve_replicas(
+    what: tuple[Any, ...], host: str, port: int, api_key: str | None, count: tuple[int, int | None], device: str
+) -> None:
+    import torch
+
+    try:
+        from hf_pqcache.serve import replicas
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is not installed; type: pip install 'hf-pqcache[ray]'") from error
+    gpus = 1.0 if device != "cpu" and torch.cuda.is_available() else 0.0
+    fleet = replicas.Fleet(*count, gpus=gpus)
+
+    def tell(url: str) -> None:
+        _output.note(f"ready: {what[1]} on {url}, {count[0]} replicas, on Ray {replicas.ray.__version__}")
+
+    replicas.run(replicas.application(*what, fleet=fleet, api_key=api_key), host, port, fleet, tell)
