@@ -314,7 +314,6 @@ class SlotCache(PagedAttentionCache):
         request.coded = self.layers.coded_after(request.coded, length)
         request.stored = length
 
-    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Keys and values go on to attention as they are, which stores them; it is told where."""
         kwargs["cache"], kwargs["cache_layer"] = self, layer_idx

@@ -7,6 +7,7 @@ signatures before.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import threading
 from contextlib import contextmanager
@@ -36,6 +37,17 @@ def _compiled(level: int) -> CompileConfig | None:
         return None
     mode = "max-autotune-no-cudagraphs" if level >= 2 else "default"
     return CompileConfig(mode=mode, fullgraph=False, dynamic=level <= 2)
+
+
+def _compiled_once(step: Any) -> Any:
+    """A compiled step whose layers share their code: their numbers, which the cache is told, are no constants of it."""
+
+    @functools.wraps(step)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+            return step(*args, **kwargs)
+
+    return run
 
 
 class BlocksManager(continuous_api.ContinuousBatchingManager):
@@ -116,6 +128,9 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
         )
         ours.processor = processor
         processor.scheduler = processor.offloading_manager.scheduler = ours
+        runner = processor.model_runner
+        if runner._compiled_decode is not None:
+            runner._compiled_decode = _compiled_once(runner._compiled_decode)
         cache: Any = processor.cache
         cache.steps.compute_stream = getattr(processor.inputs_and_outputs, "compute_stream", None)
         return processor
