@@ -17,6 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from hf_pqcache.serve import log
 from hf_pqcache.serve.answers import DONE, Answers, sse
 from hf_pqcache.serve.errors import ApiError
 from hf_pqcache.serve.protocol import job_of, parse
@@ -27,6 +28,8 @@ T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 #: Nobody reads this answer: its client has gone (as nginx counts it).
 GONE = 499
+#: Asked every few seconds by those who watch.
+UNLOGGED = ("/health", "/metrics")
 #: Of a stream: nothing on its way may hold it back.
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -163,6 +166,8 @@ class Handlers:
         route = request.scope.get("route")
         path = getattr(route, "path", "other")
         self.service.metrics.responses.labels(path, str(response.status_code)).inc()
+        if path not in UNLOGGED:
+            log.tell("http", path=path, status=response.status_code)
         return response
 
 

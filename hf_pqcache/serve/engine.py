@@ -246,6 +246,7 @@ class Engine:
             "blocks_free": free,
             "blocks_used": self.cache.num_blocks - free,
             "prefix_hits": self.prefix_hits,
+            "pool_bytes": self.cache.cache_tensor.nbytes,
         }
 
     def _capacity(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import psutil
+import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -17,7 +19,18 @@ GAUGES = {
     "running": ("pqcache_requests_running", "Requests that the engine works on"),
     "blocks_used": ("pqcache_blocks_used", "Blocks of the pool that hold tokens of requests"),
     "blocks_free": ("pqcache_blocks_free", "Blocks of the pool that are free"),
+    "pool_bytes": ("pqcache_pool_bytes", "Bytes of the pool, whatever it holds"),
+    "process_bytes": ("pqcache_process_memory_bytes", "Memory of the process on the host"),
+    "allocated_bytes": ("pqcache_gpu_memory_allocated_bytes", "Memory of the GPU that tensors have"),
+    "reserved_bytes": ("pqcache_gpu_memory_reserved_bytes", "Memory of the GPU that torch holds; the rest of it is fragments"),
 }
+
+
+def _memory() -> dict[str, float]:
+    found: dict[str, float] = {"process_bytes": psutil.Process().memory_info().rss}
+    if torch.cuda.is_initialized():
+        found |= {"allocated_bytes": torch.cuda.memory_allocated(), "reserved_bytes": torch.cuda.memory_reserved()}
+    return found
 
 
 class Metrics:
@@ -48,7 +61,7 @@ class Metrics:
         self.registry.register(self)  # type: ignore[arg-type]
 
     def collect(self) -> Iterator[Metric]:
-        found = self.state()
+        found = {**self.state(), **_memory()}
         for key, (name, told) in GAUGES.items():
             if key in found:
                 yield GaugeMetricFamily(name, told, value=found[key])

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from hf_pqcache.serve import log
 from hf_pqcache.serve.engine import Engine
 from hf_pqcache.serve.errors import ApiError
 from hf_pqcache.serve.metrics import Metrics
@@ -131,3 +132,6 @@ class Run:
         if not choice.is_over:
             choice.is_over = True
             self.metrics.ended(outcome, self.arrival, choice.first, choice.last, choice.tokens)
+            first = None if choice.first is None else choice.first - self.arrival
+            counts = {"prompt_tokens": len(choice.ids), "tokens": choice.tokens}
+            log.tell("request", outcome=outcome, **counts, first_s=first, seconds=time.perf_counter() - self.arrival)

@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 
+from hf_pqcache.serve import log
 from hf_pqcache.serve.app import make_app
 from hf_pqcache.serve.engine import Engine, EngineSettings
 from hf_pqcache.serve.errors import ApiError
@@ -48,6 +49,7 @@ class Server(uvicorn.Server):
     def drain(self) -> None:
         """Take no more requests, and end when the running ones have, or after the time they get."""
         self.service.is_draining = self.should_exit = True
+        log.tell("draining", running=len(self.service.runs))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         error = ApiError(503, "the server ends, and this request took longer than those are given", code="draining")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_pqcache.models.positions import max_positions
+from hf_pqcache.serve import log
 from hf_pqcache.serve.engine import Engine
 from hf_pqcache.serve.errors import ApiError, refused
 from hf_pqcache.serve.metrics import Metrics
@@ -71,6 +72,7 @@ class Service:
         bounds = (engine.capacity, max_positions(model.config), self.limits.context)
         self.context = min(bound for bound in bounds if bound is not None)
         self.engine = engine
+        log.tell("ready", model=self.name, context=self.context)
 
     def check_ready(self) -> Engine:
         """Raises ApiError 503 while the model is loaded, once the engine has died, and when the server is about to end."""
@@ -126,6 +128,7 @@ class Service:
                 continue
             self.engine.drain()
             if not self.engine.is_alive():
+                log.tell("engine_dead", running=len(self.runs))
                 self.abort(ApiError(500, "the engine has died; the server has to be started anew", code="engine_dead"))
 
     def abort(self, error: ApiError) -> None:

@@ -28,16 +28,23 @@ def _print(finding: Finding) -> None:
 
 @click.command()
 @click.option("--no-kernels", is_flag=True, help="Do not compile the kernels, which takes some seconds.")
+@click.option("--serve", "serves", is_flag=True, help="Also whether this machine can serve: packages, the engine, a request.")
 @_options.json_option("the findings")
-def command(no_kernels: bool, json_file: Path | None) -> None:
+def command(no_kernels: bool, serves: bool, json_file: Path | None) -> None:
     """Look at versions, GPU, driver, kernels and memory; exit 1 if something is broken.
 
     \b
-    Example:  pqcache doctor --no-kernels --json doctor.json
+    Example:  pqcache doctor --no-kernels --serve --json doctor.json
     """
     from hf_pqcache.backends.diagnose import diagnose
 
     findings = diagnose(_print, kernels=not no_kernels)
+    if serves:
+        from hf_pqcache.serve import diagnose as serving
+
+        for finding in serving.diagnose():
+            findings.append(finding)
+            _print(finding)
     broken = [finding.name for finding in findings if finding.status == "fail"]
     if json_file is not None:
         _output.save_json(json_file, [asdict(finding) for finding in findings])

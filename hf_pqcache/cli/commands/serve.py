@@ -40,6 +40,7 @@ from hf_pqcache.cli.commands import _options, _output, _types
     is_flag=True,
     help="Compute equal beginnings of prompts each time; with sharing, later requests read their codes.",
 )
+@click.option("--log", "is_logged", is_flag=True, help="A line of JSON for each request on the error stream; no prompts.")
 @click.option("--replicas", type=click.IntRange(min=1), help="Processes with the model, on Ray Serve; extra 'ray'.")
 @click.option("--most-replicas", type=click.IntRange(min=1), help="As many under load; Ray adds and removes them.")
 @_options.loading_options
@@ -60,6 +61,7 @@ def command(
     max_body: int,
     drain_seconds: float,
     no_prefix_sharing: bool,
+    is_logged: bool,
     replicas: int | None,
     most_replicas: int | None,
     revision: str | None,
@@ -73,6 +75,9 @@ def command(
 
     \b
     Example:  pqcache serve tiny --port 8765
+
+    /metrics is for Prometheus; hf_pqcache/serve/grafana.json is a dashboard of it. `pqcache doctor --serve` looks whether all
+    is there.
 
     With --replicas requests that begin alike go to the same one. A replica that dies is started anew; requests of which it
     had sent nothing are asked again elsewhere, streams end with an error. RAY_ADDRESS names a cluster to join.
@@ -93,6 +98,7 @@ def command(
     described = load_model_config(model, {"revision": revision})
     check_device(loading["device"])
     try:
+        from hf_pqcache.serve import log
         from hf_pqcache.serve.engine import EngineSettings, check
         from hf_pqcache.serve.server import Running
         from hf_pqcache.serve.service import Limits, Service
@@ -100,6 +106,8 @@ def command(
         raise click.ClickException(f"{error.name} is not installed; type: pip install 'hf-pqcache[serve]'") from error
 
     check()
+    if is_logged:
+        log.start()
 
     def tell(service: Service) -> None:
         assert service.engine is not None
