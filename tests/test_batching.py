@@ -269,6 +269,21 @@ def test_samples_are_those_of_their_own_settings() -> None:
         assert found[other].generated_tokens != found[plain].generated_tokens
 
 
+def test_lora_is_served() -> None:
+    """A wrapper that passes calls on, and weights that it has put into the model."""
+    peft = pytest.importorskip("peft")
+    base = tiny_models.build("llama").eval()
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    ids = torch.tensor([list(prompts()[9])])
+    made = PagedPQCache(base.config, **CODED)
+    want = wrapped.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, **cache_kwargs(made))[0, ids.shape[1] :]
+    assert enable_batching(wrapped, **CODED) is wrapped
+    found = wrapped.generate_batch(ids.tolist(), greedy(), engine())
+    assert next(iter(found.values())).generated_tokens == want.tolist()
+    disable_batching(wrapped)
+    assert not is_enabled(base)
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [

@@ -14,6 +14,7 @@ from tiny_models import COMMON, SMALL
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hf_pqcache import PagedPQCache
+from hf_pqcache.batching import support
 from hf_pqcache.codebook import shipped
 
 SHAPE = {**COMMON, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -54,6 +55,19 @@ def test_two_processes_equal_one(name: str, tmp_path: Path, one_thread: None) ->
         assert facts["pages"] == whole["pages"] > 0
         assert facts["tokens"] == whole["tokens"]
         assert 2 * facts["code_bytes"] == whole["code_bytes"], "each process holds its half"
+
+
+@pytest.mark.slow
+def test_an_engine_of_two_processes_equals_one(tmp_path: Path, one_thread: None) -> None:
+    if why := support.why_unsupported():
+        pytest.skip(why)
+    import tp_batching
+
+    write_folder(tmp_path, "llama")
+    alone = tp_batching.results(tp_worker.load(tmp_path))
+    for results in tp_worker.torchrun(tmp_path, 2, "tp_batching.py"):
+        assert 2 * results.pop("rows") == alone["rows"], "each process has its half of the KV heads"
+        assert results == {key: value for key, value in alone.items() if key != "rows"}
 
 
 def test_collectives_are_not_compiled_unasked(monkeypatch: pytest.MonkeyPatch) -> None:

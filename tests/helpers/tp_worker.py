@@ -25,9 +25,9 @@ from hf_pqcache.models.names import cache_kwargs
 PROMPT, NEW, FEW = 60, 24, 8
 
 
-def torchrun(folder: Path, processes: int) -> list[dict[str, Any]]:
-    """Run this file in several processes -> the results of every rank."""
-    here = Path(__file__)
+def torchrun(folder: Path, processes: int, script: str = "tp_worker.py") -> list[dict[str, Any]]:
+    """Run this file, or another one beside it, in several processes -> the results of every rank."""
+    here = Path(__file__).with_name(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     path = os.pathsep.join([str(here.parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
