@@ -147,19 +147,22 @@ struct Join {
         }
         __syncthreads();
         const Parts<WIDE> parts(a, work.block_row);
-        for (int i = threadIdx.x; i < work.num_heads * WIDE; i += THREADS) {
-            const int h = i / WIDE, d = i % WIDE;
-            float o = 0.f, w = lane < WARPS ? weights[lane * 8 + h] : 0.f;
+        // Four numbers a thread: code that runs once costs what its instructions take to come.
+        for (int i = threadIdx.x; i < work.num_heads * COLUMNS; i += THREADS) {
+            const int h = i / COLUMNS, d = i % COLUMNS * 4, head = work.first_head + h;
+            float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
+            float w = 0.f;
 #pragma unroll
-            for (int j = 0; j < WARPS; j++) o += all[(j * 8 + h) * LINE + d];
-#pragma unroll
-            for (int m = 16; m; m >>= 1) w += __shfl_xor_sync(~0u, w, m);
-            const int head = work.first_head + h;
+            for (int j = 0; j < WARPS; j++) {
+                const float4 x = *(const float4*)(all + (j * 8 + h) * LINE + d);
+                o.x += x.x, o.y += x.y, o.z += x.z, o.w += x.w;
+                w += weights[j * 8 + h];
+            }
             if (a.splits == 1) {
-                put((float*)scratch, h, d, o * normalizer(a, work.kv_head * a.group + head, tops[h], w));
+                put((float*)scratch, h, d, o, normalizer(a, work.kv_head * a.group + head, tops[h], w));
             } else {
                 const i64 part = (i64)work.split * a.group + head;
-                store_shared_level(parts.sums + part * WIDE + d, o);
+                store_shared_level((float4*)(parts.sums + part * WIDE + d), o);
                 if (d == 0) store_shared_level(parts.weights + part, make_float2(tops[h], w));
             }
         }
@@ -170,12 +173,16 @@ struct Join {
     }
 
 private:
-    // A finished number: out, or kept to be rotated.
-    __device__ __forceinline__ void put(float* kept, int h, int d, float x) const {
-        if (ROTATED)
-            kept[h * WIDE + d] = x;
-        else if (d < DIM)
-            a.out[((i64)work.block_row * a.group + work.first_head + h) * DIM + d] = element_of(x);
+    // Four finished numbers, times `scale`: out, or kept to be rotated.
+    __device__ __forceinline__ void put(float* kept, int h, int d, float4 x, float scale) const {
+        const float number[4] = {x.x * scale, x.y * scale, x.z * scale, x.w * scale};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (ROTATED)
+                kept[h * WIDE + d + j] = number[j];
+            else if (d + j < DIM)
+                a.out[((i64)work.block_row * a.group + work.first_head + h) * DIM + d + j] = element_of(number[j]);
+        }
     }
 
     // Rotates what was kept and writes it: a warp for each head.
@@ -255,10 +262,7 @@ private:
                     o.w = o.w * f0 + f * x.w;
                     sum = sum * f0 + f * w.y;
                 }
-                const float scale = normalizer(a, work.kv_head * a.group + head, reference, sum);
-                const float value[4] = {o.x * scale, o.y * scale, o.z * scale, o.w * scale};
-#pragma unroll
-                for (int j = 0; j < 4; j++) put(all, h, column % COLUMNS * 4 + j, value[j]);
+                put(all, h, column % COLUMNS * 4, o, normalizer(a, work.kv_head * a.group + head, reference, sum));
             }
             if (teams > 1) __syncthreads();
         }

@@ -212,6 +212,29 @@ def num_splits(blocks: int, tokens: int, slots: int, fixed_tokens: int = 1500) -
     return best
 
 
+#: Splits whose parts the last block of a head has on their way at a time, as Join::merge_splits of kernels/softmax.cuh.
+_JOINED_TOGETHER = 8
+
+
+def _coded_splits(geometry: Geometry, blocks: int, group: int, tokens: int, slots: int) -> int:
+    """`num_splits` for attend_codes.cu, or fewer where every warp still has one piece or one tile of the window.
+
+    A sixteenth of the device is left for the next launch to begin on; where the heads of a block leave its threads no second
+    team to join splits, they are joined at once.
+    """
+    most = num_splits(blocks, tokens, slots)
+    fewer = [num_splits(blocks, tokens, slots - slots // 16)]
+    if min(group, 8) * geometry.head_dim > 512 and tokens <= 2048:
+        fewer.insert(0, _JOINED_TOGETHER)
+    window_tiles = ceil((geometry.sink_tokens + geometry.window_slots) / layout.TILE_TOKENS)
+    for splits in fewer:
+        warps, piece, _ = _coded_block(geometry, tokens // splits)
+        pieces = ceil(tokens / splits / layout.TILE_TOKENS / piece)
+        if splits < most and pieces + ceil(window_tiles / splits) <= warps:
+            return splits
+    return most
+
+
 @lru_cache(maxsize=4096)
 def attend_plan(
     geometry: Geometry,
@@ -237,7 +260,7 @@ def attend_plan(
         source = "attend_codes.cu"
         defines |= {"PQ_KEY_M": keys.num_subspaces, "PQ_KEY_BITS": keys.num_bits}
         defines |= {"PQ_VALUE_M": values.num_subspaces, "PQ_VALUE_BITS": values.num_bits}
-        splits = num_splits(blocks, max_tokens, device.num_sms)
+        splits = _coded_splits(geometry, blocks, group, max_tokens, device.num_sms)
         block = _coded_block(geometry, max_tokens // splits)
         warps, piece, shared = block.warps, block.piece, coded_shared_bytes(geometry, block.warps, block.piece)
         defines |= {"PQ_PIECE": piece, "PQ_HELD": block.held}
