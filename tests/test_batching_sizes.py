@@ -31,10 +31,11 @@ def memory_of(sizes: Any) -> int:
         is_usual=st.booleans(),
         max_prompt=st.none() | st.integers(1, 1 << 18),
     ),
+    st.booleans(),
 )
-def test_what_is_planned_fits(memory: int, wishes: Wishes) -> None:
+def test_what_is_planned_fits(memory: int, wishes: Wishes, is_beside: bool) -> None:
     try:
-        sizes = plan(CONFIG, wishes, memory=memory, **COSTS)
+        sizes = plan(CONFIG, wishes, memory=memory, is_beside=is_beside, **COSTS)
     except MemoryError as error:
         assert "PQC004" in str(error)  # noqa: PT017
         assert memory < 3 * GIB
@@ -46,7 +47,7 @@ def test_what_is_planned_fits(memory: int, wishes: Wishes) -> None:
 
 def test_a_known_workload_fills_the_memory() -> None:
     sizes = plan(CONFIG, Wishes(max_length=4608, is_usual=True, max_prompt=4096), memory=57 * GIB, **COSTS)
-    assert sizes.staging_tokens == 0, "a prompt of one step waits for nothing"
+    assert sizes.staging_tokens == 2 * 4096, "one prompt ends in a step, and what is left of the step begins another one"
     assert sizes.num_slots > 330
     assert memory_of(sizes) > 56 * GIB
     assert sizes.num_blocks >= sizes.num_slots * CONFIG.pages_of(4608)
@@ -62,3 +63,12 @@ def test_longest_is_the_longest(pages: int) -> None:
 def test_more_than_there_is_says_what_to_lower() -> None:
     with pytest.raises(MemoryError, match=r"PQC004.*num_blocks"):
         plan(CONFIG, Wishes(num_blocks=10**6), memory=GIB, **COSTS)
+
+
+def test_prompts_that_are_stored_beside_later_steps_wait_for_two_steps() -> None:
+    memory = 57 * GIB
+    plain = plan(CONFIG, Wishes(max_length=4608, max_prompt=4096), memory=memory, **COSTS)
+    beside = plan(CONFIG, Wishes(max_length=4608, max_prompt=4096), memory=memory, is_beside=True, **COSTS)
+    assert beside.staging_tokens == plain.staging_tokens + 2 * COSTS["max_batch_tokens"]
+    poor = plan(CONFIG, Wishes(max_length=64, max_prompt=8), memory=3 * GIB, is_beside=True, **COSTS)
+    assert poor.staging_tokens == COSTS["max_batch_tokens"], "no less than a step, or none would ever be stored beside"

@@ -35,7 +35,10 @@ def attend_exactly(query: Tensor, keys: Tensor, values: Tensor, scale: float) ->
 def attend_prompt(
     layers: SlotLayers, layer: int, chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> Tensor:
-    """The part of a prompt that is in a chunk: query (Hq, T, d), keys, values (H, T, d) -> (Hq, T, d). Stores its keys."""
+    """The part of a prompt that is in a chunk: query (Hq, T, d), keys, values (H, T, d) -> (Hq, T, d).
+
+    Its keys and values are stored, or wait as the chunk says.
+    """
     staged = [] if chunk.staging is None else chunk.staging.layers[layer]
     whole = [torch.cat([*(part[side] for part in staged), x], dim=1) if staged else x for side, x in enumerate((keys, values))]
     seen = whole
@@ -46,9 +49,12 @@ def attend_prompt(
     if chunk.keeps:
         # What came is a view of the packed input, which the next step of a graph overwrites.
         staged.append((keys.clone(), values.clone()))
+        return out
+    if chunk.job is not None:
+        chunk.job.sides.append((whole[0], whole[1]) if staged else (keys.clone(), values.clone()))
     else:
         layers.store(layer, chunk.slot, whole[0], whole[1], chunk.stored, chunk.coded)
-        staged.clear()
+    staged.clear()
     return out
 
 

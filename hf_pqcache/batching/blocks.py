@@ -1,12 +1,7 @@
-"""The cache that transformers' continuous batching is given: its allocator and its cache, over coded or exact blocks.
+"""The cache that transformers' continuous batching is given, over coded or exact blocks.
 
-The only file that touches what these two inherit (transformers 5.20 to 5.24: `PagedAttentionCache`,
-`FullAttentionCacheAllocator`, `CachePool`); `support.py` checks their signatures before. Scheduling, prefix ledgers, reference
-counts and forks are transformers' own.
-
-A block is complete when it is written, which is when its tokens leave the window; it is never changed again. So forks share
-all blocks that they have, and only the window is copied. Sinks lie in the window: blocks hold tokens from `sink_tokens` on,
-hashes cover the sinks besides, and who shares a prefix gets a copy of its sinks.
+The only file that touches what it inherits (transformers 5.20 to 5.24: `PagedAttentionCache`, `CachePool`); `support.py` checks
+its signatures before. Scheduling, reference counts and forks are transformers' own.
 """
 
 from __future__ import annotations
@@ -14,125 +9,17 @@ from __future__ import annotations
 from math import lcm
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.continuous_batching.cache_allocators import CachePool, FullAttentionCacheAllocator
-from transformers.generation.continuous_batching.cache_allocators.cache_allocator import compute_block_hash
+from transformers.generation.continuous_batching.cache_allocators import CachePool
 
-from hf_pqcache.batching.requests import Chunk, Request, Staging
+from hf_pqcache.batching.allocator import TYPE, SlotAllocator
+from hf_pqcache.batching.compression import Compression, Room
+from hf_pqcache.batching.requests import Chunk, Job, Request, Staging
 from hf_pqcache.batching.sizes import Sizes, longest
 from hf_pqcache.batching.slots import SlotLayers
 from hf_pqcache.batching.steps import Steps
-
-TYPE = FullAttentionCacheAllocator.layer_type
-
-
-class SlotAllocator(FullAttentionCacheAllocator):
-    """Blocks of requests, and their slots."""
-
-    def __init__(self, layers: SlotLayers, allow_block_sharing: bool) -> None:
-        self.layers = layers
-        self._before_cache_tensor_init(
-            index=0,
-            layer_indices=list(range(layers.num_layers)),
-            tokens_per_page=layers.config.page_size,
-            bytes_per_page=layers.page_bytes,
-            allow_block_sharing=allow_block_sharing,
-        )
-        self.requests: dict[str, Request] = {}
-        self.free_slots = list(range(layers.num_slots - 1, -1, -1))
-
-    def register_cache_tensor(self, bytes_per_sector: int, non_trash_bytes: int, cache_tensor: Tensor, pool: CachePool) -> None:
-        self.bytes_per_sector = bytes_per_sector
-        self._copy_view = cache_tensor.view(-1, self.bytes_per_block)
-        self._after_cache_tensor_init(non_trash_bytes, bytes_per_sector, cache_tensor, pool)
-        self.layers.attach(self._copy_view)
-
-    # -- slots -------------------------------------------------------------------------------------------------------
-    def open(self, request_id: str, stored: int, coded: int) -> Request:
-        """Give a request a slot, of which there must be one."""
-        row = np.full(2 + self.layers.page_table.shape[1], -1, dtype=np.int32)
-        row[0] = slot = self.free_slots.pop()
-        request = self.requests[request_id] = Request(slot, stored, coded, row)
-        return request
-
-    def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
-        if (request := self.requests.pop(request_id, None)) is not None:
-            self.free_slots.append(request.slot)
-        super().free_blocks(request_id, no_cache)
-
-    # -- blocks: only what has left the window needs any -----------------------------------------------------------------
-    def needs_new_blocks(self, request_id: str, past_length: int, query_length: int) -> int:
-        request, owned = self.requests.get(request_id), len(self.block_table.get(request_id, []))
-        coded = self.layers.coded_after(0 if request is None else request.coded, past_length + query_length)
-        return max(0, coded // self.tokens_per_page - owned)
-
-    def allocate_cache_to_request(self, request_id: str, past_length: int, query_length: int) -> None:
-        needed = self.needs_new_blocks(request_id, past_length, query_length)
-        self.block_table.setdefault(request_id, []).extend(self.pool.get_free_blocks(self.index, needed))
-
-    def count_shareable_blocks(self, source_request_id: str, past_length: int) -> int:
-        return self.requests[source_request_id].coded // self.tokens_per_page if self.use_block_sharing else 0
-
-    # -- prefixes ----------------------------------------------------------------------------------------------------
-    def _first_hash(self, token_ids: list[int]) -> int | None:
-        sinks = self.layers.config.sink_tokens
-        return compute_block_hash(None, token_ids[:sinks]) if sinks else None
-
-    def _tokens_of(self, token_ids: list[int], block: int) -> list[int]:
-        first = self.layers.config.sink_tokens + block * self.tokens_per_page
-        return token_ids[first : first + self.tokens_per_page]
-
-    def match_prefix_blocks(self, prompt_ids: list[int]) -> list[int]:
-        """The longest run of known blocks, which leaves at least one token of the prompt to compute."""
-        found: list[int] = []
-        current = self._first_hash(prompt_ids)
-        for i in range((len(prompt_ids) - 1 - self.layers.config.sink_tokens) // self.tokens_per_page):
-            current = compute_block_hash(current, self._tokens_of(prompt_ids, i))
-            block = self.ledger.hash_to_block.get(current)
-            if block is None:
-                break
-            found.append(block)
-        return found
-
-    def mark_complete_blocks(self, request_id: str, token_ids: list[int], new_new_blocks: int) -> None:
-        """Make known what the last step has written; a block whose contents are known already is given back."""
-        request = self.requests.get(request_id)
-        if request is None:
-            return
-        parent, table, is_changed = self._first_hash(token_ids), self.block_table[request_id], False
-        for i, block in enumerate(table):
-            known = self.ledger.block_to_hash.get(block)
-            if known is None:
-                tokens = self._tokens_of(token_ids, i)
-                if not new_new_blocks or len(tokens) < self.tokens_per_page:
-                    break
-                known, new_new_blocks = compute_block_hash(parent, tokens), new_new_blocks - 1
-                if (same := self.ledger.register_new_hash(block, known)) is not None:
-                    self.ledger.acquire(same)
-                    table[i], is_changed = same, True
-                    if self.ledger.release(block):
-                        self.pool.free_blocks(self.index, [block])
-            parent = known
-        if is_changed:
-            request.set_blocks(table, is_changed=True)
-
-    # -- what a step reads -----------------------------------------------------------------------------------------------
-    def get_read_indices(self, request_id: str, past_length: int, query_length: int) -> list[int]:
-        return []
-
-    get_write_indices = get_read_indices
-
-    def fill_block_table(self, request_id: str, past_length: int, query_length: int, block_table: Tensor) -> None:
-        """The request's row of the block table: slot, tokens in pages before this step, blocks; in the end, all tokens."""
-        request = self.requests[request_id]
-        request.set_blocks(self.block_table[request_id])
-        request.row[1] = request.coded
-        used = 2 + request.in_row
-        block_table[:used] = torch.from_numpy(request.row[:used])
-        block_table[-1] = request.stored
 
 
 class SlotCache(PagedAttentionCache):
@@ -178,6 +65,8 @@ class SlotCache(PagedAttentionCache):
         self.max_decode_fast_path_length = longest(layers.config, sizes.table_width)
         self.max_tokens_read = allocator.tokens_per_page * allocator.num_blocks
         self.steps = Steps(layers, sizes.num_slots, len(allocator._copy_view))
+        room = Room(sizes.staging_tokens)
+        self.compression = self.steps.compression = Compression(layers, room, self.steps.on_compute, self._taken_in)
         self._sinks_of: dict[int, Tensor] = {}  # by a prefix's first block
         self._forked: list[tuple[int, int]] = []  # windows to copy
 
@@ -196,7 +85,7 @@ class SlotCache(PagedAttentionCache):
 
     def can_store_request_tokens(self, state: Any, request_len: int, dry_run: bool = False) -> bool:
         allocator, request = self.allocator, self.allocator.requests.get(state.request_id)
-        if request is None and not dry_run and not allocator.free_slots:
+        if request is None and not dry_run and not (allocator.free_slots and self._may_wait(state, request_len)):
             return False
         if not super().can_store_request_tokens(state, request_len, dry_run):
             return False
@@ -207,6 +96,11 @@ class SlotCache(PagedAttentionCache):
             # After a soft reset transformers counts generated tokens to the prompt.
             request.prompt = state._true_initial_tokens or len(state.initial_tokens)
         return True
+
+    def _may_wait(self, state: Any, request_len: int) -> bool:
+        """Whether a new prompt ends at once, or there is room for what waits until it ends."""
+        prompt = len(state.remaining_prefill_tokens)
+        return (request_len == prompt and not state.num_children) or self.compression.room.has(prompt)
 
     def is_in_prompt(self, request_id: str) -> bool:
         """Whether a request's next token is one of its prompt: no decode step, even if it is the last one."""
@@ -237,6 +131,9 @@ class SlotCache(PagedAttentionCache):
         return {TYPE: new} if new else {}
 
     def mark_complete_blocks(self, state: Any, complete_blocks: dict[str, int]) -> None:
+        if (job := self.compression.jobs.get(state.request_id)) is not None:
+            job.complete_blocks = (state, complete_blocks)
+            return
         request = self.allocator.requests.get(state.request_id)
         super().mark_complete_blocks(state, complete_blocks)
         if request is None or not complete_blocks or not self.layers.config.sink_tokens:
@@ -249,6 +146,7 @@ class SlotCache(PagedAttentionCache):
 
     def prepare_fork_request(self, src_state: Any, dst_req_ids: list[str], copy_src_and_dst: Any) -> list[str]:
         allocator = self.allocator
+        self.compression.settle(src_state.request_id)
         source = allocator.requests[src_state.request_id]
         forked: list[str] = super().prepare_fork_request(src_state, dst_req_ids[: len(allocator.free_slots)], copy_src_and_dst)
         for request_id in forked:
@@ -264,6 +162,20 @@ class SlotCache(PagedAttentionCache):
         for source, target in self._forked:
             self.layers.copy_window(source, target)
         self._forked.clear()
+
+    def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
+        self.compression.forget(request_id, self.allocator.requests.get(request_id))
+        super().free_blocks(request_id, no_cache)
+
+    def free_all_requests(self, clear_ledgers: bool = False) -> None:
+        for request_id, request in self.allocator.requests.items():
+            self.compression.forget(request_id, request)
+        super().free_all_requests(clear_ledgers)
+
+    def _taken_in(self, job: Job) -> None:
+        self.steps.keep_sinks(job.slot, job.length)
+        if job.complete_blocks is not None:
+            self.mark_complete_blocks(*job.complete_blocks)
 
     def reset(self) -> None:
         super().reset()
@@ -284,7 +196,12 @@ class SlotCache(PagedAttentionCache):
         assert request.prompt is not None
         exact = max(0, min(new_length, request.prompt) - past_length)
         staged = 0 if request.staging is None else request.staging.tokens
-        keeps = new_length < request.prompt and staged + exact <= self.sizes.staging_tokens
+        whole, job = request.prompt - past_length + staged, None
+        keeps = new_length < request.prompt and self.compression.room.stage(request.slot, whole, staged + exact)
+        if new_length == request.prompt:
+            job = self.compression.plan(request_id, request, new_length)
+        if not keeps and job is None:
+            self.compression.room.leave(request.slot)
         self.steps.counts["cut_prompts"] += new_length < request.prompt and not keeps and request.stored == 0
         if keeps and request.staging is None:
             request.staging = Staging(self.layers.num_layers)
@@ -300,6 +217,7 @@ class SlotCache(PagedAttentionCache):
             staging=request.staging,
             blocks=list(self.allocator.block_table[request_id]),
             sinks=request.sinks,
+            job=job,
         )
         request.sinks = None
         if keeps:

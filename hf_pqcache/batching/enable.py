@@ -8,6 +8,8 @@ import torch
 
 from hf_pqcache import arguments
 from hf_pqcache.batching import support
+from hf_pqcache.batching.lanes import Lane
+from hf_pqcache.batching.streams import COMPRESS, Partition
 from hf_pqcache.codebook import shipped
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
@@ -22,6 +24,8 @@ def enable_batching(
     pq_config: PQConfig | None = None,
     exact: bool = False,
     max_length: int | None = None,
+    compress: str | Lane = "inline",
+    partition: Partition | None = None,
     **overrides: Any,
 ) -> Any:
     """Let transformers' continuous batching keep this model's keys and values as codes.
@@ -37,6 +41,10 @@ def enable_batching(
         exact: keep exact tokens in blocks (`PagedKVCache`'s kind): the baseline to compare with.
         max_length: tokens that one request may have, prompt and new ones. None takes what the workload says, else the model's
             max_position_embeddings. Requests that are longer than there is room for fail at once with PQC001, others go on.
+        compress: when a finished prompt is stored. "inline": within its step. "stream": while other requests go on, on a CUDA
+            stream of its own; "partition": on one that has some of the multiprocessors to itself. Or a lane, see `lanes.py`.
+            What cannot be had is done in the simpler way, and the manager's `stats()["compression"]` says why.
+        partition: how "partition" divides the device; None gives compression 16 multiprocessors.
 
     Returns:
         The model.
@@ -64,6 +72,10 @@ def enable_batching(
         raise TypeError(f"{type(model).__name__} has no continuous batching: pass a causal language model of transformers")
     if why := support.why_unfit(base):
         raise ValueError(f"{why}; use generate with PagedPQCache, which keeps what it cannot compress as it is")
+    if isinstance(compress, str) and compress not in COMPRESS:
+        raise ValueError(f"compress={compress!r} is unknown; use one of {COMPRESS}")
+    if partition is not None and compress != "partition":
+        raise ValueError(f"partition= divides the device for compress='partition', and compress={compress!r} was asked for")
     if exact:
         if codebook is not None or bits is not None:
             raise ValueError("exact=True keeps tokens as they are: pass no bits= and no codebook=")
@@ -89,7 +101,7 @@ def enable_batching(
         if generation_config.eos_token_id is None:
             generation_config.eos_token_id = -1
         asked = continuous_batching_config or ContinuousBatchingConfig()
-        return BlocksManager(settings, book, max_length, base, generation_config, asked, workload_hints)
+        return BlocksManager(settings, book, max_length, compress, partition, base, generation_config, asked, workload_hints)
 
     init_continuous_batching.__doc__ = type(base).init_continuous_batching.__doc__
     base.init_continuous_batching = init_continuous_batching

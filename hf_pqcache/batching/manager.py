@@ -18,10 +18,12 @@ import torch
 from transformers import AttentionInterface, CompileConfig, ContinuousBatchingConfig
 from transformers.generation.continuous_batching import continuous_api
 
-from hf_pqcache.batching import function, sizes
+from hf_pqcache.batching import function, sizes, streams
 from hf_pqcache.batching.blocks import SlotCache
+from hf_pqcache.batching.lanes import Lane
 from hf_pqcache.batching.schedulers import SCHEDULERS
 from hf_pqcache.batching.slots import SlotLayers
+from hf_pqcache.batching.streams import Partition
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig
 from hf_pqcache.models.shapes import kv_shape, layer_configs
@@ -56,6 +58,7 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
     Args:
         settings, book: of the pages; no book keeps exact tokens.
         max_length: most tokens of one request; None is what the workload or the model says.
+        compress, partition: as `streams.make` takes them.
         model, generation_config, continuous_batching_config, workload_hints: as transformers has them.
     """
 
@@ -64,12 +67,15 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
         settings: PQConfig,
         book: Codebook | None,
         max_length: int | None,
+        compress: str | Lane,
+        partition: Partition | None,
         model: Any,
         generation_config: Any,
         continuous_batching_config: ContinuousBatchingConfig,
         workload_hints: Any = None,
     ) -> None:
         self._settings, self._book = settings, book
+        self._compress, self._partition = compress, partition
         asked = continuous_batching_config
         config = copy.deepcopy(asked)
         config.page_size = settings.page_size
@@ -132,8 +138,16 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
         if runner._compiled_decode is not None:
             runner._compiled_decode = _compiled_once(runner._compiled_decode)
         cache: Any = processor.cache
-        cache.steps.compute_stream = getattr(processor.inputs_and_outputs, "compute_stream", None)
+        made = self._streams = streams.make(self._compress, self._partition, cache.device, self._is_parallel)
+        if made.main is not None:
+            processor.inputs_and_outputs.compute_stream = processor.offloading_manager._compute_stream = made.main
+        cache.steps.compute_stream = processor.inputs_and_outputs.compute_stream
+        cache.compression.lane = made.lane
         return processor
+
+    @property
+    def _is_parallel(self) -> bool:
+        return bool(self.distributed_helper.tp_size > 1)
 
     @contextmanager
     def _our_cache(self) -> Any:
@@ -180,6 +194,7 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
             slot_bytes=token_bytes * (self._settings.sink_tokens + self._settings.window_slots),
             token_bytes=token_bytes,
             max_batch_tokens=max_batch_tokens,
+            is_beside=self._compress != "inline",
         )
         if distributed_helper.tp_size > 1:  # processes may have unequal memory
             least = torch.tensor([planned.num_blocks, planned.num_slots, planned.staging_tokens], device=device)
@@ -235,7 +250,7 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
         cb = self.continuous_batching_config
         cache: SlotCache = self.batch_processor.cache  # type: ignore[assignment]
         return {
-            **cache.stats(),
+            **cache.stats() | {"compression": cache.compression.stats() | self._streams.stats()},
             "cuda_graphs": cb.cuda_graph_booleans[1],
             "async": bool(cb.use_async_batching),
             "requests": {

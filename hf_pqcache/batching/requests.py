@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -74,6 +75,30 @@ class Request:
 
 
 @dataclass(eq=False)
+class Job:
+    """A prompt that has been computed and is stored beside later steps.
+
+    Attributes:
+        stored, coded: tokens that its slot's window and pages held before. length: that they hold then.
+        sides: of each layer, its exact keys and values (H, T, d), to be kept until the ticket is done.
+        stored_layers: how many of them are stored. steps_beside: prepared since it began.
+        ticket: of the lane that has it.
+        complete_blocks: what the engine has to make known of its blocks when it is taken in.
+    """
+
+    request_id: str
+    slot: int
+    stored: int
+    coded: int
+    length: int
+    sides: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    stored_layers: int = 0
+    steps_beside: int = 0
+    ticket: Any = None
+    complete_blocks: Any = None
+
+
+@dataclass(eq=False)
 class Chunk:
     """What one request computes in one step; the numbers are those before it, as the next step is prepared meanwhile.
 
@@ -84,6 +109,7 @@ class Chunk:
         keeps: whether the prompt goes on in a later step, so that its keys wait in `staging`.
         blocks: of the request, the new ones included.
         sinks: to be put into its window first.
+        job: that stores the prompt, which ends here; None where this step does.
     """
 
     slot: int
@@ -97,6 +123,7 @@ class Chunk:
     staging: Staging | None
     blocks: list[int] = field(default_factory=list)
     sinks: Tensor | None = None
+    job: Job | None = None
 
     @property
     def is_decode(self) -> bool:

@@ -1,22 +1,29 @@
-"""transformers' schedulers, which fail a request that can never be served alone and at once; they schedule nothing themselves.
+"""transformers' schedulers, which leave out prompts that are being stored, and fail a request that can never be served.
+
+They schedule nothing themselves.
 
 They inherit from `scheduler.py` of transformers 5.20 to 5.24; `support.py` checks its signatures before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from transformers.generation.continuous_batching import scheduler
+from transformers.generation.continuous_batching.requests import RequestStatus
 
 from hf_pqcache.errors import PagesExhaustedError
 
 
-class _Refusing:
-    """What our schedulers do besides: a request that can never be served fails alone, and at once."""
+class _Besides:
+    """What our schedulers do besides: a request that can never be served fails alone, and at once; one whose prompt is being
+    stored takes no step before that is done."""
 
     cache: Any
     processor: Any = None
+    active_requests: dict[str, Any]
+    block_new_requests: bool
 
     def add_waiting_request(self, state: Any) -> None:
         # The end of a text without a limit is not known; it fails when it has outgrown the pool.
@@ -34,31 +41,57 @@ class _Refusing:
         super().add_waiting_request(state)  # type: ignore[misc]
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[Any, bool, int, int]:
+        compression = self.cache.compression
         while True:
-            found, is_decode, *counts = super().schedule_batch(token_budget, cache_budget)  # type: ignore[misc]
+            compression.take_in_done()
+            self._fail_the_unstored()
+            found, is_decode, *counts = self._schedule_others(compression.jobs, token_budget, cache_budget)
+            if not found and compression.take_in_oldest():
+                continue
             if found is None and (self.cache.evict_cached_blocks() or self._fail_the_hopeless()):
                 continue
+            compression.another_step()
             # The last token of a prompt comes alone, too.
             is_decode = is_decode and not any(self.cache.is_in_prompt(request.state.request_id) for request in found or ())
             return found, is_decode, *counts
 
+    def _schedule_others(self, under_way: Container[str], token_budget: int, cache_budget: int) -> tuple[Any, ...]:
+        """As without the requests that are under way elsewhere, which keep their place in line."""
+        everyone = self.active_requests
+        if not everyone:  # the engine lets new ones in again when one that is active finishes: here all were cancelled
+            self.block_new_requests = False
+        self.active_requests = {name: state for name, state in everyone.items() if name not in under_way}
+        try:
+            return super().schedule_batch(token_budget, cache_budget)  # type: ignore[misc, no-any-return]
+        finally:
+            self.active_requests = everyone | self.active_requests
+
+    def _fail_the_unstored(self) -> None:
+        """Fail requests whose prompts could not be stored."""
+        for request_id, error in list(self.cache.compression.failed.items()):
+            self._fail(self.active_requests[request_id], error)
+
     def _fail_the_hopeless(self) -> bool:
         """Fail requests that have outgrown the pool though nothing else is in it."""
-        active: dict[str, Any] = self.active_requests  # type: ignore[attr-defined]
-        if len(active) != 1 or not self.starved_requests:  # type: ignore[attr-defined]
+        if len(self.active_requests) != 1 or not self.starved_requests:  # type: ignore[attr-defined]
             return False
-        (state,) = active.values()
+        (state,) = self.active_requests.values()
         why = f"the request has grown to {state.current_len()} tokens, all that the blocks have room for"
-        self.processor._handle_request_error(PagesExhaustedError(why), state)
-        self.finish_request(state.request_id)  # type: ignore[attr-defined]
+        self._fail(state, PagesExhaustedError(why))
         return True
 
+    def _fail(self, state: Any, error: Exception) -> None:
+        self.processor._handle_request_error(error, state)
+        self.finish_request(state.request_id)  # type: ignore[attr-defined]
+        # With asynchronous batching its last step may be under way, and the engine passes over what is finished only.
+        state._status = RequestStatus.FINISHED
 
-class FIFOScheduler(_Refusing, scheduler.FIFOScheduler):
+
+class FIFOScheduler(_Besides, scheduler.FIFOScheduler):
     """transformers' scheduler of that name."""
 
 
-class PrefillFirstScheduler(_Refusing, scheduler.PrefillFirstScheduler):
+class PrefillFirstScheduler(_Besides, scheduler.PrefillFirstScheduler):
     """transformers' scheduler of that name."""
 
 

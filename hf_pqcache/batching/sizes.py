@@ -19,7 +19,7 @@ class Sizes:
     num_blocks: blocks of `page_size` tokens of all layers.
     num_slots: requests that may be computed at once, each with a window.
     table_width: most blocks of one request.
-    staging_tokens: most tokens of one prompt that wait exactly for its end; longer ones are stored meanwhile.
+    staging_tokens: most tokens of prompts that wait exactly for their end; a prompt that is longer is stored meanwhile.
     """
 
     num_blocks: int
@@ -51,18 +51,30 @@ class Wishes:
 
 
 def plan(
-    config: PQConfig, wishes: Wishes, *, memory: int, block_bytes: int, slot_bytes: int, token_bytes: int, max_batch_tokens: int
+    config: PQConfig,
+    wishes: Wishes,
+    *,
+    memory: int,
+    block_bytes: int,
+    slot_bytes: int,
+    token_bytes: int,
+    max_batch_tokens: int,
+    is_beside: bool = False,
 ) -> Sizes:
     """Divide `memory` bytes, what is left beside the model and its activations.
 
     block_bytes: of a block. slot_bytes: of a window in all layers. token_bytes: of an exact token in all layers.
+    is_beside: whether prompts are stored beside later steps: two steps of them wait besides.
 
     Raises CacheOutOfMemoryError (PQC004) if not even one request of the shortest kind fits.
     """
     per_request = max(1, config.pages_of(wishes.max_length))
     staging = STAGING_SHARE * memory // token_bytes
     if wishes.max_prompt is not None:
-        staging = min(staging, wishes.max_prompt if wishes.max_prompt > max_batch_tokens else 0)
+        # Also a prompt that would fit a step comes in two with others before it: one ends and the next one begins.
+        staging = min(staging, 2 * wishes.max_prompt + (2 * max_batch_tokens if is_beside else 0))
+    if is_beside:
+        staging = max(staging, min(max_batch_tokens, memory // token_bytes // 2))
     left = memory - int(staging) * token_bytes
     slots = wishes.num_slots or MOST_SLOTS
     if wishes.num_blocks is None and (wishes.is_usual or wishes.num_slots is not None):  # no more than can have blocks

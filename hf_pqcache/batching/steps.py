@@ -8,13 +8,14 @@ So a step carries all that it needs, and a decode step reads nothing from the ho
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_pqcache.batching.attention import attend_step
+from hf_pqcache.batching.compression import Compression
 from hf_pqcache.batching.kernels import KernelRows
 from hf_pqcache.batching.requests import Chunk, Request
 from hf_pqcache.batching.slots import SlotLayers
@@ -30,6 +31,7 @@ class Steps:
         counts: steps and tokens by kind, see `stats`.
         sinks_of: slot -> its sinks, once a prompt there has become pages that others may share.
         compute_stream: on which steps are computed; None is the current one.
+        compression: of prompts that are stored beside later steps; to be set.
     """
 
     def __init__(self, layers: SlotLayers, max_batch: int, num_blocks: int) -> None:
@@ -38,8 +40,13 @@ class Steps:
         self.counts: Counter[str] = Counter()
         self.sinks_of: dict[int, Tensor] = {}
         self.compute_stream: Any = None
+        self.compression: Compression
         self._next: list[Chunk] = []  # prepared
         self._now: list[Chunk] = []  # under way
+
+    def on_compute(self) -> AbstractContextManager[Any]:
+        """Within it, what is computed comes after the steps so far."""
+        return nullcontext() if self.compute_stream is None else torch.cuda.stream(self.compute_stream)
 
     # -- preparing -------------------------------------------------------------------------------------------------------
     def add(self, chunk: Chunk) -> None:
@@ -52,7 +59,7 @@ class Steps:
         layers = self.layers
         self.counts["decode_rows"] += 1
         if not layers.is_equalised and layers.coded_after(request.coded, request.stored + 1) > request.coded:
-            with nullcontext() if self.compute_stream is None else torch.cuda.stream(self.compute_stream):
+            with self.on_compute():
                 layers.equalise_by_window(request.slot, request.coded)
 
     # -- computing -------------------------------------------------------------------------------------------------------
@@ -77,15 +84,17 @@ class Steps:
             self.counts["rows_beside_prompts"] += sum(chunk.count - chunk.exact for chunk in self._now)
         out = attend_step(self.layers, self.rows, layer, self._now, query[0], keys[0], values[0], scale)
         if layer == self.layers.num_layers - 1:
-            self._keep_sinks()
+            for chunk in self._now:
+                if chunk.job is not None:
+                    self.compression.submit(chunk.job)
+                elif chunk.exact and not chunk.keeps:
+                    self.keep_sinks(chunk.slot, chunk.stored + chunk.staged + chunk.count)
         return out[None]
 
-    def _keep_sinks(self) -> None:
-        config = self.layers.config
-        for chunk in self._now:
-            ends = chunk.exact and not chunk.keeps
-            if ends and config.sink_tokens and config.coded_tokens(chunk.stored + chunk.staged + chunk.count):
-                self.sinks_of[chunk.slot] = self.layers.sinks(chunk.slot)
+    def keep_sinks(self, slot: int, length: int) -> None:
+        """A prompt has been stored; its request has `length` tokens."""
+        if self.layers.config.sink_tokens and self.layers.config.coded_tokens(length):
+            self.sinks_of[slot] = self.layers.sinks(slot)
 
     def _decode(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, block_table: Tensor) -> Tensor:
         if self.rows is not None:

@@ -1,0 +1,128 @@
+"""Blocks and slots of requests, and the prefixes that blocks hold, under transformers' continuous batching.
+
+The only file that touches what its allocator inherits (transformers 5.20 to 5.24: `FullAttentionCacheAllocator`); `support.py`
+checks its signatures before. Ledgers, reference counts and forks are transformers' own.
+
+A block is complete when it is written, which is when its tokens leave the window; it is never changed again. So forks share
+all blocks that they have, and only the window is copied. Sinks lie in the window: blocks hold tokens from `sink_tokens` on,
+hashes cover the sinks besides, and who shares a prefix gets a copy of its sinks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.generation.continuous_batching.cache_allocators import CachePool, FullAttentionCacheAllocator
+from transformers.generation.continuous_batching.cache_allocators.cache_allocator import compute_block_hash
+
+from hf_pqcache.batching.requests import Request
+from hf_pqcache.batching.slots import SlotLayers
+
+TYPE = FullAttentionCacheAllocator.layer_type
+
+
+class SlotAllocator(FullAttentionCacheAllocator):
+    """Blocks of requests, and their slots."""
+
+    def __init__(self, layers: SlotLayers, allow_block_sharing: bool) -> None:
+        self.layers = layers
+        self._before_cache_tensor_init(
+            index=0,
+            layer_indices=list(range(layers.num_layers)),
+            tokens_per_page=layers.config.page_size,
+            bytes_per_page=layers.page_bytes,
+            allow_block_sharing=allow_block_sharing,
+        )
+        self.requests: dict[str, Request] = {}
+        self.free_slots = list(range(layers.num_slots - 1, -1, -1))
+
+    def register_cache_tensor(self, bytes_per_sector: int, non_trash_bytes: int, cache_tensor: Tensor, pool: CachePool) -> None:
+        self.bytes_per_sector = bytes_per_sector
+        self._copy_view = cache_tensor.view(-1, self.bytes_per_block)
+        self._after_cache_tensor_init(non_trash_bytes, bytes_per_sector, cache_tensor, pool)
+        self.layers.attach(self._copy_view)
+
+    # -- slots -------------------------------------------------------------------------------------------------------
+    def open(self, request_id: str, stored: int, coded: int) -> Request:
+        """Give a request a slot, of which there must be one."""
+        row = np.full(2 + self.layers.page_table.shape[1], -1, dtype=np.int32)
+        row[0] = slot = self.free_slots.pop()
+        request = self.requests[request_id] = Request(slot, stored, coded, row)
+        return request
+
+    def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
+        if (request := self.requests.pop(request_id, None)) is not None:
+            self.free_slots.append(request.slot)
+        super().free_blocks(request_id, no_cache)
+
+    # -- blocks: only what has left the window needs any -----------------------------------------------------------------
+    def needs_new_blocks(self, request_id: str, past_length: int, query_length: int) -> int:
+        request, owned = self.requests.get(request_id), len(self.block_table.get(request_id, []))
+        coded = self.layers.coded_after(0 if request is None else request.coded, past_length + query_length)
+        return max(0, coded // self.tokens_per_page - owned)
+
+    def allocate_cache_to_request(self, request_id: str, past_length: int, query_length: int) -> None:
+        needed = self.needs_new_blocks(request_id, past_length, query_length)
+        self.block_table.setdefault(request_id, []).extend(self.pool.get_free_blocks(self.index, needed))
+
+    def count_shareable_blocks(self, source_request_id: str, past_length: int) -> int:
+        return self.requests[source_request_id].coded // self.tokens_per_page if self.use_block_sharing else 0
+
+    # -- prefixes ----------------------------------------------------------------------------------------------------
+    def _first_hash(self, token_ids: list[int]) -> int | None:
+        sinks = self.layers.config.sink_tokens
+        return compute_block_hash(None, token_ids[:sinks]) if sinks else None
+
+    def _tokens_of(self, token_ids: list[int], block: int) -> list[int]:
+        first = self.layers.config.sink_tokens + block * self.tokens_per_page
+        return token_ids[first : first + self.tokens_per_page]
+
+    def match_prefix_blocks(self, prompt_ids: list[int]) -> list[int]:
+        """The longest run of known blocks, which leaves at least one token of the prompt to compute."""
+        found: list[int] = []
+        current = self._first_hash(prompt_ids)
+        for i in range((len(prompt_ids) - 1 - self.layers.config.sink_tokens) // self.tokens_per_page):
+            current = compute_block_hash(current, self._tokens_of(prompt_ids, i))
+            block = self.ledger.hash_to_block.get(current)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def mark_complete_blocks(self, request_id: str, token_ids: list[int], new_new_blocks: int) -> None:
+        """Make known what the last step has written; a block whose contents are known already is given back."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return
+        parent, table, is_changed = self._first_hash(token_ids), self.block_table[request_id], False
+        for i, block in enumerate(table):
+            known = self.ledger.block_to_hash.get(block)
+            if known is None:
+                tokens = self._tokens_of(token_ids, i)
+                if not new_new_blocks or len(tokens) < self.tokens_per_page:
+                    break
+                known, new_new_blocks = compute_block_hash(parent, tokens), new_new_blocks - 1
+                if (same := self.ledger.register_new_hash(block, known)) is not None:
+                    self.ledger.acquire(same)
+                    table[i], is_changed = same, True
+                    if self.ledger.release(block):
+                        self.pool.free_blocks(self.index, [block])
+            parent = known
+        if is_changed:
+            request.set_blocks(table, is_changed=True)
+
+    # -- what a step reads -----------------------------------------------------------------------------------------------
+    def get_read_indices(self, request_id: str, past_length: int, query_length: int) -> list[int]:
+        return []
+
+    get_write_indices = get_read_indices
+
+    def fill_block_table(self, request_id: str, past_length: int, query_length: int, block_table: Tensor) -> None:
+        """The request's row of the block table: slot, tokens in pages before this step, blocks; in the end, all tokens."""
+        request = self.requests[request_id]
+        request.set_blocks(self.block_table[request_id])
+        request.row[1] = request.coded
+        used = 2 + request.in_row
+        block_table[:used] = torch.from_numpy(request.row[:used])
+        block_table[-1] = request.stored
