@@ -175,6 +175,32 @@ def test_who_goes_away_is_cancelled(server: Served, stream: bool) -> None:
     assert server.metric('pqcache_requests_total{outcome="cancelled"}') == before + 3
 
 
+def test_an_error_of_the_engine_reaches_whom_it_is_about(
+    server: Served, variant: str, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here of a request that the door should have refused; transformers' own blocks would end the engine."""
+    if variant == "stock":
+        return
+    monkeypatch.setattr(server.service, "context", 10**6)
+    found: list[httpx.Response] = []
+
+    def ask(stream: bool) -> None:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            found.append(client.post("/v1/completions", json={"prompt": [5] * 9000, "stream": stream}))
+
+    askers = [threading.Thread(target=ask, args=[stream]) for stream in (False, True)]
+    for asker in askers:
+        asker.start()
+    assert server.texts(prompt=PROMPTS[2], **GREEDY) == [server.decoded(expected[PROMPTS[2]])]
+    for asker in askers:
+        asker.join()
+    for answer in found:
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+        assert "[PQC001]" in error["message"]
+    assert eventually(lambda: is_idle(server))
+
+
 def test_a_full_queue_asks_to_come_back(server: Served) -> None:
     long = {"prompt": PROMPTS[0], "max_tokens": 4000, "ignore_eos": True, "stream": True, "n": 63}
     with server.client.stream("POST", "/v1/completions", json=long) as answer:

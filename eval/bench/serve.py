@@ -163,10 +163,17 @@ def closed_loop(model: Any, case: Case, goal: Goal) -> dict[str, Any]:
         first = min(answers(manager, [prompts.pop(), prompts.pop()], 4, 2), key=lambda one: one.timestamps[0]).timestamps[0]
         found = answers(manager, prompts, case.output_tokens, concurrency)
         blocks = manager.batch_processor.cache.num_blocks
+        told = manager.stats() if hasattr(manager, "stats") else {}
     served = [Served(case.prompt_tokens, one.created_time, one.timestamps or [], one.error) for one in found]
     begun_anew = sum(one.error is None and len(one.timestamps or []) < case.output_tokens for one in found)
     row: dict[str, Any] = {"first_token_s": first - began}
-    row |= {"in_flight": min(concurrency, count), "requests_that_fit": fit, "blocks": blocks, "begun_anew": begun_anew}
+    row |= {
+        "in_flight": min(concurrency, count),
+        "requests_that_fit": fit,
+        "blocks": blocks,
+        "begun_anew": begun_anew,
+        "engine": told,
+    }
     return row | figures(served, goal)
 
 
