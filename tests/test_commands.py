@@ -231,6 +231,14 @@ SHEET: dict[str, tuple[str, dict[str, str]]] = {
             "--model tiny --tasks nothing": "'nothing' is no file",
         },
     ),
+    "train-compressor": (
+        "--help",
+        {
+            "--text latin1.txt --model tiny": "latin1.txt is no UTF-8 text",
+            "--model tiny --prompt 60": "no group of 4",
+            "--text demo": "which model?",
+        },
+    ),
     "tune": (
         "--help",
         {

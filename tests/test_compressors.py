@@ -6,35 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, tokens
+from press_inputs import COUNT, seen
+from tiny_models import build
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_pqcache.compressors import queries
 from hf_pqcache.compressors.expected_attention import ExpectedAttention
 from hf_pqcache.compressors.parse import PRESSES, parse
 from hf_pqcache.compressors.snapkv import SnapKV
-from hf_pqcache.models.names import cache_kwargs
-
-COUNT = 100
-
-
-def seen(name: str, layer: int = 1) -> dict[str, Any]:
-    """What a press gets of a layer: module, hidden_states, keys, values, kwargs; and the attention weights."""
-    model, found = build(name, "eager"), {}
-
-    def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        found.update(module=module, hidden_states=kwargs["hidden_states"], kwargs=kwargs, attentions=output[1])
-
-    handle = next(part for path, part in model.named_modules() if path.endswith(f"{layer}.self_attn")).register_forward_hook(
-        hook, with_kwargs=True
-    )
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(tokens(2, COUNT), **cache_kwargs(cache))
-    handle.remove()
-    return {**found, "keys": cache.layers[layer].keys, "values": cache.layers[layer].values}
 
 
 def kept(press: Any, one: dict[str, Any]) -> Tensor:

@@ -14,7 +14,7 @@ ORDER = ["arguments", "config", "errors", "demo", "models", "codebook", "pages",
 ORDER += ["compressors", "cache", "batching", "serve", "eval", "cli"]
 #: The same within eval/.
 EVAL_ORDER = ["quantizers", "session", "report", "measure", "metrics", "harness_tasks", "tasks", "bench", "selftest", "search"]
-EVAL_ORDER += ["calibrate", "compare", "pipeline", "publish", "demo", "scale"]
+EVAL_ORDER += ["calibrate", "learnt_press", "compare", "pipeline", "publish", "demo", "scale"]
 #: What a name stands for is only known when it is used: a text may be one of a task.
 LATE = {(("eval", "session", "texts"), ("eval", "tasks"))}
 MOST_LINES, MOST_FUNCTION_LINES = 350, 60

@@ -134,6 +134,11 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return apply(LOADING, function)
 
 
+def only_model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Which model, and how it is loaded; see `open_model`."""
+    return apply(_MODEL, function)
+
+
 def calibrate_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Those that shape a codebook, or that it can recommend."""
     return apply((*_MODEL, *_CODES, *_WINDOW, _SINKS, *_CALIBRATION, *_RESULTS), function)
@@ -210,6 +215,17 @@ def setup_of(
     )
     unfinished.begin(setup.results)
     return setup
+
+
+def open_model(options: dict[str, Any], *, data_dir: Path | None, is_quiet: bool) -> Any:
+    """A session of the model that `only_model_options` name, which are taken out of `options`."""
+    name, model, revision = (options.pop(key) for key in ("model_config", "model", "revision"))
+    if name is None and model is None:
+        raise click.UsageError("which model? Give -f with a model config, or --model with a folder or a Hub id")
+    from hf_pqcache.eval.session.setup import prepare
+
+    overrides = {"revision": revision, "model": model if name else None}
+    return prepare(name or model, overrides=overrides, data_dir=data_dir, progress=not is_quiet, **loading_of(options)).open()
 
 
 def cache_of(options: dict[str, Any]) -> str:

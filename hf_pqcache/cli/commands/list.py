@@ -34,9 +34,10 @@ def _caches() -> dict[str, str]:
 
 
 def _presses() -> dict[str, str]:
-    from hf_pqcache.compressors.parse import PRESSES
+    from hf_pqcache.compressors.parse import LEARNT, PRESSES
 
-    return {f"{name}:RATIO": (press.__doc__ or "").splitlines()[0].rstrip(".") for name, press in PRESSES.items()}
+    found = {f"{name}:RATIO": (press.__doc__ or "").splitlines()[0].rstrip(".") for name, press in PRESSES.items()}
+    return found | {f"{LEARNT}:FOLDER": "Merges groups of tokens as `pqcache train-compressor` has learnt it"}
 
 
 def _configs() -> dict[str, str]:
