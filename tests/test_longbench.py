@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_pqcache.cli.commands import _ray
 from hf_pqcache.demo import MODEL, TEXT
 from hf_pqcache.eval import tasks
 from hf_pqcache.eval.measure import longbench
@@ -206,3 +207,38 @@ def test_kill_and_two_processes_give_the_rows_of_one(tmp_path: Path, data_dir: P
     assert finish("killed") == expected
     assert finish("two", *launch.split()) == expected
     assert len(list(tmp_path.glob("two.predictions/*/*.jsonl"))) == 4  # both processes worked on both tasks
+
+
+def test_the_option_for_ray_is_not_passed_on() -> None:
+    line = ["eval", "longbench", "--ray", "2", "--tasks", "qasper"]
+    assert _ray.without_option(line, "--ray") == ["eval", "longbench", "--tasks", "qasper"]
+    assert _ray.without_option(["--ray=2", "--rays", "2", "a"], "--ray") == ["--rays", "2", "a"]
+
+
+@pytest.mark.slow
+def test_workers_of_ray_give_the_rows_of_one_process_though_one_is_killed(tmp_path: Path, data_dir: Path) -> None:
+    pytest.importorskip("ray")
+    psutil = pytest.importorskip("psutil")
+    options = "-m hf_pqcache eval longbench --tasks qasper,trec --cache dynamic --max-length 60 --max-new-tokens 4 --quiet"
+
+    def start(name: str, *more: str) -> subprocess.Popen[str]:
+        paths = ["--model", str(MODEL), "--data-dir", str(data_dir), "--results", str(tmp_path / f"{name}.jsonl")]
+        command = [sys.executable, *options.split(), *paths, "--device", "cpu", *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": ""}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def rows(name: str, process: subprocess.Popen[str]) -> list[tuple[str, float]]:
+        told = process.communicate(timeout=300)
+        assert process.returncode == 0, told
+        assert "qasper" in told[0]
+        return [(row.key, row.value) for row in Results(tmp_path / f"{name}.jsonl").rows]
+
+    expected = rows("one", start("one"))
+    process = start("two", "--ray", "2")
+    deadline = time.monotonic() + 180
+    while not list(tmp_path.glob("two.predictions/*/1.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = [x for x in psutil.process_iter(["cmdline"]) if any("ray::Worker" in word for word in x.info["cmdline"] or ())]
+    workers[-1].kill()
+    assert rows("two", process) == expected
+    assert len(list(tmp_path.glob("two.predictions/*/*.jsonl"))) == 4

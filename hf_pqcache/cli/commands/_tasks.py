@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hf_pqcache.cli.commands import _options, _rows
+from hf_pqcache.cli.commands import _options, _ray, _rows
 
 
 def reads_data(when: Callable[[dict[str, Any]], bool] = lambda options: True) -> _options.Decorator:
@@ -31,6 +31,9 @@ def task_of(group: click.Group) -> Callable[[Callable[..., Any]], click.Command]
         def call(json_file: Path | None, **options: Any) -> None:
             from hf_pqcache.eval import tasks
 
+            if workers := options.pop("ray_workers", None):
+                _ray.run(workers)
+                return
             cache, when = _options.cache_of(options), getattr(function, "reads_data", None)
             more = {} if when is None else {"data_dir": options["data_dir"]}
             setup = _options.setup_of(options, [cache], [json_file], reads_data=when is not None and when(options))

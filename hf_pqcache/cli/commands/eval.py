@@ -92,9 +92,13 @@ def ptb(get: Any, setup: Any, **options: Any) -> Any:
 @click.option(
     "--chat/--no-chat", "use_chat", default=None, help="Chat template where the official runs have one; if the model has one."
 )
+@click.option("--ray", "ray_workers", type=click.IntRange(min=1), help="Share the examples among so many workers of Ray.")
 @reads_data()
 def longbench(get: Any, setup: Any, *, names: list[str], max_tokens: int | None, data_dir: Any, **options: Any) -> Any:
     """LongBench; `accelerate launch -m hf_pqcache eval longbench ...` shares the examples among processes.
+
+    --ray 4 shares them among workers of the cluster that RAY_ADDRESS names, or of this machine; one that is lost costs what it
+    had begun. All need a folder in common for --results.
 
     \b
     Example:  pqcache eval longbench --model tiny --data-dir data --tasks qasper \\
