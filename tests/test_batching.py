@@ -153,6 +153,31 @@ def test_a_prefix_is_shared_and_computed_once() -> None:
         check_that_nothing_is_lost(manager)
 
 
+def test_a_prefix_brings_the_first_tokens_of_its_own_text() -> None:
+    """Also where its first block was another text's before, and where it became a page only while tokens were generated."""
+    enable_batching(model(), **CODED)
+    config = engine(allow_block_sharing=True, max_requests_per_batch=1, num_blocks=8)
+    start, long = list(prompts()[6]), list(prompts()[10])
+    said = alone(tuple(start), False)
+    follow_up = [*start, *said[:NEW], 5, 6, 7]
+
+    def ask(manager: Any, prompt: list[int]) -> list[int]:
+        name = manager.add_request(prompt, max_new_tokens=NEW)
+        result = results(manager, {name})[name]
+        assert result.error is None
+        return list(result.generated_tokens)
+
+    answers = []
+    for before in ([start], [long, long[::-1], start]):
+        with model().continuous_batching_context_manager(greedy(), continuous_batching_config=config) as manager:
+            for prompt in before:
+                ask(manager, prompt)
+            hits = manager.stats()["prefix_tokens"]
+            answers.append(ask(manager, follow_up))
+            assert manager.stats()["prefix_tokens"] - hits >= 20
+    assert answers[0] == answers[1]
+
+
 def test_a_prefix_of_exact_blocks_changes_nothing() -> None:
     enable_batching(model(), exact=True, **EXACT)
     config = engine(allow_block_sharing=True, max_requests_per_batch=1)

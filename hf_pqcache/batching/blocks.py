@@ -67,7 +67,7 @@ class SlotCache(PagedAttentionCache):
         self.steps = Steps(layers, sizes.num_slots, len(allocator._copy_view))
         room = Room(sizes.staging_tokens)
         self.compression = self.steps.compression = Compression(layers, room, self.steps.on_compute, self._taken_in)
-        self._sinks_of: dict[int, Tensor] = {}  # by a prefix's first block
+        self._sinks_of: dict[int, Tensor] = {}  # by the hash of a prefix's first block, which tells its first tokens as well
         self._forked: list[tuple[int, int]] = []  # windows to copy
 
     # -- scheduling ------------------------------------------------------------------------------------------------------
@@ -111,12 +111,13 @@ class SlotCache(PagedAttentionCache):
         if not self.use_prefix_sharing or not allocator.free_slots or not self.layers.is_equalised:
             return 0
         blocks = allocator.match_prefix_blocks(prompt_ids)
-        if not blocks or (sinks and blocks[0] not in self._sinks_of):
+        first = self._sinks_of.get(allocator.ledger.block_to_hash[blocks[0]]) if blocks else None
+        if not blocks or (sinks and first is None):
             return 0
         coded = len(blocks) * allocator.tokens_per_page
         allocator.acquire_prefix_blocks(request_id, coded, blocks)
         request = allocator.open(request_id, sinks + coded, coded)
-        request.sinks = self._sinks_of.get(blocks[0])
+        request.sinks = first
         self.steps.counts["prefix_tokens"] += sinks + coded
         return sinks + coded
 
@@ -136,13 +137,19 @@ class SlotCache(PagedAttentionCache):
             return
         request = self.allocator.requests.get(state.request_id)
         super().mark_complete_blocks(state, complete_blocks)
-        if request is None or not complete_blocks or not self.layers.config.sink_tokens:
+        if request is not None and complete_blocks and self.layers.config.sink_tokens:
+            self._keep_sinks(request.slot, self.allocator.block_table[state.request_id][0])
+
+    def _keep_sinks(self, slot: int, block: int) -> None:
+        """Whoever begins with this block needs the first tokens, too, which its request has in its window."""
+        known = self.allocator.ledger.block_to_hash
+        if (content := known.get(block)) is None or content in self._sinks_of:
             return
-        if (sinks := self.steps.sinks_of.pop(request.slot, None)) is not None:
-            self._sinks_of.setdefault(self.allocator.block_table[state.request_id][0], sinks)
-        if len(self._sinks_of) > 64:
-            known = self.allocator.ledger.block_to_hash
-            self._sinks_of = {block: kept for block, kept in self._sinks_of.items() if block in known}
+        with self.steps.on_compute():
+            self._sinks_of[content] = self.layers.sinks(slot)
+        if len(self._sinks_of) > 2 * len(known):  # of blocks that are gone
+            there = set(known.values())
+            self._sinks_of = {content: sinks for content, sinks in self._sinks_of.items() if content in there}
 
     def prepare_fork_request(self, src_state: Any, dst_req_ids: list[str], copy_src_and_dst: Any) -> list[str]:
         allocator = self.allocator
@@ -173,7 +180,6 @@ class SlotCache(PagedAttentionCache):
         super().free_all_requests(clear_ledgers)
 
     def _taken_in(self, job: Job) -> None:
-        self.steps.keep_sinks(job.slot, job.length)
         if job.complete_blocks is not None:
             self.mark_complete_blocks(*job.complete_blocks)
 

@@ -29,7 +29,6 @@ class Steps:
 
     Attributes:
         counts: steps and tokens by kind, see `stats`.
-        sinks_of: slot -> its sinks, once a prompt there has become pages that others may share.
         compute_stream: on which steps are computed; None is the current one.
         compression: of prompts that are stored beside later steps; to be set.
     """
@@ -38,7 +37,6 @@ class Steps:
         self.layers = layers
         self.rows = KernelRows(layers, max_batch, num_blocks) if layers.backend.name != "torch" else None
         self.counts: Counter[str] = Counter()
-        self.sinks_of: dict[int, Tensor] = {}
         self.compute_stream: Any = None
         self.compression: Compression
         self._next: list[Chunk] = []  # prepared
@@ -87,14 +85,7 @@ class Steps:
             for chunk in self._now:
                 if chunk.job is not None:
                     self.compression.submit(chunk.job)
-                elif chunk.exact and not chunk.keeps:
-                    self.keep_sinks(chunk.slot, chunk.stored + chunk.staged + chunk.count)
         return out[None]
-
-    def keep_sinks(self, slot: int, length: int) -> None:
-        """A prompt has been stored; its request has `length` tokens."""
-        if self.layers.config.sink_tokens and self.layers.config.coded_tokens(length):
-            self.sinks_of[slot] = self.layers.sinks(slot)
 
     def _decode(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, block_table: Tensor) -> Tensor:
         if self.rows is not None:
