@@ -53,6 +53,11 @@ def test_a_known_workload_fills_the_memory() -> None:
     assert sizes.num_blocks >= sizes.num_slots * CONFIG.pages_of(4608)
 
 
+def test_the_longest_that_a_model_could_take_keeps_no_other_request_out() -> None:
+    sizes = plan(CONFIG, Wishes(num_slots=64, max_length=1 << 17), memory=57 * GIB, **COSTS)
+    assert sizes.num_slots == 64
+
+
 @given(st.integers(1, 300))
 def test_longest_is_the_longest(pages: int) -> None:
     most = longest(CONFIG, pages)

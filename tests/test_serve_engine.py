@@ -24,10 +24,9 @@ def test_the_pool_has_room_for_the_tokens_asked_for(variant: str, page_size: int
     assert made.most_requests >= 16
 
 
-@pytest.mark.parametrize("context", [None, 700])
-def test_the_context_is_the_longest_request(context: int | None) -> None:
-    made = Engine(tiny()[0], EngineSettings("4", cache_tokens=2000, max_batch_tokens=64, context=context))
-    assert (context or 2000) <= made.capacity <= (context or 2000) + 256
+def test_a_known_workload_is_the_longest_request() -> None:
+    made = Engine(tiny()[0], EngineSettings("4", cache_tokens=2000, max_batch_tokens=64, context=700, longest_prompt=600))
+    assert 700 <= made.capacity <= 700 + 256
 
 
 @pytest.mark.parametrize("path", SIGNATURES)

@@ -77,9 +77,9 @@ def plan(
         staging = max(staging, min(max_batch_tokens, memory // token_bytes // 2))
     left = memory - int(staging) * token_bytes
     slots = wishes.num_slots or MOST_SLOTS
-    if wishes.num_blocks is None and (wishes.is_usual or wishes.num_slots is not None):  # no more than can have blocks
+    if wishes.num_blocks is None and wishes.is_usual:  # no more than can have blocks
         slots = min(slots, left // (slot_bytes + per_request * block_bytes))
-    elif wishes.num_slots is None:
+    elif wishes.num_blocks is None or wishes.num_slots is None:
         slots = min(slots, int(WINDOW_SHARE * left) // slot_bytes)
     slots = max(1, slots)
     blocks = wishes.num_blocks

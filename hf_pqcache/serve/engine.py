@@ -81,7 +81,7 @@ class EngineSettings:
     Attributes:
         variant: of VARIANTS.
         cache_tokens: room of the pool. page_size: tokens of a block. max_requests: most that run at a time.
-        context: most tokens of one request, its answer included; longest_prompt: of them, where that is known.
+        context, longest_prompt: most tokens of a request, and of them of its prompt, where the workload is known.
         max_batch_tokens: most tokens of a step. shares_prefixes: whether equal beginnings are stored once.
     """
 
@@ -115,7 +115,9 @@ def make_manager(model: Any, settings: EngineSettings) -> Any:
     else:
         page_size = settings.page_size or PQConfig().page_size
         kept: dict[str, Any] = {"exact": True} if settings.variant == "exact" else {"bits": int(settings.variant)}
-        enable_batching(model, **kept, page_size=page_size, max_length=settings.context)
+        # A bound alone is not what requests are like: room is not shared out by it.
+        is_known = settings.longest_prompt is not None
+        enable_batching(model, **kept, page_size=page_size, max_length=settings.context if is_known else None)
     config = ContinuousBatchingConfig(
         page_size=page_size,
         num_blocks=None if settings.cache_tokens is None else -(-settings.cache_tokens // page_size),

@@ -116,7 +116,7 @@ def command(
         _output.note(f"ready: {service.name} on {running.url}, {kind}, {told}")
 
     load = partial(load_model, described.source, revision=described.revision, **loading)
-    sizes = EngineSettings(variant, cache_tokens, page_size, max_requests, max_batch_tokens, not no_prefix_sharing, context)
+    sizes = EngineSettings(variant, cache_tokens, page_size, max_requests, max_batch_tokens, not no_prefix_sharing)
     limits = Limits(context, max_queue, max_body * 2**20, drain_seconds)
     what = load, name or public_name(model), sizes, limits
     if replicas or most_replicas:
