@@ -21,9 +21,10 @@ def draw(rows: Sequence[dict[str, Any]], kind: str) -> bytes:
     """A PNG of the rows of one bench.
 
     Args:
-        rows: of `bench_kernel`, `bench_generate` or `bench_serve`; what was not timed is left out.
+        rows: of `bench_kernel`, `bench_generate`, `bench_serve` or `bench_pipeline`; what was not timed is left out.
         kind: "kernel" draws, for every case, how many times slower each fp16 path of torch is; "generate" milliseconds per
-            token against length, a panel for every shape of model; "serve" tokens a second of every case and kind of blocks.
+            token against length, a panel for every shape of model; "serve" and "pipeline" tokens a second of every case
+            and variant.
 
     Raises:
         ValueError: an unknown kind, or no row that can be drawn.
@@ -32,6 +33,7 @@ def draw(rows: Sequence[dict[str, Any]], kind: str) -> bytes:
         "kernel": (lambda row: bool(row.get("fp16_us")), _kernel),
         "generate": (lambda row: row.get("kind") == "decode", _generate),
         "serve": (lambda row: "throughput_tok_s" in row, _serve),
+        "pipeline": (lambda row: "throughput_tok_s" in row, _pipeline),
     }
     if kind not in kinds:
         raise ValueError(f"kind={kind!r} is unknown; use one of {sorted(kinds)}")
@@ -135,8 +137,32 @@ def _generate(rows: list[dict[str, Any]]) -> tuple[Figure, str]:
 
 def _serve(rows: list[dict[str, Any]]) -> tuple[Figure, str]:
     """Bars: generated tokens a second; a mark where all requests generate at once."""
-    cases = split(rows, _serve_case)
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    figure = _rates(
+        rows, _serve_case, lambda row: f"{row['variant']} bits" if row["variant"].isdigit() else f"{row['variant']} blocks"
+    )
+    return figure, f"Many requests at once, {rows[0]['model']}"
+
+
+def _pipeline(rows: list[dict[str, Any]]) -> tuple[Figure, str]:
+    """The same of every way that prompts get into blocks."""
+    figure = _rates(rows, _pipeline_case, _pipeline_variant)
+    return figure, f"Compression within steps and beside them, {rows[0]['model']}"
+
+
+def _pipeline_case(row: dict[str, Any]) -> str:
+    return f"{tokens_text(row['context'])} + {tokens_text(row['output_tokens'])} tokens\n{row['batch']} requests"
+
+
+def _pipeline_variant(row: dict[str, Any]) -> str:
+    parts = row["sm_counts"]
+    return f"{row['variant']}, {parts['compress']} of {parts['device']} SMs" if parts else str(row["variant"])
+
+
+def _rates(
+    rows: list[dict[str, Any]], case_of: Callable[[dict[str, Any]], str], variant_of: Callable[[dict[str, Any]], str]
+) -> Figure:
+    cases = split(rows, case_of)
+    variants = list(dict.fromkeys(map(variant_of, rows)))
     colours = {name: LIGHT[f"series-{i % NUM_SERIES + 1}"] for i, name in enumerate(variants)}
     figure = Figure(figsize=(7.6, 1.1 + 1.4 * _BAR_INCHES * (len(rows) + len(cases))), layout="constrained")
     axes = figure.add_subplot()
@@ -145,7 +171,7 @@ def _serve(rows: list[dict[str, Any]]) -> tuple[Figure, str]:
         middles.append(y + (len(members) - 1) / 2)
         for row in members:
             rate = row["throughput_tok_s"]
-            axes.barh(y, rate, height=0.86, color=colours[row["variant"]])
+            axes.barh(y, rate, height=0.86, color=colours[variant_of(row)])
             axes.text(rate, y, f" {rate:,.0f}", va="center", size=7)
             if row.get("decode_tok_s"):
                 axes.plot([row["decode_tok_s"]] * 2, [y - 0.43, y + 0.43], color=LIGHT["ink"], linewidth=1.6)
@@ -158,11 +184,10 @@ def _serve(rows: list[dict[str, Any]]) -> tuple[Figure, str]:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("generated tokens a second; longer is better")
-    names = {name: f"{name} bits" if name.isdigit() else f"{name} blocks" for name in variants}
-    keys: list[Any] = [mpl.patches.Patch(color=colour, label=names[name]) for name, colour in colours.items()]
+    keys: list[Any] = [mpl.patches.Patch(color=colour, label=name) for name, colour in colours.items()]
     keys.append(Line2D([], [], color=LIGHT["ink"], linewidth=1.6, label="while all requests generate"))
-    figure.legend(handles=keys, loc="outside lower left", ncols=4)
-    return figure, f"Many requests at once, {rows[0]['model']}"
+    figure.legend(handles=keys, loc="outside lower left", ncols=4 if max(map(len, variants)) < 20 else 2)
+    return figure
 
 
 def _serve_case(row: dict[str, Any]) -> str:

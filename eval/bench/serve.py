@@ -87,17 +87,22 @@ class LogitsProbe:
 
 
 @torch.inference_mode()
-def check_logits(model: Any, variant: str) -> float:
+def check_logits(model: Any, variant: str, **beside: Any) -> float:
     """Largest relative L2 distance of logits, the engine's against those of a cache that `generate` takes, in plain torch.
+
+    Those of the second request of two alike, as the first one's pages are never stored beside other steps.
+
+    beside: `compress` and `partition` of EngineSettings.
 
     Raises RuntimeError above 2 %.
     """
     (ids,) = random_prompt(model, 1, CHECK_TOKENS, seed=1)
-    settings = EngineSettings(variant, cache_tokens=8 * CHECK_TOKENS, max_requests=2, max_batch_tokens=512)
+    sizes = {"cache_tokens": 8 * CHECK_TOKENS, "max_requests": 2, "max_batch_tokens": 512, "shares_prefixes": False}
+    settings = EngineSettings(variant, **sizes, **beside)  # type: ignore[arg-type]
     vocab_size = model.get_output_embeddings().weight.shape[0]
     probe = LogitsProbe(CHECK_STEPS, vocab_size, model.device)
     with running(model, replace(settings, context=CHECK_TOKENS + CHECK_STEPS + 1), probe) as manager:
-        (output,) = answers(manager, [ids.tolist()], CHECK_STEPS, 1)
+        _, output = answers(manager, [ids.tolist()] * 2, CHECK_STEPS, 1)
     bits = int(variant) if variant.isdigit() else None
     cache: Any = DynamicCache(config=model.config) if bits is None else PagedPQCache(model.config, bits=bits)
     worst, tokens = 0.0, ids
@@ -226,13 +231,7 @@ def bench_serve(
     Raises RuntimeError if logits are wrong.
     """
     bandwidth = copy_bandwidth() if model.device.type == "cuda" else None
-    conditions = {
-        "model": name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "gpu": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "",
-        **({} if bandwidth is None else {"copy_tb_per_s": bandwidth / 1e12}),
-        "versions": {package: version(package) for package in ("hf-pqcache", "torch", "transformers")},
-    }
+    told = conditions(model, name) | ({} if bandwidth is None else {"copy_tb_per_s": bandwidth / 1e12})
     for variant in dict.fromkeys(case.variant for case in cases):
         if is_checked:
             note(f"{variant}: logits differ from a plain cache's by {check_logits(model, variant):.1e}")
@@ -250,7 +249,17 @@ def bench_serve(
                 if "in_flight" in row:
                     row["floor_ms"] = floor_ms(model, case, row["in_flight"], bandwidth)
                 row["peak_bytes"] = torch.cuda.max_memory_allocated(model.device)
-            yield row | {"took_s": time.perf_counter() - began} | conditions
+            yield row | {"took_s": time.perf_counter() - began} | told
+
+
+def conditions(model: Any, name: str) -> dict[str, Any]:
+    """What a row of requests at once was measured with; `name` is the model's."""
+    return {
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "gpu": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "",
+        "versions": {package: version(package) for package in ("hf-pqcache", "torch", "transformers")},
+    }
 
 
 def free() -> None:

@@ -83,6 +83,7 @@ class EngineSettings:
         cache_tokens: room of the pool. page_size: tokens of a block. max_requests: most that run at a time.
         context, longest_prompt: most tokens of a request, and of them of its prompt, where the workload is known.
         max_batch_tokens: most tokens of a step. shares_prefixes: whether equal beginnings are stored once.
+        compress, partition: of `enable_batching`. memory_share: of what the device has free, the most that the engine takes.
     """
 
     variant: str = "4"
@@ -93,6 +94,9 @@ class EngineSettings:
     shares_prefixes: bool = True
     context: int | None = None
     longest_prompt: int | None = None
+    compress: str = "inline"
+    partition: Any = None
+    memory_share: float | None = None
 
 
 def make_manager(model: Any, settings: EngineSettings) -> Any:
@@ -115,6 +119,7 @@ def make_manager(model: Any, settings: EngineSettings) -> Any:
     else:
         page_size = settings.page_size or PQConfig().page_size
         kept: dict[str, Any] = {"exact": True} if settings.variant == "exact" else {"bits": int(settings.variant)}
+        kept |= {"compress": settings.compress, "partition": settings.partition}
         # A bound alone is not what requests are like: room is not shared out by it.
         is_known = settings.longest_prompt is not None
         enable_batching(model, **kept, page_size=page_size, max_length=settings.context if is_known else None)
@@ -123,6 +128,7 @@ def make_manager(model: Any, settings: EngineSettings) -> Any:
         num_blocks=None if settings.cache_tokens is None else -(-settings.cache_tokens // page_size),
         max_requests_per_batch=settings.max_requests,
         max_batch_tokens=settings.max_batch_tokens,
+        max_memory_percent=settings.memory_share,
         allow_block_sharing=settings.shares_prefixes,
     )
     hints = None

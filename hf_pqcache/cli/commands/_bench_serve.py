@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from hf_pqcache.cli.commands import _options, _output, _types
+from hf_pqcache.cli.commands import _options, _output, _shapes, _types
 
 VARIANTS = ("4", "3", "2", "exact", "stock")
 FULL = "full"
@@ -100,14 +100,14 @@ def command(
             prompt_tokens, output_tokens, loops, concurrency, variants or VARIANTS
         )
     ]
-    name = shape or _public_name(str(model))
+    name = shape or _shapes.public_name(str(model))
     known = [] if force else _known(json_file)
     missing = [case for case in cases if not any(_is_of(row, case, name) for row in known)]
     rows = [row for row in known if any(_is_of(row, case, name) for case in cases)]
     others = [row for row in known if row not in rows]
     note = (lambda text: None) if quiet else _output.note
     if missing:
-        loaded, tokenizer = _load(shape, model, options["revision"], loading)
+        loaded, tokenizer = _shapes.load(shape, model, options["revision"], loading)
         goal, start = Goal(goal_ttft_ms, goal_tpot_ms), _starter(loaded, tokenizer, name)
         try:
             for row in bench_serve(loaded, name, missing, goal, start=start, ask=ask, is_checked=not no_check, note=note):
@@ -129,12 +129,6 @@ def _draw(rows: list[dict[str, Any]], plot: Path) -> None:
     _output.say(_output.written(plot, _output.save_bytes(plot, draw(rows, "serve"))))
 
 
-def _public_name(model: str) -> str:
-    from hf_pqcache.eval.session.models import public_name
-
-    return public_name(model)
-
-
 def _known(json_file: Path | None) -> list[dict[str, Any]]:
     """Rows of an earlier run; those with an error are measured again."""
     if json_file is None or json_file == _output.STDOUT or not json_file.exists():
@@ -148,26 +142,6 @@ def _known(json_file: Path | None) -> list[dict[str, Any]]:
 
 def _is_of(row: dict[str, Any], case: Any, name: str) -> bool:
     return row["model"] == name and all(row["asked"][field] == value for field, value in asdict(case).items())
-
-
-def _load(shape: str | None, model: str | None, revision: str | None, loading: dict[str, Any]) -> tuple[Any, Any]:
-    if shape is None:
-        from hf_pqcache.eval.session.model_config import load_model_config
-        from hf_pqcache.eval.session.models import load_model
-
-        described = load_model_config(str(model), {"revision": revision})
-        return load_model(described.source, revision=described.revision, **loading)
-    import torch
-    from transformers import AutoTokenizer
-
-    from hf_pqcache import demo
-    from hf_pqcache.eval.bench.generate import SHAPES, build_model
-
-    if shape not in SHAPES:
-        raise click.BadParameter(f"{shape!r} is unknown; known ones are {sorted(SHAPES)}", param_hint="--shape")
-    if not torch.cuda.is_available():
-        raise click.ClickException("a model of that shape needs a GPU; torch sees no CUDA device (--model tiny does without)")
-    return build_model(SHAPES[shape]), AutoTokenizer.from_pretrained(demo.MODEL)
 
 
 def _starter(model: Any, tokenizer: Any, name: str) -> Callable[[Any], Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from hf_pqcache.cli.commands import _bench_serve, _options, _output
+from hf_pqcache.cli.commands import _bench_pipeline, _bench_serve, _options, _output
 from hf_pqcache.cli.commands._groups import Group
 
 
@@ -25,6 +25,7 @@ def command() -> None:
 
 
 command.add_command(_bench_serve.command, "serve")
+command.add_command(_bench_pipeline.command, "pipeline")
 
 
 class _KernelCase(click.ParamType):
