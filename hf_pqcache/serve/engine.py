@@ -18,7 +18,7 @@ from hf_pqcache.serve.sampling import Sampler, Sampling
 #: What blocks hold: codes of so many bits; tokens as they are, in blocks of ours or in transformers' own.
 VARIANTS = ("4", "3", "2", "exact", "stock")
 #: What is not left to transformers on a CPU.
-CPU_SIZES: dict[str, Any] = {"cache_tokens": 16384, "max_batch_tokens": 512}
+CPU_SIZES: dict[str, Any] = {"cache_tokens": 16384, "max_batch_tokens": 512, "max_requests": 64}
 #: Of a prompt that is answered before the server is ready.
 WARM_UP_TOKENS = 64
 #: Most requests at a time whose scores depend on their tokens before: each takes 2 bytes of every token of the vocabulary.

@@ -113,7 +113,8 @@ def command(
         assert service.engine is not None
         kind = f"{variant} bits" if variant.isdigit() else f"{variant} blocks"
         told = f"{service.context:,} tokens a request, {service.engine.most_requests} requests at a time"
-        _output.note(f"ready: {service.name} on {running.url}, {kind}, {told}")
+        if not quiet:
+            _output.note(f"ready: {service.name} on {running.url}, {kind}, {told}")
 
     load = partial(load_model, described.source, revision=described.revision, **loading)
     sizes = EngineSettings(variant, cache_tokens, page_size, max_requests, max_batch_tokens, not no_prefix_sharing)
