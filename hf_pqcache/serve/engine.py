@@ -157,6 +157,7 @@ class Engine:
     """
 
     def __init__(self, model: Any, settings: EngineSettings) -> None:
+        self.variant = settings.variant
         self.manager = make_manager(model, settings)
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.slots = min(HISTORIES, settings.max_requests or HISTORIES)

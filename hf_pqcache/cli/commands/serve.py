@@ -101,21 +101,14 @@ def command(
         from hf_pqcache.serve import log
         from hf_pqcache.serve.engine import EngineSettings, check
         from hf_pqcache.serve.server import Running
-        from hf_pqcache.serve.service import Limits, Service
+        from hf_pqcache.serve.service import Limits
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is not installed; type: pip install 'hf-pqcache[serve]'") from error
 
     check()
     if is_logged:
         log.start()
-
-    def tell(service: Service) -> None:
-        assert service.engine is not None
-        kind = f"{variant} bits" if variant.isdigit() else f"{variant} blocks"
-        told = f"{service.context:,} tokens a request, {service.engine.most_requests} requests at a time"
-        if not quiet:
-            _output.note(f"ready: {service.name} on {running.url}, {kind}, {told}")
-
+    note = (lambda text: None) if quiet else _output.note
     load = partial(load_model, described.source, revision=described.revision, **loading)
     sizes = EngineSettings(variant, cache_tokens, page_size, max_requests, max_batch_tokens, not no_prefix_sharing)
     limits = Limits(context, max_queue, max_body * 2**20, drain_seconds)
@@ -123,10 +116,18 @@ def command(
     if replicas or most_replicas:
         _serve_replicas(what, host, port, api_key, (replicas or 1, most_replicas), loading["device"])
         return
-    running = Running(*what, host=host, port=port, api_key=api_key, when_ready=tell)
-    if not quiet:
-        _output.note(f"loading {running.service.name}; {running.url}/health says when it is ready")
+    running = Running(
+        *what, host=host, port=port, api_key=api_key, when_ready=lambda service: note(_ready(service, running.url))
+    )
+    note(f"loading {running.service.name}; {running.url}/health says when it is ready")
     running.run()
+
+
+def _ready(service: Any, url: str) -> str:
+    variant = service.engine.variant
+    kind = f"{variant} bits" if variant.isdigit() else f"{variant} blocks"
+    told = f"{service.context:,} tokens a request, {service.engine.most_requests} requests at a time"
+    return f"ready: {service.name} on {url}, {kind}, {told}"
 
 
 def _serve_replicas(
