@@ -43,6 +43,7 @@ class Case:
     Attributes:
         variant: of VARIANTS. concurrency: requests that are in flight; None is as many as the memory holds.
         requests: of all; None is as many as in flight. rate: requests a second of an open loop over HTTP; None closes the loop.
+        compiles: as of EngineSettings.
     """
 
     variant: str
@@ -52,6 +53,7 @@ class Case:
     requests: int | None = None
     rate: float | None = None
     seed: int = 0
+    compiles: bool = False
 
 
 class LogitsProbe:
@@ -206,7 +208,7 @@ def open_loop(model: Any, case: Case, goal: Goal, start: Start, ask: Ask) -> dic
 def _settings(case: Case, most: int) -> EngineSettings:
     context = case.prompt_tokens + case.output_tokens
     sizes = {"context": context, "longest_prompt": case.prompt_tokens, "max_requests": most}
-    return EngineSettings(case.variant, **sizes, shares_prefixes=False)  # type: ignore[arg-type]
+    return EngineSettings(case.variant, **sizes, shares_prefixes=False, compiles=case.compiles)  # type: ignore[arg-type]
 
 
 def bench_serve(

@@ -83,6 +83,7 @@ class EngineSettings:
         cache_tokens: room of the pool. page_size: tokens of a block. max_requests: most that run at a time.
         context, longest_prompt: most tokens of a request, and of them of its prompt, where the workload is known.
         max_batch_tokens: most tokens of a step. shares_prefixes: whether equal beginnings are stored once.
+        compiles: whether torch.compile fuses what lies between attentions of decode steps.
         compress, partition: of `enable_batching`. memory_share: of what the device has free, the most that the engine takes.
     """
 
@@ -97,6 +98,7 @@ class EngineSettings:
     compress: str = "inline"
     partition: Any = None
     memory_share: float | None = None
+    compiles: bool = False
 
 
 def make_manager(model: Any, settings: EngineSettings) -> Any:
@@ -130,6 +132,7 @@ def make_manager(model: Any, settings: EngineSettings) -> Any:
         max_batch_tokens=settings.max_batch_tokens,
         max_memory_percent=settings.memory_share,
         allow_block_sharing=settings.shares_prefixes,
+        default_compile_level=int(settings.compiles),
     )
     hints = None
     if settings.longest_prompt is not None and settings.context is not None:

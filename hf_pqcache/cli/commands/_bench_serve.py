@@ -52,6 +52,9 @@ class _Concurrency(click.ParamType):
 @click.option("--goal-ttft-ms", type=float, default=2000, show_default=True, help="First token of a good request.")
 @click.option("--goal-tpot-ms", type=float, default=50, show_default=True, help="Time between its later tokens.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of prompts, and of moments.")
+@click.option(
+    "--compile", "compiles", is_flag=True, help="Let torch.compile fuse what lies between attentions in decode steps."
+)
 @click.option("--no-check", is_flag=True, help="Do not compare logits with a plain cache's first.")
 @_options.json_option("the document; rows that are in it are not measured again")
 @click.option("--force", is_flag=True, help="Measure again what is in --json.")
@@ -69,6 +72,7 @@ def command(
     goal_ttft_ms: float,
     goal_tpot_ms: float,
     seed: int,
+    compiles: bool,
     no_check: bool,
     json_file: Path | None,
     force: bool,
@@ -95,7 +99,7 @@ def command(
 
     loops: list[float | None] = [*rates] or [None]
     cases = [
-        Case(variant, prompt, output, in_flight, requests, rate, seed)
+        Case(variant, prompt, output, in_flight, requests, rate, seed, compiles)
         for prompt, output, rate, in_flight, variant in product(
             prompt_tokens, output_tokens, loops, concurrency, variants or VARIANTS
         )

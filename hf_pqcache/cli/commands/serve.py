@@ -40,6 +40,7 @@ from hf_pqcache.cli.commands import _options, _output, _types
     is_flag=True,
     help="Compute equal beginnings of prompts each time; with sharing, later requests read their codes.",
 )
+@click.option("--compile", "compiles", is_flag=True, help="Faster decode steps on a GPU, for a longer start: torch.compile.")
 @click.option("--log", "is_logged", is_flag=True, help="A line of JSON for each request on the error stream; no prompts.")
 @click.option("--replicas", type=click.IntRange(min=1), help="Processes with the model, on Ray Serve; extra 'ray'.")
 @click.option("--most-replicas", type=click.IntRange(min=1), help="As many under load; Ray adds and removes them.")
@@ -53,14 +54,9 @@ def command(
     api_key: str | None,
     name: str | None,
     context: int | None,
-    cache_tokens: int | None,
-    page_size: int | None,
-    max_requests: int | None,
-    max_batch_tokens: int | None,
     max_queue: int,
     max_body: int,
     drain_seconds: float,
-    no_prefix_sharing: bool,
     is_logged: bool,
     replicas: int | None,
     most_replicas: int | None,
@@ -110,7 +106,7 @@ def command(
         log.start()
     note = (lambda text: None) if quiet else _output.note
     load = partial(load_model, described.source, revision=described.revision, **loading)
-    sizes = EngineSettings(variant, cache_tokens, page_size, max_requests, max_batch_tokens, not no_prefix_sharing)
+    sizes = EngineSettings(variant, shares_prefixes=not options.pop("no_prefix_sharing"), **options)
     limits = Limits(context, max_queue, max_body * 2**20, drain_seconds)
     what = load, name or public_name(model), sizes, limits
     if replicas or most_replicas:
