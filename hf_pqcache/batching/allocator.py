@@ -10,6 +10,8 @@ hashes cover the sinks besides, and who shares a prefix gets a copy of its sinks
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,10 +25,17 @@ TYPE = FullAttentionCacheAllocator.layer_type
 
 
 class SlotAllocator(FullAttentionCacheAllocator):
-    """Blocks of requests, and their slots."""
+    """Blocks of requests, and their slots.
 
-    def __init__(self, layers: SlotLayers, allow_block_sharing: bool) -> None:
-        self.layers = layers
+    Args:
+        kept: how many tokens of a prompt a press leaves, see `Pruning`; None prunes nothing.
+
+    Attributes:
+        prompt: length of the prompt of the request that is looked at, while it has no slot.
+    """
+
+    def __init__(self, layers: SlotLayers, allow_block_sharing: bool, kept: Callable[[int], int] | None = None) -> None:
+        self.layers, self._kept, self.prompt = layers, kept, 0
         self._before_cache_tensor_init(
             index=0,
             layer_indices=list(range(layers.num_layers)),
@@ -56,10 +65,20 @@ class SlotAllocator(FullAttentionCacheAllocator):
             self.free_slots.append(request.slot)
         super().free_blocks(request_id, no_cache)
 
+    def stored_after(self, request: Request | None, length: int) -> int:
+        """Tokens in window and pages once the first `length` of a request have come."""
+        if self._kept is None:
+            return length
+        if request is not None and request.stored:
+            return length - request.pruned
+        prompt = self.prompt if request is None or request.prompt is None else request.prompt
+        return self._kept(min(length, prompt)) + max(0, length - prompt)
+
     # -- blocks: only what has left the window needs any -----------------------------------------------------------------
     def needs_new_blocks(self, request_id: str, past_length: int, query_length: int) -> int:
         request, owned = self.requests.get(request_id), len(self.block_table.get(request_id, []))
-        coded = self.layers.coded_after(0 if request is None else request.coded, past_length + query_length)
+        length = self.stored_after(request, past_length + query_length)
+        coded = self.layers.coded_after(0 if request is None else request.coded, length)
         return max(0, coded // self.tokens_per_page - owned)
 
     def allocate_cache_to_request(self, request_id: str, past_length: int, query_length: int) -> None:

@@ -49,9 +49,13 @@ def attend_prompt(
     if chunk.keeps:
         # What came is a view of the packed input, which the next step of a graph overwrites.
         staged.append((keys.clone(), values.clone()))
+        if chunk.pruned is not None:
+            chunk.pruned.pruning.stage(layer, chunk)
         return out
+    if chunk.pruned is not None:
+        whole = chunk.pruned.pruning.prune(layer, chunk, *whole)
     if chunk.job is not None:
-        chunk.job.sides.append((whole[0], whole[1]) if staged else (keys.clone(), values.clone()))
+        chunk.job.sides.append((keys.clone(), values.clone()) if whole[0] is keys else (whole[0], whole[1]))
     else:
         layers.store(layer, chunk.slot, whole[0], whole[1], chunk.stored, chunk.coded)
     staged.clear()
@@ -114,7 +118,7 @@ def attend_step(
         if chunk.exact:
             part = slice(chunk.at, middle)
             out[:, part] = attend_prompt(layers, layer, chunk, query[:, part], keys[:, part], values[:, part], scale)
-            stored += chunk.staged + chunk.exact
+            stored += chunk.gains
             coded = layers.coded_after(coded, stored)
         if chunk.count > chunk.exact:
             part = slice(middle, chunk.at + chunk.count)

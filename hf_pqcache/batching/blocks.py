@@ -16,7 +16,8 @@ from transformers.generation.continuous_batching.cache_allocators import CachePo
 
 from hf_pqcache.batching.allocator import TYPE, SlotAllocator
 from hf_pqcache.batching.compression import Compression, Room
-from hf_pqcache.batching.requests import Chunk, Job, Request, Staging
+from hf_pqcache.batching.pruning import Pruning
+from hf_pqcache.batching.requests import Chunk, Job, Pruned, Request, Staging
 from hf_pqcache.batching.sizes import Sizes, longest
 from hf_pqcache.batching.slots import SlotLayers
 from hf_pqcache.batching.steps import Steps
@@ -31,6 +32,7 @@ class SlotCache(PagedAttentionCache):
         config, dtype, device: of the model.
         allow_block_sharing: whether prefixes may be shared.
         max_batch_tokens: most tokens of a step.
+        pruning: of prompts; None keeps all of them.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class SlotCache(PagedAttentionCache):
         device: torch.device,
         allow_block_sharing: bool,
         max_batch_tokens: int,
+        pruning: Pruning | None = None,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self.layers, self.sizes = layers, sizes
-        allocator = self.allocator = SlotAllocator(layers, allow_block_sharing)
+        self.pruning, kept = pruning, None if pruning is None else pruning.kept
+        allocator = self.allocator = SlotAllocator(layers, allow_block_sharing and pruning is None, kept)
         self.cache_allocators: dict[str, Any] = {TYPE: allocator}
         self.layer_to_allocator: dict[int, Any] = dict.fromkeys(range(layers.num_layers), allocator)
         self.bytes_per_sector = lcm(allocator.bytes_per_block, 128)
@@ -57,16 +61,19 @@ class SlotCache(PagedAttentionCache):
         self.cache_tensor = torch.zeros(non_trash + 2 * self.bytes_per_sector, dtype=torch.uint8, device=device)
         self.pool = CachePool(self.num_sectors, 1)
         allocator.register_cache_tensor(self.bytes_per_sector, non_trash, self.cache_tensor, self.pool)
-        self.allow_block_sharing = allow_block_sharing
+        self.allow_block_sharing = allow_block_sharing and pruning is None
         self.use_prefix_sharing = allocator.use_block_sharing
         self.num_blocks = allocator.num_blocks
         self.max_blocks_per_request = sizes.table_width + 3  # columns of the engine's block table
         self.read_cache_limit = 0  # nothing is read through the engine's indices
-        self.max_decode_fast_path_length = longest(layers.config, sizes.table_width)
+        # Positions, which say nothing of a pruned request's blocks.
+        self.max_decode_fast_path_length = longest(layers.config, sizes.table_width) if pruning is None else 1 << 40
         self.max_tokens_read = allocator.tokens_per_page * allocator.num_blocks
         self.steps = Steps(layers, sizes.num_slots, len(allocator._copy_view))
         room = Room(sizes.staging_tokens)
         self.compression = self.steps.compression = Compression(layers, room, self.steps.on_compute, self._taken_in)
+        if pruning is not None:
+            pruning.failed = self.compression.failed
         self._sinks_of: dict[int, Tensor] = {}  # by the hash of a prefix's first block, which tells its first tokens as well
         self._forked: list[tuple[int, int]] = []  # windows to copy
 
@@ -75,7 +82,13 @@ class SlotCache(PagedAttentionCache):
         """Why a request of so many tokens could never be served, if so."""
         config = self.layers.config
         most = longest(config, min(self.sizes.table_width, self.num_blocks))
-        if prompt + new <= most:
+        if self.pruning is not None and prompt > self.sizes.staging_tokens:
+            return (
+                f"the prompt is {prompt} tokens long, and a press needs it whole: {self.sizes.staging_tokens} tokens may wait "
+                "exactly for their end. Lower num_blocks or max_requests_per_batch of the ContinuousBatchingConfig"
+            )
+        stored = prompt if self.pruning is None else self.pruning.kept(prompt)
+        if stored + new <= most:
             return None
         return (
             f"the request is {prompt + new} tokens long, {new} of them to be generated, and one request has room for {most}: "
@@ -87,14 +100,15 @@ class SlotCache(PagedAttentionCache):
         allocator, request = self.allocator, self.allocator.requests.get(state.request_id)
         if request is None and not dry_run and not (allocator.free_slots and self._may_wait(state, request_len)):
             return False
+        # After a soft reset transformers counts generated tokens to the prompt.
+        allocator.prompt = state._true_initial_tokens or len(state.initial_tokens)
         if not super().can_store_request_tokens(state, request_len, dry_run):
             return False
         if not dry_run:
             if request is None:
                 length = state.current_len()  # 0, but for the engine's warm-up
                 request = allocator.open(state.request_id, length, self.layers.config.coded_tokens(length))
-            # After a soft reset transformers counts generated tokens to the prompt.
-            request.prompt = state._true_initial_tokens or len(state.initial_tokens)
+            request.prompt = allocator.prompt
         return True
 
     def _may_wait(self, state: Any, request_len: int) -> bool:
@@ -208,6 +222,11 @@ class SlotCache(PagedAttentionCache):
             job = self.compression.plan(request_id, request, new_length)
         if not keeps and job is None:
             self.compression.room.leave(request.slot)
+        pruned = None
+        if self.pruning is not None and exact and not request.stored:
+            pruned = Pruned(self.pruning, request_id, request, self.pruning.kept(staged + exact))
+            if new_length < request.prompt and not keeps:
+                self.pruning.refuse(pruned, "the prompt would have to be stored in parts, and a press needs it whole")
         self.steps.counts["cut_prompts"] += new_length < request.prompt and not keeps and request.stored == 0
         if keeps and request.staging is None:
             request.staging = Staging(self.layers.num_layers)
@@ -224,6 +243,7 @@ class SlotCache(PagedAttentionCache):
             blocks=list(self.allocator.block_table[request_id]),
             sinks=request.sinks,
             job=job,
+            pruned=pruned,
         )
         request.sinks = None
         if keeps:
@@ -235,8 +255,10 @@ class SlotCache(PagedAttentionCache):
         self.steps.add(chunk)
 
     def _advance(self, request: Request, length: int) -> None:
-        request.coded = self.layers.coded_after(request.coded, length)
-        request.stored = length
+        """A step is prepared after which `length` tokens of a request have come."""
+        stored = self.allocator.stored_after(request, length)
+        request.coded = self.layers.coded_after(request.coded, stored)
+        request.stored, request.pruned = stored, length - stored
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Keys and values go on to attention as they are, which stores them; it is told where."""
@@ -260,4 +282,7 @@ class SlotCache(PagedAttentionCache):
             "bytes": {"blocks": self.cache_tensor.nbytes, "windows_and_tables": layers.nbytes},
             "backend": layers.backend._asdict(),
             **self.steps.stats(),
+            **(
+                {} if self.pruning is None else {"press": repr(self.pruning.press), "pruned_tokens": self.pruning.pruned_tokens}
+            ),
         }

@@ -91,7 +91,7 @@ class Compression:
         if not self.layers.is_equalised or not self.room.stage(request.slot, tokens, tokens):
             self.counts["within"] += 1
             return None
-        return Job(request_id, request.slot, request.stored, request.coded, length)
+        return Job(request_id, request.slot, request.stored, request.coded)
 
     # -- computing -------------------------------------------------------------------------------------------------------
     def submit(self, job: Job) -> None:

@@ -12,6 +12,8 @@ from hf_pqcache.batching.lanes import Lane
 from hf_pqcache.batching.streams import COMPRESS, Partition
 from hf_pqcache.codebook import shipped
 from hf_pqcache.codebook.codebook import Codebook
+from hf_pqcache.compressors.model import prepared
+from hf_pqcache.compressors.press import Press
 from hf_pqcache.config import PQConfig
 from hf_pqcache.models.shapes import kv_shape, layer_configs
 
@@ -26,6 +28,7 @@ def enable_batching(
     max_length: int | None = None,
     compress: str | Lane = "inline",
     partition: Partition | None = None,
+    press: Press | str | None = None,
     **overrides: Any,
 ) -> Any:
     """Let transformers' continuous batching keep this model's keys and values as codes.
@@ -45,6 +48,8 @@ def enable_batching(
             stream of its own; "partition": on one that has some of the multiprocessors to itself. Or a lane, see `lanes.py`.
             What cannot be had is done in the simpler way, and the manager's `stats()["compression"]` says why.
         partition: how "partition" divides the device; None gives compression 16 multiprocessors.
+        press: prunes each prompt before it is stored: "snapkv:0.5", or an object with `compress`, as `pressed` takes them; one
+            that keeps as many tokens of all layers. Prefixes are not shared then, and steps not compiled.
 
     Returns:
         The model.
@@ -76,6 +81,8 @@ def enable_batching(
         raise ValueError(f"compress={compress!r} is unknown; use one of {COMPRESS}")
     if partition is not None and compress != "partition":
         raise ValueError(f"partition= divides the device for compress='partition', and compress={compress!r} was asked for")
+    if press is not None:
+        prepared(press, base)
     if exact:
         if codebook is not None or bits is not None:
             raise ValueError("exact=True keeps tokens as they are: pass no bits= and no codebook=")
@@ -101,7 +108,9 @@ def enable_batching(
         if generation_config.eos_token_id is None:
             generation_config.eos_token_id = -1
         asked = continuous_batching_config or ContinuousBatchingConfig()
-        return BlocksManager(settings, book, max_length, compress, partition, base, generation_config, asked, workload_hints)
+        return BlocksManager(
+            settings, book, max_length, compress, partition, press, base, generation_config, asked, workload_hints
+        )
 
     init_continuous_batching.__doc__ = type(base).init_continuous_batching.__doc__
     base.init_continuous_batching = init_continuous_batching

@@ -43,6 +43,8 @@ def attention(
         what = ", ".join(odd) or ("attention_mask" if attention_mask is not None else "sliding_window")
         raise NotImplementedError(f"attention over blocks does not know what {type(module).__name__} makes of {what}")
     table = kwargs.get("block_table")
+    if cache.pruning is not None:
+        cache.pruning.begin(module)
     out = cache.steps.attend(
         kwargs.get("cache_layer", module.layer_idx),
         query,

@@ -11,6 +11,7 @@ import functools
 import logging
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -21,10 +22,12 @@ from transformers.generation.continuous_batching import continuous_api
 from hf_pqcache.batching import function, sizes, streams
 from hf_pqcache.batching.blocks import SlotCache
 from hf_pqcache.batching.lanes import Lane
+from hf_pqcache.batching.pruning import Pruning
 from hf_pqcache.batching.schedulers import SCHEDULERS
 from hf_pqcache.batching.slots import SlotLayers
 from hf_pqcache.batching.streams import Partition
 from hf_pqcache.codebook.codebook import Codebook
+from hf_pqcache.compressors.press import Press
 from hf_pqcache.config import PQConfig
 from hf_pqcache.models.shapes import kv_shape, layer_configs
 
@@ -59,6 +62,7 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
         settings, book: of the pages; no book keeps exact tokens.
         max_length: most tokens of one request; None is what the workload or the model says.
         compress, partition: as `streams.make` takes them.
+        press: that prunes prompts, by name or itself.
         model, generation_config, continuous_batching_config, workload_hints: as transformers has them.
     """
 
@@ -69,13 +73,15 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
         max_length: int | None,
         compress: str | Lane,
         partition: Partition | None,
+        press: Press | str | None,
         model: Any,
         generation_config: Any,
         continuous_batching_config: ContinuousBatchingConfig,
         workload_hints: Any = None,
     ) -> None:
         self._settings, self._book = settings, book
-        self._compress, self._partition = compress, partition
+        self._compress, self._partition, self._press = compress, partition, press
+        self._pruning: Pruning | None = None
         asked = continuous_batching_config
         config = copy.deepcopy(asked)
         config.page_size = settings.page_size
@@ -95,6 +101,8 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
         resolved.use_async_batching = on_gpu if asked.use_async_batching is None else asked.use_async_batching
         # Steps of prompts are not compiled: attention would cut each of their layers, for lengths that never come again.
         resolved.decode_compile_config = asked.decode_compile_config or _compiled(asked.default_compile_level)
+        if press is not None and resolved.decode_compile_config is not None:
+            raise ValueError("press= watches the layers of every step, which cannot be compiled then: leave out one of the two")
         self._wishes = self._wished(asked, workload_hints, max_length)
 
     def _wished(self, asked: Any, hints: Any, max_length: int | None) -> sizes.Wishes:
@@ -113,6 +121,18 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
             max_length=max_length or getattr(text_config, "max_position_embeddings", None) or 32768,
             max_prompt=hints.max_prompt_length if hints is not None and hints.max_prompt_length else None,
         )
+
+    def _wishes_after(self, pruning: Pruning | None) -> sizes.Wishes:
+        """What a press leaves of a known workload's prompts is what is to be stored."""
+        found = self._wishes
+        if pruning is None or found.max_prompt is None:
+            return found
+        return replace(found, max_length=max(1, found.max_length - found.max_prompt + pruning.kept(found.max_prompt)))
+
+    def destroy(self) -> None:
+        super().destroy()
+        if self._pruning is not None:
+            self._pruning.end()
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         original = model.config._attn_implementation
@@ -184,17 +204,22 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
             "group": query_heads // heads,
             "dtype": dtype,
         }
+        if self._press is not None:
+            if self._is_parallel:
+                raise ValueError("press= sees the heads of one process only: load the model without tensor parallelism")
+            self._pruning = Pruning(self._press, self.model, self._settings)
         probe = SlotLayers(self._settings, self._book, **shape, device=torch.device("cpu"), num_slots=0, table_width=1)
         token_bytes = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+        shown = 0 if self._pruning is None else config.num_hidden_layers * config.hidden_size * dtype.itemsize
         planned = sizes.plan(
             self._settings,
-            self._wishes,
+            self._wishes_after(self._pruning),
             memory=self._memory_for_cache(config, max_batch_tokens, query_heads, heads, head_dim, dtype),
             block_bytes=probe.block_bytes,
             slot_bytes=token_bytes * (self._settings.sink_tokens + self._settings.window_slots),
-            token_bytes=token_bytes,
+            token_bytes=token_bytes + shown,
             max_batch_tokens=max_batch_tokens,
-            is_beside=self._compress != "inline",
+            is_beside=self._compress != "inline" or self._pruning is not None,
         )
         if distributed_helper.tp_size > 1:  # processes may have unequal memory
             least = torch.tensor([planned.num_blocks, planned.num_slots, planned.staging_tokens], device=device)
@@ -219,6 +244,7 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
             device=device,
             allow_block_sharing=continuous_batching_config.allow_block_sharing,
             max_batch_tokens=max_batch_tokens,
+            pruning=self._pruning,
         )
         if cache.steps.rows is None:  # plain torch reads the device, which no graph can hold
             continuous_batching_config.use_cuda_graph = (False, False)

@@ -13,17 +13,19 @@ from torch import Tensor
 class Staging:
     """A prompt's exact keys and values until the last of it has come, so that a prompt in chunks attends as one in one piece.
 
-    `layers[i]` are the chunks of layer i, each (keys, values) (H, T, d).
+    `layers[i]` are the chunks of layer i, each (keys, values) (H, T, d); `shown[i]` what a press is shown of them.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.layers: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_layers)]
+        self.shown: list[list[Any]] = [[] for _ in range(num_layers)]
         self.tokens = 0  # that all layers will have once the chunks under way are computed
 
     def copy(self) -> Staging:
         """For a fork: the same chunks so far."""
         new = Staging(len(self.layers))
         new.layers, new.tokens = [list(chunks) for chunks in self.layers], self.tokens
+        new.shown = [list(chunks) for chunks in self.shown]
         return new
 
 
@@ -36,6 +38,7 @@ class Request:
         prompt: positions below are its prompt, which attends exactly; later ones were generated one by one, and attend to
             codes also where a soft reset computes them again. None until it is told.
         stored: tokens in its window and pages. coded: those of them in pages. Both as of the last step that was prepared.
+        pruned: tokens of its prompt that a press has taken away; later tokens' positions count them.
         staging: of a prompt whose end has not come.
         sinks: first tokens of the prefix that it shares, to be put into its window in its next step.
         row: int32 (2 + most blocks), what its row of the engine's block table will be: slot, coded tokens, blocks.
@@ -48,12 +51,13 @@ class Request:
     prompt: int | None = None
     staging: Staging | None = None
     sinks: Tensor | None = None
+    pruned: int = 0
     in_row: int = 0  # blocks that `row` has
 
     @property
     def length(self) -> int:
         """Tokens that have come, prepared steps included."""
-        return self.stored + (0 if self.staging is None else self.staging.tokens)
+        return self.stored + self.pruned + (0 if self.staging is None else self.staging.tokens)
 
     def set_blocks(self, blocks: Sequence[int], is_changed: bool = False) -> None:
         """Bring `row` up to date; only new blocks are looked at, unless earlier ones have changed."""
@@ -79,7 +83,7 @@ class Job:
     """A prompt that has been computed and is stored beside later steps.
 
     Attributes:
-        stored, coded: tokens that its slot's window and pages held before. length: that they hold then.
+        stored, coded: tokens that its slot's window and pages held before.
         sides: of each layer, its exact keys and values (H, T, d), to be kept until the ticket is done.
         stored_layers: how many of them are stored. steps_beside: prepared since it began.
         ticket: of the lane that has it.
@@ -90,12 +94,28 @@ class Job:
     slot: int
     stored: int
     coded: int
-    length: int
     sides: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     stored_layers: int = 0
     steps_beside: int = 0
     ticket: Any = None
     complete_blocks: Any = None
+
+
+@dataclass(eq=False)
+class Pruned:
+    """A prompt that a press makes shorter in the step in which it ends.
+
+    Attributes:
+        pruning: who does it. request_id, request: whose prompt it is.
+        kept: tokens that stay: as expected, and exactly from the first layer on.
+        has_failed: nobody will read what is stored of it.
+    """
+
+    pruning: Any
+    request_id: str
+    request: Request
+    kept: int
+    has_failed: bool = False
 
 
 @dataclass(eq=False)
@@ -110,6 +130,7 @@ class Chunk:
         blocks: of the request, the new ones included.
         sinks: to be put into its window first.
         job: that stores the prompt, which ends here; None where this step does.
+        pruned: what a press makes of the prompt, if one does.
     """
 
     slot: int
@@ -124,6 +145,12 @@ class Chunk:
     blocks: list[int] = field(default_factory=list)
     sinks: Tensor | None = None
     job: Job | None = None
+    pruned: Pruned | None = None
+
+    @property
+    def gains(self) -> int:
+        """Tokens of its prompt that are stored, if it ends here."""
+        return self.staged + self.exact if self.pruned is None else self.pruned.kept
 
     @property
     def is_decode(self) -> bool:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
 from hf_pqcache.cache.base import PagedCache
 from hf_pqcache.cache.layer import PagedLayer
-from hf_pqcache.compressors.parse import parse
+from hf_pqcache.compressors.model import lend_rotary, prepared
 from hf_pqcache.compressors.press import Press
 from hf_pqcache.models.names import NAMES
 
@@ -36,32 +35,11 @@ def pressed(model: Any, press: Press | str) -> Iterator[None]:
             then, and usable.
         RuntimeError: a compiled model; a layer whose attention does not go through transformers' attention interface.
     """
-    chosen = parse(press) if isinstance(press, str) else press
-    _check(chosen, model)
-    prepare = getattr(chosen, "post_init_from_model", None)
-    if prepare is not None:
-        prepare(model)
-    pressing = _Pressing(chosen, model)
+    pressing = _Pressing(prepared(press, model), model)
     try:
         yield
     finally:
         pressing.end()
-
-
-def _check(press: Any, model: Any) -> None:
-    if not isinstance(press, Press):
-        raise ValueError(f"{press!r} is no press: expected a name like snapkv:0.5, or an object with compress(...)")
-    for method, what in (
-        ("forward_hook", "more than compress a prompt, maybe prune while decoding"),
-        ("__call__", "passes of its own"),
-    ):
-        if sum(method in vars(kind) for kind in type(press).__mro__) > 1:  # kvpress' base class has one
-            raise ValueError(f"{type(press).__name__} does {what} (its own {method}), which no press here may: use another one")
-    if model.config.is_encoder_decoder:
-        raise ValueError("an encoder-decoder model's prompt is the encoder's, whose keys and values are not pruned")
-    parts = [model, *(part for part in model.modules() if part._compiled_call_impl is not None)]
-    if isinstance(model, OptimizedModule) or len(parts) > 1:
-        raise RuntimeError("hooks of a compiled model may never run: pass the model as it was before torch.compile")
 
 
 class _Pressing:
@@ -70,21 +48,15 @@ class _Pressing:
     def __init__(self, press: Press, model: Any) -> None:
         self._press = press
         self._reached: weakref.WeakKeyDictionary[PagedCache, set[int]] = weakref.WeakKeyDictionary()
-        self._turned: list[nn.Module] = []
         modules = [part for part in model.modules() if isinstance(getattr(part, "layer_idx", None), int)]
         self._handles = [part.register_forward_hook(self._hook(self._compress), with_kwargs=True) for part in modules]
         self._handles.append(model.register_forward_hook(self._hook(self._check_reached), with_kwargs=True))
-        rotary = next((part.rotary_emb for part in model.modules() if hasattr(part, "rotary_emb")), None)
-        for part in modules if rotary is not None else ():  # kvpress' presses look for it there
-            if not hasattr(part, "rotary_emb"):
-                part.__dict__["rotary_emb"] = rotary
-                self._turned.append(part)
+        self._take_back = lend_rotary(model, modules)
 
     def end(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for part in self._turned:
-            del part.__dict__["rotary_emb"]
+        self._take_back()
 
     @staticmethod
     def _hook(act: Any) -> Any:

@@ -48,6 +48,10 @@ class ScorePress(ABC):
             raise ValueError(f"ratio={ratio}: the share of tokens that goes is from 0 to below 1")
         self.ratio = ratio
 
+    def kept(self, count: int) -> int:
+        """How many of `count` tokens stay."""
+        return max(1, int(count * (1 - self.ratio)))
+
     @abstractmethod
     def scores(self, module: nn.Module, hidden_states: Tensor, keys: Tensor, values: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """How much each token is worth, (B, H, T); arguments as in `Press.compress`."""
@@ -63,7 +67,7 @@ class ScorePress(ABC):
     ) -> tuple[Tensor, Tensor]:
         """As in `Press.compress`."""
         count = keys.shape[2]
-        kept = max(1, int(count * (1 - self.ratio)))
+        kept = self.kept(count)
         if kept == count:
             return keys, values
         best = self.scores(module, hidden_states, keys, values, kwargs).topk(kept, dim=2).indices.sort(dim=2).values
