@@ -92,6 +92,25 @@ def test_answers_refusals_and_figures(url: str) -> None:
     assert len({line.split('"')[1] for line in figures.splitlines() if line.startswith("pqcache_requests_running{")}) == 2
 
 
+def running(url: str) -> float:
+    """Requests that all replicas work on."""
+    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("pqcache_requests_running{"))
+
+
+def test_a_client_that_goes_is_forgotten(url: str) -> None:
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json={"prompt": "The owl", "stream": True, **LONG}, timeout=60
+    ) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: {")
+        assert running(url) == 1
+    until = time.monotonic() + 20
+    while running(url):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
 async def stream(client: Any, url: str, prompt: str, has_begun: asyncio.Event) -> tuple[str, str | None]:
     """(text, code of the error in it)."""
     text, code = "", None
