@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import Graphs
 from tiny_models import SMALL, assistant_of, build, padded, tokens
 from torch import Tensor
 from transformers import LlamaConfig
@@ -29,6 +30,7 @@ SETTINGS = {
     "3 bits": {"bits": 3, "page_size": 32, "extended_residual": 1},
     "2 bits": {"bits": 2, "page_size": 16, "sink_tokens": 0},
     "offload": {"page_size": 16, "extended_residual": 16, "offload": True},
+    "short tables": {"page_size": 16, "extended_residual": 16, "expected_tokens": 32},
     "all exact": {"extended_residual": 512},
 }
 
@@ -383,3 +385,22 @@ def test_rows_and_sequences_that_are_not_there() -> None:
     other.allocate_sequence("a")
     with pytest.raises(KeyError, match="no sequence 'b'"):
         other.export_sequence("b")
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_between_compiled_steps(kind: str) -> None:
+    """Lengths that only the device knows are read, and the next cache goes on in the same graph."""
+    torch._dynamo.reset()
+    graphs, name = Graphs(), "llama"
+    cache, again, eager = (MAKE[kind](build(name).config, compile=compiled) for compiled in (True, True, False))
+    compiled = {"compile_config": graphs.config}
+    said = go_on(name, cache, tokens(1, 61), 20, **compiled)
+    assert torch.equal(said, go_on(name, eager, tokens(1, 61), 20))
+    data = cache.export_sequence(0)
+    assert data == eager.export_sequence(0)
+    again.import_sequence(data)
+    ids = torch.cat([said, tokens(1, 9, seed=5)], dim=1)
+    count = graphs.count
+    assert torch.equal(go_on(name, again, ids, 30, **compiled), go_on(name, eager, ids, 30))
+    assert graphs.count == count, "the imported sequence was compiled for once more"
+    assert again.export_sequence(0) == eager.export_sequence(0)
