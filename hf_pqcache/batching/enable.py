@@ -83,17 +83,7 @@ def enable_batching(
         raise ValueError(f"partition= divides the device for compress='partition', and compress={compress!r} was asked for")
     if press is not None:
         prepared(press, base)
-    if exact:
-        if codebook is not None or bits is not None:
-            raise ValueError("exact=True keeps tokens as they are: pass no bits= and no codebook=")
-        settings, book = PQConfig(sink_tokens=0, extended_residual=1).replace(**overrides), None
-    else:
-        settings = (pq_config or PQConfig()).replace(**overrides, **({} if bits is None else {"bits": bits}))
-        head_dim = kv_shape(layer_configs(base.config.get_text_config())[0])[1]
-        assert head_dim is not None  # why_unfit has seen it
-        if codebook is not None:
-            codebook.check_model(base.config)
-        book = codebook or shipped.codebook(settings, head_dim, head_dim)
+    settings, book = _stored(base, bits, codebook, pq_config, exact, overrides)
     disable_batching(base)
 
     @torch.no_grad()
@@ -115,6 +105,24 @@ def enable_batching(
     init_continuous_batching.__doc__ = type(base).init_continuous_batching.__doc__
     base.init_continuous_batching = init_continuous_batching
     return model
+
+
+def _stored(
+    base: Any, bits: int | None, codebook: Codebook | None, pq_config: PQConfig | None, exact: bool, overrides: dict[str, Any]
+) -> tuple[PQConfig, Codebook | None]:
+    """What blocks hold: settings, and the codebook of codes."""
+    if exact:
+        if codebook is not None or bits is not None:
+            raise ValueError("exact=True keeps tokens as they are: pass no bits= and no codebook=")
+        settings, book = PQConfig(sink_tokens=0, extended_residual=1).replace(**overrides), None
+    else:
+        settings = (pq_config or PQConfig()).replace(**overrides, **({} if bits is None else {"bits": bits}))
+        head_dim = kv_shape(layer_configs(base.config.get_text_config())[0])[1]
+        assert head_dim is not None  # why_unfit has seen it
+        if codebook is not None:
+            codebook.check_model(base.config)
+        book = codebook or shipped.codebook(settings, head_dim, head_dim)
+    return settings, book
 
 
 def disable_batching(model: Any) -> None:

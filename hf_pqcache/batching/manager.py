@@ -122,6 +122,12 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
             max_prompt=hints.max_prompt_length if hints is not None and hints.max_prompt_length else None,
         )
 
+    def _begin_pruning(self) -> None:
+        if self._press is not None:
+            if self._is_parallel:
+                raise ValueError("press= sees the heads of one process only: load the model without tensor parallelism")
+            self._pruning = Pruning(self._press, self.model, self._settings)
+
     def _wishes_after(self, pruning: Pruning | None) -> sizes.Wishes:
         """What a press leaves of a known workload's prompts is what is to be stored."""
         found = self._wishes
@@ -204,10 +210,7 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
             "group": query_heads // heads,
             "dtype": dtype,
         }
-        if self._press is not None:
-            if self._is_parallel:
-                raise ValueError("press= sees the heads of one process only: load the model without tensor parallelism")
-            self._pruning = Pruning(self._press, self.model, self._settings)
+        self._begin_pruning()
         probe = SlotLayers(self._settings, self._book, **shape, device=torch.device("cpu"), num_slots=0, table_width=1)
         token_bytes = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
         shown = 0 if self._pruning is None else config.num_hidden_layers * config.hidden_size * dtype.itemsize
@@ -221,11 +224,8 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
             max_batch_tokens=max_batch_tokens,
             is_beside=self._compress != "inline" or self._pruning is not None,
         )
-        if distributed_helper.tp_size > 1:  # processes may have unequal memory
-            least = torch.tensor([planned.num_blocks, planned.num_slots, planned.staging_tokens], device=device)
-            distributed_helper.tp_all_reduce_min(least)
-            blocks, slots, staging = (int(x) for x in least.tolist())
-            planned = sizes.Sizes(blocks, slots, min(planned.table_width, blocks), staging)
+        if distributed_helper.tp_size > 1:
+            planned = _least(planned, distributed_helper, device)
         continuous_batching_config.max_requests_per_batch = planned.num_slots
         continuous_batching_config.max_blocks_per_request = planned.table_width + 3
         layers = SlotLayers(
@@ -284,3 +284,11 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
                 "waiting": len(self.batch_processor.scheduler.waiting_requests) + self.input_queue.qsize(),
             },
         }
+
+
+def _least(planned: sizes.Sizes, distributed_helper: Any, device: torch.device) -> sizes.Sizes:
+    """What all processes have room for: they may have unequal memory."""
+    least = torch.tensor([planned.num_blocks, planned.num_slots, planned.staging_tokens], device=device)
+    distributed_helper.tp_all_reduce_min(least)
+    blocks, slots, staging = (int(x) for x in least.tolist())
+    return sizes.Sizes(blocks, slots, min(planned.table_width, blocks), staging)
