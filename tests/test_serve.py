@@ -124,6 +124,14 @@ def test_ends_of_texts(server: Served, expected: dict[str, list[int]]) -> None:
         server.service.ends = (0,)
 
 
+def test_a_stop_string_that_is_a_special_token_ends_at_that_token(server: Served, expected: dict[str, list[int]]) -> None:
+    ids = expected[PROMPTS[0]]
+    server.service.special = {"<|end|>": ids[5]}
+    body = {"prompt": PROMPTS[0], "stop": "<|end|>", "ignore_eos": True, **GREEDY}
+    assert server.texts(**body) == [server.decoded(ids[: ids.index(ids[5])])]
+    server.service.special = {}
+
+
 def test_a_seed_draws_the_same_whoever_else_is_there(server: Served) -> None:
     body = {"prompt": PROMPTS[1], "max_tokens": 24, "temperature": 1.2, "top_p": 0.95, "seed": 5}
     alone = server.texts(**body, n=3)

@@ -65,6 +65,7 @@ class Service:
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         self.ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (int(ends),)
+        self.special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         config = model.generation_config
         self.defaults: Mapping[str, float] = {}
         if config.do_sample:
@@ -175,6 +176,7 @@ class Service:
                 f"a prompt of {len(ids)} tokens and {max(1, wanted)} more do not fit into {self.context}; shorten either",
                 "context_length_exceeded",
             )
-        ends = (*(() if job.ignores_eos else self.ends), *job.stop_ids)
+        named = [self.special[stop] for stop in job.stops if stop in self.special]  # of these no text is ever seen
+        ends = (*(() if job.ignores_eos else self.ends), *job.stop_ids, *named)
         text = TextStream(self.tokenizer, job.stops, job.min_tokens)
         return Choice(index, ids, wanted, sampling_of(job, self.defaults, index, ends), text)
