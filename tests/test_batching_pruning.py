@@ -180,3 +180,5 @@ def test_compiled_steps_are_refused() -> None:
     enable_batching(model(), press="knorm:0.5", **CODED)
     with pytest.raises(ValueError, match="cannot be compiled"):
         model().init_continuous_batching(greedy(), engine(default_compile_level=1))
+    disable_batching(model())
+    assert alone.__wrapped__("knorm", 7, False) == alone("knorm", 7, False), "generate is as it was"

@@ -93,6 +93,9 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
             config.cpu_offload_space = 0.0
         if config.scheduler_type not in SCHEDULERS:
             raise ValueError(f"scheduler_type={config.scheduler_type!r} is none of {', '.join(SCHEDULERS)}")
+        compiled = asked.decode_compile_config or _compiled(asked.default_compile_level)
+        if press is not None and compiled is not None:
+            raise ValueError("press= watches the layers of every step, which cannot be compiled then: leave out one of the two")
         super().__init__(model, generation_config, config, workload_hints)
         on_gpu = model.device.type == "cuda"
         resolved = self.continuous_batching_config
@@ -100,9 +103,7 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
         resolved.use_cuda_graph = (False, on_gpu and graphs is not False)
         resolved.use_async_batching = on_gpu if asked.use_async_batching is None else asked.use_async_batching
         # Steps of prompts are not compiled: attention would cut each of their layers, for lengths that never come again.
-        resolved.decode_compile_config = asked.decode_compile_config or _compiled(asked.default_compile_level)
-        if press is not None and resolved.decode_compile_config is not None:
-            raise ValueError("press= watches the layers of every step, which cannot be compiled then: leave out one of the two")
+        resolved.decode_compile_config = compiled
         self._wishes = self._wished(asked, workload_hints, max_length)
 
     def _wished(self, asked: Any, hints: Any, max_length: int | None) -> sizes.Wishes:
