@@ -27,6 +27,8 @@ def test_the_pool_has_room_for_the_tokens_asked_for(variant: str, page_size: int
 def test_a_known_workload_is_the_longest_request() -> None:
     made = Engine(tiny()[0], EngineSettings("4", cache_tokens=2000, max_batch_tokens=64, context=700, longest_prompt=600))
     assert 700 <= made.capacity <= 700 + 256
+    made = Engine(tiny()[0], EngineSettings("4", max_batch_tokens=64, max_requests=2, context=20_000, longest_prompt=19_000))
+    assert made.capacity >= 20_000
 
 
 @pytest.mark.parametrize("path", SIGNATURES)

@@ -114,6 +114,7 @@ def make_manager(model: Any, settings: EngineSettings) -> Any:
 
     if model.device.type == "cpu":  # its memory is everybody's, and masks of a step take batch x pool
         given = {name: getattr(settings, name) or size for name, size in CPU_SIZES.items()}
+        given["cache_tokens"] = settings.cache_tokens or max(CPU_SIZES["cache_tokens"], settings.context or 0)
         settings = replace(settings, **given)
     if settings.variant == "stock":
         page_size = settings.page_size or ContinuousBatchingConfig().page_size

@@ -64,7 +64,8 @@ class Service:
         self.tokenizer = tokenizer
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
-        self.ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (int(ends),)
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        self.ends = tuple(end for end in ends if 0 <= end < engine.vocab_size)
         self.special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         config = model.generation_config
         self.defaults: Mapping[str, float] = {}
