@@ -14,9 +14,11 @@ from hf_pqcache.cache.footprint import layer_shapes, plan_memory
 
 GIB = 1 << 30
 #: Decode attention on an H100 (eval/RESULTS.md, Speed): microseconds of a launch, and the rest in times of copying its bytes.
-LAUNCH_US = 7.5
-OVER_COPY = {16: 0.97, 4: 1.03, 3: 1.19, 2: 1.56}
+LAUNCH_US = 6.5
+OVER_COPY = {16: 0.98, 4: 1.06, 3: 1.21, 2: 1.57}
 BITS = tuple(OVER_COPY)
+#: The rest of a step, in times of copying the weights: whole steps of compiled `generate`, same place.
+WEIGHTS_OVER_COPY = 1.6
 #: Where conversations are that nobody decodes. The first keeps all on the card.
 TIERS = ("device", "host", "disk")
 #: Share of a host's memory and of a disk that is filled.
@@ -130,7 +132,8 @@ def conversation(config: Any, bits: int, use: Use, card: Card) -> Conversation:
     past = 0 if bits == 16 else (whole.stored + 2 * exact) / card.copy
     question = use.question * card.weights / card.flops + past  # 2 FLOP a parameter, of 2 bytes each
     launch, all_rows = attention_of(bits, whole.stored / len(layers), card.copy)
-    return Conversation(whole.total - common, common, len(layers) * launch, len(layers) * (all_rows - launch), question)
+    attention = len(layers) * (all_rows - launch) + whole.window / card.copy
+    return Conversation(whole.total - common, common, len(layers) * launch, attention, question)
 
 
 def attention_of(bits: int, nbytes: float, copy: float = 3.0e12) -> tuple[float, float]:
@@ -138,9 +141,14 @@ def attention_of(bits: int, nbytes: float, copy: float = 3.0e12) -> tuple[float,
     return LAUNCH_US * 1e-6, LAUNCH_US * 1e-6 + OVER_COPY[bits] * nbytes / copy
 
 
+def fixed(card: Card) -> float:
+    """Seconds of a step without attention."""
+    return WEIGHTS_OVER_COPY * card.weights / card.copy
+
+
 def step_of(card: Card, one: Conversation, decoding: float, turns: float = 0.0) -> float:
     """Seconds of a step for so many at once, while `turns` questions a second are read in between."""
-    return (card.weights / card.copy + one.launch + decoding * one.attention) / max(1e-9, 1 - turns * one.question)
+    return (fixed(card) + one.launch + decoding * one.attention) / max(1e-9, 1 - turns * one.question)
 
 
 def work(card: Card, one: Conversation, use: Use, conversations: int, tier: str = "device") -> tuple[float, float, float]:

@@ -6,7 +6,7 @@ import heapq
 import random
 from dataclasses import dataclass
 
-from hf_pqcache.eval.scale.plan import Card, Conversation, Use, transfer_of
+from hf_pqcache.eval.scale.plan import Card, Conversation, Use, fixed, transfer_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def simulate(
         if not left:
             now = min([*asking[:1], *arriving[:1]])
             continue
-        length = card.weights / card.copy + one.launch + len(left) * one.attention + new * one.question
+        length = fixed(card) + one.launch + len(left) * one.attention + new * one.question
         if now >= begin:
             decoded, counted, busy = decoded + len(left) * length, counted + length, busy + 1
         now, steps = now + length, steps + 1
