@@ -66,7 +66,8 @@ class Service:
         ends = tokenizer.eos_token_id if ends is None else ends
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.ends = tuple(end for end in ends if 0 <= end < engine.vocab_size)
-        self.special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        self.special = {text: token for text, token in special if token < engine.vocab_size}
         config = model.generation_config
         self.defaults: Mapping[str, float] = {}
         if config.do_sample:
