@@ -8,11 +8,16 @@ from typing import Any
 import pytest
 from served import tiny
 
+from hf_pqcache.cli.commands import _options
 from hf_pqcache.serve import engine
 from hf_pqcache.serve.engine import SIGNATURES, VARIANTS, Engine, EngineSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODULE = "transformers.generation.continuous_batching"
+
+
+def test_commands_know_all_variants() -> None:
+    assert _options.VARIANTS == VARIANTS
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -13,7 +13,6 @@ import click
 
 from hf_pqcache.cli.commands import _options, _output, _shapes, _types
 
-VARIANTS = ("4", "3", "2", "exact", "stock")
 FULL = "full"
 
 
@@ -35,7 +34,7 @@ class _Concurrency(click.ParamType):
 @click.option("--shape", help="Random float16 weights in the shape of a known model: llama-3.1-8b, ...; needs a GPU.")
 @click.option("--model", help="A folder, a Hub id or a model config, in place of --shape.")
 @_options.loading_options
-@click.option("--variant", "variants", type=click.Choice(VARIANTS), multiple=True, help="Of blocks; all if absent.")
+@click.option("--variant", "variants", type=click.Choice(_options.VARIANTS), multiple=True, help="Of blocks; all if absent.")
 @click.option("--prompt-tokens", type=_types.Lengths(), default="4096", show_default=True, help="Of each prompt: 4K,32K.")
 @click.option("--output-tokens", type=_types.Lengths(), default="512", show_default=True, help="Of each answer: 128,1K.")
 @click.option(
@@ -101,7 +100,7 @@ def command(
     cases = [
         Case(variant, prompt, output, in_flight, requests, rate, seed, compiles)
         for prompt, output, rate, in_flight, variant in product(
-            prompt_tokens, output_tokens, loops, concurrency, variants or VARIANTS
+            prompt_tokens, output_tokens, loops, concurrency, variants or _options.VARIANTS
         )
     ]
     name = shape or _shapes.public_name(str(model))

@@ -16,7 +16,7 @@ from hf_pqcache.cli.commands import _options, _output, _types
 @click.option(
     "--bits",
     "variant",
-    type=click.Choice(["4", "3", "2", "exact", "stock"]),
+    type=click.Choice(_options.VARIANTS),
     default="4",
     show_default=True,
     help="Of codes, for each number of the cache; or exact tokens in our blocks, or transformers' own blocks.",
