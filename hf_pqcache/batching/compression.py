@@ -1,8 +1,9 @@
 """Finished prompts on their way into blocks while other requests go on; knows no scheduler and no transformers.
 
-A prompt's exact keys and values wait for its end (`Staging`). What happens then is a *job*: they are stored in all layers by a
-lane (`lanes.py`), and the request takes no further step before that. A job is *taken in* when its ticket is done or the compute
-stream has been told to wait for it; only then may others be given its slot or blocks, or share what is in them.
+A prompt's exact keys and values wait for its end (`Staging`). What happens then is a *job*: they are stored by a lane
+(`lanes.py`), a layer as soon as it is computed, and the request takes no further step before all are. A job is *taken in* when
+its ticket is done or the compute stream has been told to wait for it; only then may others be given its slot or blocks, or
+share what is in them.
 
 All calls come from the engine's thread.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -94,19 +95,32 @@ class Compression:
         return Job(request_id, request.slot, request.stored, request.coded)
 
     # -- computing -------------------------------------------------------------------------------------------------------
-    def submit(self, job: Job) -> None:
-        """All layers of a job are there: begin it, on the compute stream."""
-        self.counts["jobs"] += 1
-        self.jobs[job.request_id] = job
+    def go_on(self, jobs: Sequence[Job], is_last: bool) -> None:
+        """One more layer of a step's jobs is there: begin to store it, after what the compute stream has been given.
+
+        Each layer at once, not all of them in the end: so the host gives the lane its work while the device has some of the
+        step before it.
+        """
+        sound, ticket = [job for job in jobs if job.error is None], None
         try:
-            job.ticket = self.lane.run(lambda: self._store(job))
+            ticket = self.lane.run(lambda: self._store_all(sound))
         except Exception as error:
-            self._store_within(job, error)
+            for job in sound:
+                job.error = error if job.stored_layers < len(job.sides) else None
+        for job in jobs if is_last else ():
+            self.counts["jobs"] += 1
+            self.jobs[job.request_id], job.ticket = job, ticket
+            if job.error is not None or ticket is None:
+                self._store_within(job, job.error)
 
     def another_step(self) -> None:
         """A step is prepared: jobs under way may be done beside it."""
         for job in self.jobs.values():
             job.steps_beside += 1
+
+    def _store_all(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._store(job)
 
     def _store(self, job: Job) -> None:
         while job.stored_layers < len(job.sides):
@@ -114,7 +128,7 @@ class Compression:
             self.layers.store(layer, job.slot, *job.sides[layer], job.stored, job.coded)
             job.stored_layers += 1
 
-    def _store_within(self, job: Job, error: Exception) -> None:
+    def _store_within(self, job: Job, error: Exception | None) -> None:
         """What a lane has failed to store, the compute stream stores; else the request fails, and others go on."""
         logger.warning("a prompt could not be stored beside other steps, and is stored between them: %s", error)
         self.counts["failed_jobs"] += 1

@@ -86,7 +86,7 @@ class Job:
         stored, coded: tokens that its slot's window and pages held before.
         sides: of each layer, its exact keys and values (H, T, d), to be kept until the ticket is done.
         stored_layers: how many of them are stored. steps_beside: prepared since it began.
-        ticket: of the lane that has it.
+        ticket: of the lane that has its last layer. error: why a lane has not stored one of them.
         complete_blocks: what the engine has to make known of its blocks when it is taken in.
     """
 
@@ -98,6 +98,7 @@ class Job:
     stored_layers: int = 0
     steps_beside: int = 0
     ticket: Any = None
+    error: Exception | None = None
     complete_blocks: Any = None
 
 

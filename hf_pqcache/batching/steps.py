@@ -81,10 +81,8 @@ class Steps:
             self.counts["prompt_tokens"] += sum(chunk.exact for chunk in self._now)
             self.counts["rows_beside_prompts"] += sum(chunk.count - chunk.exact for chunk in self._now)
         out = attend_step(self.layers, self.rows, layer, self._now, query[0], keys[0], values[0], scale)
-        if layer == self.layers.num_layers - 1:
-            for chunk in self._now:
-                if chunk.job is not None:
-                    self.compression.submit(chunk.job)
+        if jobs := [chunk.job for chunk in self._now if chunk.job is not None]:
+            self.compression.go_on(jobs, is_last=layer == self.layers.num_layers - 1)
         return out[None]
 
     def _decode(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, block_table: Tensor) -> Tensor:

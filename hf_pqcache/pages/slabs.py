@@ -156,7 +156,7 @@ class PageStore:
     def _index(self, at: np.ndarray) -> slice | Tensor:
         if (np.diff(at) == 1).all():
             return slice(int(at[0]), int(at[-1]) + 1)
-        return torch.from_numpy(at).to(self.device)
+        return torch.from_numpy(at).to(self.device, non_blocking=True)  # copied at once, the device is not waited for
 
     # -- what a store in host memory does besides (offload.py) ---------------------------------------------------------
     host_bytes = 0  # of slabs on the host

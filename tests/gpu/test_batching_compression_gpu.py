@@ -110,7 +110,7 @@ def within(model: Any) -> dict[bool, Any]:
 def test_late_jobs_change_nothing(model: Any, within: Any, exact: bool, graphs: bool, is_async: bool) -> None:
     found, stats = run(model, Sleepy(), exact, use_cuda_graph=graphs, use_async_batching=is_async)
     assert distance(found, within[exact]) < BOUND
-    assert agreeing(found, within[exact]) > 0.9
+    assert agreeing(found, within[exact]) > 0.7
     assert stats["jobs"] >= len(LENGTHS) - 1
     assert stats["beside"] > 0
     assert stats["failed_jobs"] == stats["waiting_tokens"] == 0
@@ -118,7 +118,7 @@ def test_late_jobs_change_nothing(model: Any, within: Any, exact: bool, graphs: 
 
 def test_a_missing_wait_is_caught(model: Any, within: Any) -> None:
     found, _ = run(model, Sleepy(is_lying=True))
-    assert agreeing(found, within[False]) < 0.9
+    assert agreeing(found, within[False]) < 0.6
     torch.cuda.synchronize()
 
 
@@ -126,7 +126,7 @@ def test_a_missing_wait_is_caught(model: Any, within: Any) -> None:
 def test_a_divided_device_changes_nothing(model: Any, within: Any, partition: Partition | None) -> None:
     found, stats = run(model, "partition", partition=partition)
     assert distance(found, within[False]) < BOUND
-    assert agreeing(found, within[False]) > 0.9
+    assert agreeing(found, within[False]) > 0.7
     assert stats["jobs"] > 0
     if not stats["greenctx_available"]:
         assert stats["lane"] == "stream"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 
 
 class Late:
@@ -10,20 +10,29 @@ class Late:
 
     Args:
         patience: how often each job is asked for in vain, in turn. None at the end is for ever.
-        fails: numbers of jobs that raise, half-way.
+        fails: numbers of jobs that are not done, which their tickets tell. raises: of those that are refused at once.
         is_lying: say at once that a job is done, as a lane would that forgets to wait.
     """
 
     name, runs_beside = "late", True
 
-    def __init__(self, patience: list[int] = [3], fails: set[int] = frozenset(), is_lying: bool = False) -> None:  # noqa: B006
-        self.patience, self.fails, self.is_lying = patience, fails, is_lying
+    def __init__(
+        self,
+        patience: Sequence[int] = (3,),
+        fails: Container[int] = (),
+        raises: Container[int] = (),
+        is_lying: bool = False,
+    ) -> None:
+        self.patience, self.fails, self.raises, self.is_lying = patience, fails, raises, is_lying
         self.tickets: list[LateTicket] = []
 
     def run(self, job: Callable[[], None]) -> LateTicket:
         number = len(self.tickets)
         ticket = LateTicket(self, number, job, self.patience[number % len(self.patience)])
         self.tickets.append(ticket)
+        if number in self.raises:
+            ticket.has_run = True
+            raise RuntimeError("the lane takes nothing")
         return ticket
 
 
