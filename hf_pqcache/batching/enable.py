@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hf_pqcache import arguments
+from hf_pqcache.batching import images as vision
 from hf_pqcache.batching import support
 from hf_pqcache.batching.lanes import Lane
 from hf_pqcache.batching.streams import COMPRESS, Partition
@@ -29,6 +30,7 @@ def enable_batching(
     compress: str | Lane = "inline",
     partition: Partition | None = None,
     press: Press | str | None = None,
+    images: int | None = None,
     **overrides: Any,
 ) -> Any:
     """Let transformers' continuous batching keep this model's keys and values as codes.
@@ -50,6 +52,7 @@ def enable_batching(
         partition: how "partition" divides the device; None gives compression 16 multiprocessors.
         press: prunes each prompt before it is stored: "snapkv:0.5", or an object with `compress`, as `pressed` takes them; one
             that keeps as many tokens of all layers. Prefixes are not shared then, and steps not compiled.
+        images: most tokens of images, for a model of LLaVA's kind; see `image_prompt`.
 
     Returns:
         The model.
@@ -85,6 +88,8 @@ def enable_batching(
         prepared(press, base)
     settings, book = _stored(base, bits, codebook, pq_config, exact, overrides)
     disable_batching(base)
+    if images is not None:
+        vision.begin(base, images)
 
     @torch.no_grad()
     def init_continuous_batching(
@@ -128,6 +133,7 @@ def _stored(
 def disable_batching(model: Any) -> None:
     """Let transformers' continuous batching have its own blocks again; without `enable_batching` before, nothing happens."""
     base = _base(model)
+    vision.end(base)
     if "init_continuous_batching" in vars(base):
         base.destroy_cached_continuous_batching_manager()
         del base.init_continuous_batching

@@ -142,11 +142,15 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
             self._pruning.end()
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
-        original = model.config._attn_implementation
+        text = model.config.get_text_config()
+        original = text._attn_implementation
         if original != function.NAME:
             AttentionInterface.register(function.NAME, function.attention)
-            model.set_attn_implementation(function.NAME)
-            self._original_attn_impl = original
+            # What sees images keeps its attention.
+            part = next((name for name in model.config.sub_configs if getattr(model.config, name, None) is text), None)
+            model.set_attn_implementation(function.NAME if part is None else {part: function.NAME})
+            before: Any = original if part is None else {part: original}
+            self._original_attn_impl = before
 
     def _create_batch_processor(self) -> Any:
         if self.batch_processor is not None:
