@@ -15,7 +15,7 @@ from tiny_models import SMALL, assistant_of, build, padded, tokens
 from torch import Tensor
 from transformers import LlamaConfig
 
-from hf_pqcache import PagedKVCache, PagedPQCache
+from hf_pqcache import PagedKVCache, PagedPQCache, pressed
 from hf_pqcache.cache import sequence_file
 from hf_pqcache.errors import PagesExhaustedError
 from hf_pqcache.models.names import cache_kwargs
@@ -95,6 +95,23 @@ def test_a_row_leaves_its_batch_and_its_padding_behind(name: str) -> None:
         assert again.get_seq_length() == alone.get_seq_length()
         ids = torch.cat([own, tokens(1, 9, seed=5)], dim=1)
         assert torch.equal(go_on(name, again, ids, 30), go_on(name, alone, ids, 30))
+
+
+@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_prompt_that_a_press_has_pruned(name: str, kind: str) -> None:
+    """Positions go on behind the whole prompt, in the next cache, too."""
+    cache, again = (MAKE[kind](build(name).config) for _ in range(2))
+    with pressed(build(name), "knorm:0.4"):
+        said = go_on(name, cache, tokens(1, 90), 8)
+    assert cache.stats()["removed"]
+    data = cache.export_sequence(0)
+    again.import_sequence(data)
+    assert again.get_seq_length() == cache.get_seq_length() == 97
+    assert again.stats()["removed"] == cache.stats()["removed"]
+    assert_goes_on(name, cache, again, torch.cat([said, tokens(1, 9, seed=5)], dim=1))
+    if name == "llama":
+        refused(data, "a press has pruned", MAKE[kind](build(name).config), seq_id="a")
 
 
 def test_tokens_that_are_taken_back_come_from_the_same_place() -> None:
@@ -274,6 +291,9 @@ LIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "a length that is no number": lambda d, t: layer(d).update(length="89"),
     "a length of another layer": lambda d, t: layer(d).update(length=layer(d)["length"] + 16),
     "a window that lost more": lambda d, t: layer(d).update(reused=10**6),
+    "more pruned than there was": lambda d, t: (layer(d, 0).update(removed=5), layer(d, 1).update(removed=5)),
+    "pruned by a word": lambda d, t: layer(d).update(removed="5"),
+    "no telling of positions": lambda d, t: d.update(pruned=[0, 1]),
     "other codes": lambda d, t: layer(d).update(codec={"codes": [[8, 4], [8, 4]], "codebook": "0" * 64}),
     "no codes": lambda d, t: layer(d).update(codec=None),
     "fewer layers": lambda d, t: d["layers"].pop(),

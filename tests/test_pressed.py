@@ -335,14 +335,6 @@ def test_a_pruned_prompt_is_not_cut_in_its_middle() -> None:
     assert cache.get_seq_length() == 0
 
 
-def test_a_pruned_row_is_not_exported() -> None:
-    cache = PagedKVCache(build("llama").config, page_size=16)
-    with pressed(build("llama"), "knorm:0.5"):
-        logits_of(build("llama"), cache, tokens(2, PROMPT), 0)
-    with pytest.raises(NotImplementedError, match="pruned row"):
-        cache.export_sequence(0)
-
-
 def test_assisted_decoding_says_why_it_cannot() -> None:
     model, cache = build("llama"), PagedKVCache(build("llama").config, page_size=16)
     with pressed(model, "knorm:0.5"), pytest.raises(ValueError, match="each head kept others"):

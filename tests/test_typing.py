@@ -22,7 +22,8 @@ from torch import Tensor
 
 import hf_pqcache
 from hf_pqcache import (
-    Codebook, MemoryPlan, PagedKVCache, PagedPQCache, PQCacheError, PQConfig, calibrate, plan_memory,
+    Codebook, MemoryPlan, PagedKVCache, PagedPQCache, PQCacheError, PQConfig, calibrate, disable_batching, enable_batching,
+    plan_memory, pressed,
 )
 
 
@@ -38,6 +39,15 @@ def load(model: Any, tokenizer: Any, text: str) -> PagedPQCache:
     cache = PagedPQCache(model.config, book, PQConfig(bits=4), expected_tokens=4096, page_size="auto")
     again: PagedPQCache = PagedPQCache.from_pretrained("book", model, offload=True)
     return again if cache.get_seq_length() else cache
+
+
+def many(model: Any, prompts: list[list[int]]) -> Any:
+    enable_batching(model, bits=4, max_length=8192, page_size=64)
+    answers = model.generate_batch(prompts)
+    disable_batching(model)
+    with pressed(model, "snapkv:0.5"):
+        model.generate(cache=PagedPQCache(model.config))
+    return answers
 
 
 def serve(config: Any, keys: Tensor, values: Tensor) -> dict[str, Any]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Tensors of a layer in pages.
 PARTS = ("key_pages", "value_pages", "window_keys", "window_values")
+#: Of its tokens, see `StoredLayer`.
+COUNTS = ("length", "reused", "removed")
 #: Settings that both sides must share besides codes.
 SIZES = ("page_size", "sink_tokens", "extended_residual")
 
@@ -31,8 +33,6 @@ def export(cache: PagedCache, seq: Hashable, model: Any) -> bytes:
     storage = cache.storage
     if storage.lengths.is_uneven and not storage.are_independent:
         cache._pass.roll_back()
-    if storage.lengths.removed:
-        raise NotImplementedError("a pruned row cannot be exported: the file has no place for positions without tokens")
     place = _place(cache, seq)
     stock = {} if storage.are_independent else _stock_tensors(cache, place)
     layers, tensors = [], dict[str, Tensor]()
@@ -43,12 +43,16 @@ def export(cache: PagedCache, seq: Hashable, model: Any) -> bytes:
                 stored = transfer.take(storage, i, place)
             parts = {name: getattr(stored, name) for name in (*PARTS, "equaliser")}
             tensors |= {f"{i}.{name}": x.cpu() for name, x in parts.items() if x is not None}
-            entry["pages"] = {"length": stored.length, "reused": stored.reused, "codec": codec_facts(cache, i, stored)}
+            counts = {name: getattr(stored, name) for name in COUNTS}
+            entry["pages"] = {**counts, "codec": codec_facts(cache, i, stored)}
         if i in stock:
             entry["seen"], found = stock[i]
             tensors |= {f"{i}.{name}": x for name, x in found.items()}
         layers.append(entry)
-    return sequence_file.pack({**facts(cache, model), "is_of_generate": not storage.are_independent, "layers": layers}, tensors)
+    lengths = storage.lengths
+    pruned = [max(0, lengths.pruned_until - lengths.left_pad[place]), lengths.counts_removed]
+    own = {"is_of_generate": not storage.are_independent, "pruned": pruned, "layers": layers}
+    return sequence_file.pack({**facts(cache, model), **own}, tensors)
 
 
 def _place(cache: PagedCache, seq: Hashable) -> int:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_pqcache.cache import sequence_file, stock_state
-from hf_pqcache.cache.exported import PARTS, SIZES, codec_facts, facts, fresh_layers
+from hf_pqcache.cache.exported import COUNTS, PARTS, SIZES, codec_facts, facts, fresh_layers
 from hf_pqcache.cache.hybrid import new_states
 from hf_pqcache.cache.layer import PagedLayer
 from hf_pqcache.config import MAX_TOKENS, Side
@@ -39,6 +39,7 @@ def import_(cache: PagedCache, data: bytes, seq_id: Hashable | None, model: Any,
     try:
         _check_facts(cache, description, model)
         pages, stock = _read_layers(cache, description, tensors)
+        pruned = _pruned(description["pruned"], pages)
     except (KeyError, TypeError, AttributeError) as error:  # what it says of itself is no longer what export says
         raise ValueError(f"data are no sequence that this version exported: {type(error).__name__} {short(error)}") from None
     _check_use(cache, description, seq_id, pages, stock)
@@ -52,7 +53,7 @@ def import_(cache: PagedCache, data: bytes, seq_id: Hashable | None, model: Any,
         for i, stored in pages.items():
             there = _device(cache, i, device)
             cache.layers[i].open(*(stored.window(which)[None, :, :0].to(there) for which in get_args(Side)))
-        transfer.put(cache.storage, place, pages)
+        transfer.put(cache.storage, place, pages, pruned)
     for i, layer in filled.items():
         _use(cache, i, layer, is_beside_pages=i in pages)
     for i in pages:
@@ -125,6 +126,17 @@ def _part(fresh: Any, is_beside_pages: bool) -> Any:
     return new_states(fresh.number_of_states) if is_beside_pages else fresh
 
 
+def _pruned(noted: Any, pages: Mapping[int, StoredLayer]) -> tuple[int, bool]:
+    """Until which position a press has pruned, and whether transformers is told positions. Raises ValueError."""
+    until, is_told = _count(noted[0], "pruned"), noted[1]
+    for i, stored in pages.items():
+        if stored.removed and not stored.removed <= until <= stored.length + stored.removed:
+            raise ValueError(f"layer {i}: {stored.removed} of {until} positions pruned, and {stored.length} tokens left")
+    if not isinstance(is_told, bool):
+        raise ValueError(f"pruned={short(noted)} does not say whether positions are told")
+    return until, is_told
+
+
 def _count(value: Any, what: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_TOKENS:
         raise ValueError(f"{what}={short(value)} is no number of tokens")
@@ -136,8 +148,8 @@ def _stored(cache: PagedCache, i: int, entry: Mapping[str, Any], own: Mapping[st
     config = cache.storage.layers.config
     if missing := set(PARTS) - set(own):
         raise ValueError(f"layer {i} lacks {sorted(missing)}")
-    length, reused = (_count(entry[name], f"layer {i}: {name}") for name in ("length", "reused"))
-    stored = StoredLayer(length, reused, **own)
+    length, reused, removed = (_count(entry[name], f"layer {i}: {name}") for name in COUNTS)
+    stored = StoredLayer(length, reused, **own, removed=removed)
     if not length - config.window_slots <= reused <= length:
         raise ValueError(f"layer {i}: {length} tokens, of which the window has lost {reused}, do not go together")
     sinks, first = transfer.exact_tokens(config, length, reused)
@@ -222,6 +234,8 @@ def _check_use(
 ) -> None:
     """Raises ValueError where the cache cannot hold such a sequence beside what it has."""
     if seq_id is not None:
+        if any(stored.removed for stored in pages.values()):
+            raise ValueError("a press has pruned the sequence: import it into an empty cache, without seq_id")
         if any(found for _, found in stock.values()):
             raise ValueError("the sequence has layers that transformers keeps, which a cache of single sequences has none of: "
                              "import it into an empty cache, without seq_id")  # fmt: skip
@@ -229,9 +243,9 @@ def _check_use(
     cache._pass.settle()
     if cache.storage.are_independent or any(cache.storage.lengths.tokens(layer) for layer in cache.storage.layers.views):
         raise ValueError("the cache has tokens: import into a new one, or reset() it; beside other sequences only with seq_id")
-    lengths = {stored.length for stored in pages.values()}
-    if len(lengths) > 1:
-        raise ValueError(f"the sequence's layers hold {sorted(lengths)} tokens: such a one can only be imported with seq_id")
+    ends = {stored.length + stored.removed for stored in pages.values()}
+    if len(ends) > 1:
+        raise ValueError(f"the sequence's layers end at {sorted(ends)} tokens: such a one can only be imported with seq_id")
     kept = [i for i in cache._stock_parts() if type(cache.layers[i]).__name__ not in stock_state.EMPTY]
     if kept and not noted["is_of_generate"]:
         raise ValueError(f"the sequence has no tokens for layers {kept}, which transformers keeps: import it with seq_id")

@@ -113,7 +113,7 @@ class Lengths:
     def place(self, layer: int, seq: int, length: int, reused: int) -> None:
         """A sequence without tokens or padding has got `length` tokens in `layer`; for `reused` see there."""
         positions = list(self.positions(layer))
-        positions[seq] = length
+        positions[seq] = length + self.removed.get(layer, 0)
         self.count(layer, positions)
         self.reused[layer][seq] = max(self.reused[layer][seq], reused)
 

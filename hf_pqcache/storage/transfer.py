@@ -26,6 +26,7 @@ class StoredLayer:
         key_pages, value_pages: (n, ...), as `PageCodec` stores them.
         window_keys, window_values: (H, t, d): the sinks, then the tokens from `first` on, see `exact_tokens`.
         equaliser: float32 (H, d) that the codes were made with; None without codes.
+        removed: positions of the prompt that a press has pruned, see `Lengths`.
     """
 
     length: int
@@ -35,6 +36,7 @@ class StoredLayer:
     window_keys: Tensor
     window_values: Tensor
     equaliser: Tensor | None = None
+    removed: int = 0
 
     def pages(self, which: Side) -> Tensor:
         return self.key_pages if which == "key" else self.value_pages
@@ -72,7 +74,8 @@ def take(storage: Storage, layer: int, seq: int) -> StoredLayer:
         empty = torch.empty((0, *spec.shape), dtype=spec.dtype, device=view.device)
         pages.append(view.store.read(which, numbers).clone() if numbers else empty)
     equaliser = view.key_codec.equaliser.clone() if numbers and isinstance(view.key_codec, CodedPages) else None
-    return StoredLayer(length, reused, pages[0], pages[1], windows[0], windows[1], equaliser)
+    removed = lengths.removed.get(layer, 0)
+    return StoredLayer(length, reused, pages[0], pages[1], windows[0], windows[1], equaliser, removed)
 
 
 def check_equalisers(storage: Storage, new: Mapping[int, StoredLayer]) -> None:
@@ -89,8 +92,10 @@ def check_equalisers(storage: Storage, new: Mapping[int, StoredLayer]) -> None:
             )
 
 
-def put(storage: Storage, seq: int, new: Mapping[int, StoredLayer]) -> None:
+def put(storage: Storage, seq: int, new: Mapping[int, StoredLayer], pruned: tuple[int, bool] = (0, True)) -> None:
     """Store a sequence at an empty place whose layers are open.
+
+    pruned: `pruned_until` and `counts_removed` of `Lengths`; a sequence of which something was removed is the only one.
 
     Raises PagesExhaustedError, CacheOutOfMemoryError; nothing has changed then.
     """
@@ -109,8 +114,11 @@ def put(storage: Storage, seq: int, new: Mapping[int, StoredLayer]) -> None:
         if stored.equaliser is not None and isinstance(view.key_codec, CodedPages):
             view.key_codec.equaliser.copy_(stored.equaliser)
             view.is_equalised = True
+        if stored.removed:
+            storage.lengths.note_removed(layer, stored.removed, *pruned)
         storage.lengths.place(layer, seq, stored.length, stored.reused)
         storage.lengths.publish_layer(layer)
+    storage.lengths.publish_ahead()
 
 
 def _windows(stored: StoredLayer, view: LayerView) -> list[Tensor]:
