@@ -28,6 +28,8 @@ _SIGNATURES: dict[tuple[str, str], tuple[str, ...]] = {
     ("cache", "PagedAttentionCache.prepare_fork_request"): ("src_state", "dst_req_ids", "copy_src_and_dst"),
     ("cache", "PagedAttentionCache.perform_cache_copy"): ("copy_src_and_dst",),
     ("cache", "PagedAttentionCache.reset"): (),
+    ("cache", "PagedAttentionCache.free_blocks"): ("request_id", "no_cache"),
+    ("cache", "PagedAttentionCache.free_all_requests"): ("clear_ledgers",),
     ("cache", "PagedAttentionCache.update"): ("key_states", "value_states", "layer_idx", "kwargs"),
     ("cache", "PagedAttentionCache.fill_block_table"): ("request_id", "past_length", "query_length", "block_table"),
     ("cache", "PagedAttentionCache.extend_read_and_write_indices"): (
