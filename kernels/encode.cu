@@ -5,7 +5,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS, 3) encode(const __grid_constant__ EncodeArgs a) {
     PQ_DYNAMIC_SHARED(dynamic);
     typedef Codes<PQ_DIM, PQ_M, PQ_BITS> C;
-    typedef PageEncoder<C, PQ_VALUE> Encoder;
+    typedef PageEncoder<C, PQ_VALUE, 1> Encoder;
     static_assert(PQ_SHARED_BYTES >= sizeof(EncodeScratch<C>), "too little shared memory");
     const int kv_head = blockIdx.x % a.kv_heads, page_at = blockIdx.x / a.kv_heads % a.pages_per_row;
     const int batch_row = blockIdx.x / a.kv_heads / a.pages_per_row;
@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) encode(const __grid_con
     const auto block = Block<u8>::of<C>(a.pages + page * a.page_stride, a.page_size, a.kv_heads, kv_head, PQ_VALUE);
     Encoder encoder(dynamic, block, a.page_size, PQ_VALUE ? nullptr : a.equaliser + kv_head * DIM, a.gain);
     encoder.load_centroids(a.centroids, a.cells);
-    encoder.take_statistics(true, vector_of);
+    encoder.take_statistics(true, 0, a.page_size, vector_of);
     encoder.encode(0, a.page_size, vector_of);
     encoder.pad();
 }

@@ -24,15 +24,20 @@ struct EncodeScratch {
     float table[C::CENTROIDS * (C::NUMBERS + 1)];       // the centroids, then their half norms
     alignas(16) u16 halves[C::CENTROIDS * C::NUMBERS];  // the centroids as they came
     alignas(16) u32 cells[has_cells<C>() ? CELLS * CELLS : 4];
-    float sums[WARPS][WIDE], lows[WARPS][WIDE], highs[WARPS][WIDE];
+    union {  // statistics first
+        struct {
+            float sums[WARPS][WIDE], lows[WARPS][WIDE], highs[WARPS][WIDE];
+        };
+        u8 codes[TOKENS * C::M];  // in the order of their tiles' streams
+    };
     float mean[WIDE], factor[WIDE];  // of the page's channels
     float tops[WARPS];
     float vectors[TOKENS * LINE];
-    u8 codes[TOKENS * C::M];  // in the order of their tiles' streams
 };
 
 // Encodes one (page, KV head) of a side. vector_of(t): where token t of the page lies, in the model's dtype.
-template <class C, bool IS_VALUE>
+// TOGETHER: vectors that a warp has on their way; one where many blocks hide how long they take.
+template <class C, bool IS_VALUE, int TOGETHER>
 struct PageEncoder {
     typedef EncodeScratch<C> Scratch;
     Scratch& s;
@@ -54,10 +59,12 @@ struct PageEncoder {
             equaliser[j] = !IS_VALUE && lane + 32 * j < DIM ? 1.f / equaliser_[lane + 32 * j] : 1.f;
     }
 
+    // They are there after the first barrier of encode().
     __device__ __forceinline__ void load_centroids(const u16* centroids, const u32* cells) {
         if (has_cells<C>())
             for (int i = threadIdx.x; i < CELLS * CELLS / 4; i += THREADS)
-                ((uint4*)s.cells)[i] = ((const uint4*)cells)[i];
+                copy_async<16>(shared_address(s.cells) + i * 16, cells + i * 4);
+        commit_copies();
         for (int code = threadIdx.x; code < C::CENTROIDS; code += THREADS) {
             float norm = 0.f;
 #pragma unroll
@@ -70,23 +77,27 @@ struct PageEncoder {
             }
             s.table[C::CENTROIDS * C::NUMBERS + code] = 0.5f * norm;
         }
-        __syncthreads();
     }
 
-    // The whole page's statistics; `writes`: they are stored as well.
+    // The whole page's statistics; `writes`: they are stored as well. first, count: the tokens that encode() is told
+    // next; its first ones stay in shared memory, rotated.
     template <class VectorOf>
-    __device__ __forceinline__ void take_statistics(bool writes, VectorOf vector_of) {
+    __device__ __forceinline__ void take_statistics(bool writes, int first, int count, VectorOf vector_of) {
         if (IS_VALUE) return;  // each token has its own
         float sum[NUMBERS_A_LANE], low[NUMBERS_A_LANE], high[NUMBERS_A_LANE];
 #pragma unroll
         for (int j = 0; j < NUMBERS_A_LANE; j++) sum[j] = 0.f, low[j] = infinity(), high[j] = -infinity();
-        for (int token = warp; token < page_size; token += WARPS) {
-            float x[NUMBERS_A_LANE];
-            load_rotated(vector_of(token), x);
+        for_rotated(0, page_size, vector_of, [&](int token, const float(&x)[NUMBERS_A_LANE]) {
 #pragma unroll
             for (int j = 0; j < NUMBERS_A_LANE; j++)
                 sum[j] += x[j], low[j] = fminf(low[j], x[j]), high[j] = fmaxf(high[j], x[j]);
-        }
+            const int at = token - first;
+            if (at < 0 || at >= min(count, TOKENS)) return;
+            float* to = s.vectors + at * Scratch::LINE;
+#pragma unroll
+            for (int j = 0; j < NUMBERS_A_LANE; j++)
+                if (lane + 32 * j < DIM) to[lane + 32 * j] = x[j];
+        });
 #pragma unroll
         for (int j = 0; j < NUMBERS_A_LANE; j++) {
             const int number = lane + 32 * j;
@@ -132,9 +143,22 @@ struct PageEncoder {
     // Codes of tokens first .. first + count - 1, whole tiles, with the scales of values.
     template <class VectorOf>
     __device__ __forceinline__ void encode(int first, int count, VectorOf vector_of) {
-        for (; count > 0; first += TOKENS, count -= TOKENS) {
+        bool is_rotated = !IS_VALUE;  // by the same lanes
+        for (; count > 0; first += TOKENS, count -= TOKENS, is_rotated = false) {
             const int now = min(count, TOKENS);
-            for (int t = warp; t < now; t += WARPS) normalise(first + t, s.vectors + t * Scratch::LINE, vector_of);
+            if (is_rotated) {
+                for (int t = warp; t < now; t += WARPS) {
+                    float x[NUMBERS_A_LANE], *at = s.vectors + t * Scratch::LINE;
+#pragma unroll
+                    for (int j = 0; j < NUMBERS_A_LANE; j++) x[j] = lane + 32 * j < DIM ? at[lane + 32 * j] : 0.f;
+                    normalise(first + t, x, at);
+                }
+            } else {
+                for_rotated(first, now, vector_of, [&](int token, const float(&x)[NUMBERS_A_LANE]) {
+                    normalise(token, x, s.vectors + (token - first) * Scratch::LINE);
+                });
+            }
+            wait_copies<0>();
             __syncthreads();
             search(now);
             __syncthreads();
@@ -149,17 +173,32 @@ struct PageEncoder {
     }
 
 private:
-    __device__ __forceinline__ void load_rotated(const u16* vector, float (&x)[NUMBERS_A_LANE]) {
+    // use(token, rotated numbers of the lane) for tokens first .. first + count - 1, in a warp WARPS apart, in order.
+    template <class VectorOf, class Use>
+    __device__ __forceinline__ void for_rotated(int first, int count, VectorOf vector_of, Use use) {
+        for (int begin = warp; begin < count; begin += WARPS * TOGETHER) {
+            u16 numbers[TOGETHER][NUMBERS_A_LANE];
 #pragma unroll
-        for (int j = 0; j < NUMBERS_A_LANE; j++)
-            x[j] = lane + 32 * j < DIM ? float_of(vector[lane + 32 * j]) * equaliser[j] : 0.f;
-        rotate<DIM>(x, lane);
+            for (int n = 0; n < TOGETHER; n++) {
+                const u16* vector = vector_of(first + min(begin + n * WARPS, count - 1));
+#pragma unroll
+                for (int j = 0; j < NUMBERS_A_LANE; j++)
+                    numbers[n][j] = lane + 32 * j < DIM ? vector[lane + 32 * j] : 0;
+            }
+#pragma unroll
+            for (int n = 0; n < TOGETHER; n++) {
+                if (begin + n * WARPS >= count) break;
+                float x[NUMBERS_A_LANE];
+#pragma unroll
+                for (int j = 0; j < NUMBERS_A_LANE; j++) x[j] = float_of(numbers[n][j]) * equaliser[j];
+                rotate<DIM>(x, lane);
+                use(first + begin + n * WARPS, x);
+            }
+        }
     }
 
-    template <class VectorOf>
-    __device__ __forceinline__ void normalise(int token, float* to, VectorOf vector_of) {
-        float x[NUMBERS_A_LANE], factor = 0.f;
-        load_rotated(vector_of(token), x);
+    __device__ __forceinline__ void normalise(int token, const float (&x)[NUMBERS_A_LANE], float* to) {
+        float factor = 0.f;
         if (IS_VALUE) {
             float top = 0.f;
 #pragma unroll

@@ -12,6 +12,7 @@ import torch
 from batches import LAYER, NUM_LAYERS, Requests
 from torch import Tensor
 
+from hf_pqcache.backends import launch
 from hf_pqcache.backends.batch_rows import BatchRows
 from hf_pqcache.backends.cuda_backend import Place
 from hf_pqcache.config import CodeShape
@@ -205,3 +206,35 @@ def test_a_launch_of_fewer_rows_has_a_geometry_of_its_own() -> None:
     assert geometry.of_batch(3).batch == 3
     assert geometry.of_batch(3) is geometry.of_batch(3)
     assert geometry.of_batch(geometry.batch) == geometry
+
+
+@needs_compiler
+@pytest.mark.parametrize("most_blocks", [1, 1 << 20])
+@pytest.mark.parametrize("shape", [(64, (32, 8), (32, 5)), (64, None, None)], ids=str)
+def test_append_of_many_rows_whose_pages_leave_at_once(shape: Any, most_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of more rows than a block has threads, and of more pages than blocks."""
+    monkeypatch.setattr(launch, "_MOST_APPEND_BLOCKS", most_blocks)
+    page_size, sinks, recent, rows = 48, 2, 5, 260 if most_blocks == 1 else 7
+    full = sinks + recent + 2 * page_size - 1  # one more token makes the second page
+    lengths = [full if row % (rows // 7) == 0 or row == rows - 1 else full - 20 for row in range(rows)]
+    case = h.make_case(*shape, lengths, page_size=page_size, sink_tokens=sinks, recent=recent)
+    case.page_table[:, 1] = case.page_table[:, 0]  # nobody attends to the first one again
+    case.page_table[rows - 1, 1] = -1
+    before = {which: [h.exact(case, row, which) for row in range(rows)] for which in h.SIDES}
+    k, v = (torch.randn(rows, 1, 1, shape[0]).half() for _ in range(2))
+    flags = torch.zeros(4, dtype=torch.int32)
+    h.append_emulated(case, k, v, flags)
+    assert flags.tolist() == [1, 0, 0, 0], "the last row had no page"
+    assert not case.tickets.any()
+    for row, length in enumerate(lengths[:-1]):
+        coded = page_size * (1 + (length == full))
+        assert case.counts[row].tolist() == [length + 1, coded]
+        for which, new in zip(h.SIDES, (k, v), strict=True):
+            if length == full:
+                page, left = int(case.page_table[row, 1]), before[which][row][:, sinks + page_size : sinks + coded]
+                if shape[1] is None:
+                    assert torch.equal(h.decode_page(case, which, page), left)
+                else:
+                    h.check_page(case, which, page, left)
+            assert torch.equal(h.exact(case, row, which)[:, -1], new[row, :, 0].double())
+    assert case.counts[-1].tolist() == [full, page_size]

@@ -281,7 +281,7 @@ def encode_shared_bytes(head_dim: int, *sides: CodeShape) -> int:
         number, width = 1 << codes.num_bits, head_dim // codes.num_subspaces
         return number * (width + 1) * 4 + number * width * 2 + (4 * CELLS**2 if has_cells(width, codes.num_bits) else 16)
 
-    tokens = 64 * (head_dim + 1) * 4 + 64 * max(codes.num_subspaces for codes in sides) + 32
+    tokens = 64 * (head_dim + 1) * 4 + 32
     return max(map(table, sides)) + tokens + (3 * ENCODE_WARPS * wide + 2 * wide + ENCODE_WARPS) * 4
 
 
@@ -300,15 +300,27 @@ def append_spec(
     """append.cu, or append_paged.cu for exact pages, where bits are copied as they are."""
     defines = {"PQ_DIM": head_dim, "PQ_SLOTS": int(has_slots)}
     if keys is None or values is None:
-        return jit.KernelSpec("append_paged.cu", "append", 256, 0, tuple(defines.items()), overlaps=True)
+        return jit.KernelSpec("append_paged.cu", "append", 256, _TEAM_BYTES, tuple(defines.items()), overlaps=True)
     defines |= {"PQ_BF16": int(bf16), "PQ_KEY_M": keys.num_subspaces, "PQ_KEY_BITS": keys.num_bits}
     defines |= {"PQ_VALUE_M": values.num_subspaces, "PQ_VALUE_BITS": values.num_bits}
-    shared = encode_shared_bytes(head_dim, keys, values)
+    shared = _TEAM_BYTES + encode_shared_bytes(head_dim, keys, values)
     return jit.KernelSpec("append.cu", "append", ENCODE_WARPS * 32, shared, tuple(defines.items()), overlaps=True)
 
 
+#: As kernels/append.cuh, of a team.
+_TEAM_ROWS = 128
+_TEAM_BYTES = (4 * _TEAM_ROWS + _TEAM_ROWS // 32) * 4 + 16
+
+#: Blocks of an append, unless a page has more parts: two for each multiprocessor of an H100. More would wait for others to
+#: leave them shared memory.
+_MOST_APPEND_BLOCKS = 264
+
+
 def append_grid(geometry: Geometry) -> tuple[int, int, int]:
-    return geometry.batch * geometry.kv_heads * 2 * (-(-geometry.page_size // 32)), 1, 1
+    """(blocks of a team of rows, teams): a block for each part of a page of every row, as long as these are few."""
+    teams = -(-geometry.batch // _TEAM_ROWS)
+    parts = geometry.kv_heads * 2 * -(-geometry.tiles_per_page // 2)
+    return min(geometry.batch * parts, max(_MOST_APPEND_BLOCKS // teams, parts)), teams, 1
 
 
 def encode_grid(geometry: Geometry, rows: int, pages_per_row: int) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ std::vector<Warp> warps;
 Gate block_gate;
 std::map<u32, Gate> barriers;
 std::vector<uint4> memory;
-Block block;
+Block block, grid;
 }  // namespace emulator
 using namespace emulator;
 
@@ -50,6 +50,7 @@ extern "C" double emulate(const void* args, int args_bytes, int grid_x, int grid
                           int shared_bytes) {
     if (args_bytes != (int)sizeof(PQ_ARGS)) return -1;
     memcpy(&arguments, args, sizeof(PQ_ARGS));
+    grid = {grid_x, grid_y, grid_z};
     num_look_ups = num_wavefronts = 0;
     std::vector<Fiber> fibers(threads);
     for (Fiber& f : fibers) f.stack.reset(new char[STACK]);

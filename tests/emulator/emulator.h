@@ -77,7 +77,7 @@ extern std::vector<uint4> memory;
 struct Block {
     int x, y, z;
 };
-extern Block block;
+extern Block block, grid;
 inline uint4* shared() { return memory.data(); }
 inline Warp& warp() { return warps[now->index / 32]; }
 inline int lane() { return now->index % 32; }
@@ -119,6 +119,7 @@ struct ThreadIndex {
 };
 static ThreadIndex threadIdx;
 #define blockIdx emulator::block
+#define gridDim emulator::grid
 
 inline void __syncthreads() { emulator::meet(emulator::block_gate); }
 inline int __syncthreads_and(int yes) {
@@ -154,6 +155,7 @@ inline u32 __ballot_sync(u32, int yes) {
     emulator::meet_warp();
     return r;
 }
+inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline int __any_sync(u32 lanes, int yes) { return __ballot_sync(lanes, yes) != 0; }
 inline float __int_as_float(int i) {
     float f;
