@@ -336,3 +336,5 @@ def test_too_little_memory_is_refused_with_the_bytes() -> None:
     config = engine(num_blocks=1 << 40)
     with pytest.raises(MemoryError, match=r"PQC004.*MiB"):
         model().init_continuous_batching(greedy(), config)._create_batch_processor()
+    alone.cache_clear()
+    assert alone(prompts()[6], False), "generate is as it was"

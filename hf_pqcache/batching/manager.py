@@ -138,6 +138,13 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
 
     def destroy(self) -> None:
         super().destroy()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """The model's attention, and what a press has hooked on to it."""
+        if self._original_attn_impl is not None:
+            self.model.set_attn_implementation(self._original_attn_impl)
+            self._original_attn_impl = None
         if self._pruning is not None:
             self._pruning.end()
 
@@ -155,8 +162,12 @@ class BlocksManager(continuous_api.ContinuousBatchingManager):
     def _create_batch_processor(self) -> Any:
         if self.batch_processor is not None:
             return super()._create_batch_processor()
-        with self._our_cache():
-            processor: Any = super()._create_batch_processor()
+        try:
+            with self._our_cache():
+                processor: Any = super()._create_batch_processor()
+        except BaseException:  # an engine that never was will not be stopped, either
+            self._give_back()
+            raise
         kind = SCHEDULERS[self.continuous_batching_config.scheduler_type]
         ours = kind(
             cache=processor.cache,

@@ -50,7 +50,7 @@ def lend_rotary(model: Any, modules: Sequence[nn.Module]) -> Callable[[], None]:
         part.__dict__["rotary_emb"] = rotary
 
     def take_back() -> None:
-        for part in lent:
-            del part.__dict__["rotary_emb"]
+        while lent:
+            del lent.pop().__dict__["rotary_emb"]
 
     return take_back
