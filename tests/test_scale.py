@@ -58,6 +58,17 @@ def test_whole_steps_take_what_was_measured() -> None:
         assert 1e3 * step_of(card, one, 1.0) == pytest.approx(float(ms), rel=0.1)
 
 
+def test_steps_of_the_serving_engine() -> None:
+    """Nothing is fitted to them: requests, tokens of each, blocks, ms a token (eval/RESULTS.md)."""
+    row = r"^\| (\d+), (\d+)[^|]*\| (4 bits|exact) \| \**\d+\** \| ([\d.]+) \|"
+    found = re.findall(row, (ROOT / "eval" / "RESULTS.md").read_text(), re.MULTILINE)
+    assert len(found) >= 4
+    config, card = plan.llama_8b(), plan.card_of(plan.llama_8b())
+    for requests, tokens, blocks, ms in found:
+        one = conversation(config, 16 if blocks == "exact" else 4, Use(tokens=int(tokens)), card)
+        assert 1e3 * step_of(card, one, float(requests)) == pytest.approx(float(ms), rel=0.22), (requests, tokens, blocks)
+
+
 @pytest.mark.parametrize("count", [1, 10, 500, 2000, 10000])
 def test_littles_law(count: int) -> None:
     decoding, turns, step = work(CARD, ONE, USE, count)
