@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -297,7 +298,7 @@ def test_samples_are_those_of_their_own_settings() -> None:
 def test_lora_is_served() -> None:
     """A wrapper that passes calls on, and weights that it has put into the model."""
     peft = pytest.importorskip("peft")
-    base = tiny_models.build("llama").eval()
+    base = copy.deepcopy(model())  # LoRA puts its weights into it
     wrapped = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
     ids = torch.tensor([list(prompts()[9])])
     made = PagedPQCache(base.config, **CODED)

@@ -55,6 +55,16 @@ SHEET: dict[str, tuple[str, dict[str, str]]] = {
             "--model tiny --json empty.jsonl": "holds no rows of this benchmark",
         },
     ),
+    "bench pipeline": (
+        "--models tiny --variants baseline --synthetic-context 64 --synthetic-output 2 --synthetic-batch-sizes 2 --no-check "
+        "--json - --quiet",
+        {
+            "--models nobody": "no model config 'nobody'",
+            "--models tiny --variants quad": "known are baseline",
+            "--models tiny --workloads chat": "known are synthetic-long",
+            "--models tiny --greenctx-compress-ratio 2": "between 0 and 1",
+        },
+    ),
     "calibrate": (
         "--model tiny --nbits 4 --calibration-tokens 300 -o made --quiet",
         {
@@ -210,6 +220,14 @@ SHEET: dict[str, tuple[str, dict[str, str]]] = {
             "-f tiny --data-dir data -p basline": "basline",
             "-f tiny --data-dir data --dataset nothing": "nothing",
             "-f small": "--model",
+        },
+    ),
+    "scale": (
+        "--quiet",
+        {
+            "nobody": "no model config 'nobody'",
+            "--tokens many": "give lengths like",
+            "--tokens 1K --shared 4K": "cannot be shared",
         },
     ),
     "selftest": ("--help", {"--phase 7": "--phase", "--phase 1 --compare": "--phase", "--quickly": "No such option"}),

@@ -79,7 +79,7 @@ def test_models_that_compute_with_keys_are_known_before_they_run() -> None:
 
 @pytest.mark.parametrize(
     ("config", "kind"),
-    [("whole", "codes"), ("broken", "pages"), ("inductor", "codes")],
+    [("whole", "codes"), ("broken", "pages"), pytest.param("inductor", "codes", marks=pytest.mark.slow)],
     indirect=["config"],
 )
 def test_a_model_that_computes_with_keys_unforeseen(kind: str, config: CompileConfig, monkeypatch: pytest.MonkeyPatch) -> None:

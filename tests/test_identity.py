@@ -100,6 +100,7 @@ def test_a_model_of_the_hub_is_its_commit(data_dir: Path, tmp_path: Path, monkey
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commits[1])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what asks all the same waits for its answer
     monkeypatch.setattr("hf_pqcache.codebook.hub.is_reachable", lambda: False)
     monkeypatch.chdir(tmp_path)
     for revision in ((), ("--revision", commits[0]), ("--revision", commits[1]), ("--revision", "main")):

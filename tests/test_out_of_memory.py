@@ -118,8 +118,13 @@ SCENES: dict[str, tuple[Action, Action]] = {
 }
 
 
-CASES = [(kind, scene) for kind in ("exact", "codes") for scene in SCENES]
-CASES += [("offloaded", scene) for scene in ("step that fills a page", "append")]
+def case(kind: str, scene: str) -> Any:
+    """The one with the most allocations by hand."""
+    return pytest.param(kind, scene, marks=[pytest.mark.slow] if (kind, scene) == ("codes", "second prompt") else [])
+
+
+CASES = [case(kind, scene) for kind in ("exact", "codes") for scene in SCENES]
+CASES += [case("offloaded", scene) for scene in ("step that fills a page", "append")]
 
 
 @pytest.mark.parametrize(("kind", "scene"), CASES)

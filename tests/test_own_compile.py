@@ -65,7 +65,7 @@ def run(forward: Forward, cache: Any, steps: int = STEPS, batch: int = 2) -> Ten
 
 WAYS = [
     (whole_forward, "eager", False, "codes"),
-    (whole_forward, "aot_eager", True, "exact"),
+    pytest.param(whole_forward, "aot_eager", True, "exact", marks=pytest.mark.slow),
     (decode_loop, "aot_eager", True, "codes"),
     (decode_loop, "aot_eager", False, "codes"),
     (decode_loop, "eager", None, "exact"),

@@ -53,15 +53,24 @@ def test_what_is_broken_at_the_end_is_told_there() -> None:
 def test_the_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
     ids = tokenizer()(text, add_special_tokens=False)["input_ids"]
     full = whole(ids)
-    ends = [full.find(stop) for stop in stops if stop in full]
+    ends = [
+        (full.find(stop) + len(stop), full.find(stop)) for stop in stops if stop in full
+    ]  # where they are complete, and begin
     stream = TextStream(tokenizer(), stops)
     shown = ""
     for part in parts_of(stream, ids):
         shown += part
         assert full.startswith(shown)
         assert not any(stop in shown for stop in stops)
-    assert shown == (full[: min(ends)] if ends else full)
+    assert shown == (full[: min(ends)[1]] if ends else full)
     assert stream.is_stopped == bool(ends)
+
+
+def test_of_two_stop_strings_the_first_to_be_complete_ends_the_text() -> None:
+    """Whether the text comes in one piece or in many."""
+    for text in ("a\na", "xa\nab"):
+        ids = tokenizer()(text, add_special_tokens=False)["input_ids"]
+        assert "".join(parts_of(TextStream(tokenizer(), ["\n", "a\na"]), ids)) == text.partition("\n")[0]
 
 
 def test_stop_strings_wait_for_the_least_tokens() -> None:

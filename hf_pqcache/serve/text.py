@@ -72,10 +72,11 @@ class TextStream:
         text, self.held = self.held + new, ""
         if self.count < self.min_tokens:
             return text
-        found = [position for position in (text.find(stop) for stop in self.stops) if position >= 0]
+        # The one that is complete first, however the text comes; of two, the longer.
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             self.is_stopped = True
-            return text[: min(found)]
+            return text[: min(found)[1]]
         kept = 0 if is_last else self._beginning(text)
         self.held = text[len(text) - kept :]
         return text[: len(text) - kept]
