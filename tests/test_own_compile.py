@@ -64,7 +64,7 @@ def run(forward: Forward, cache: Any, steps: int = STEPS, batch: int = 2) -> Ten
 
 
 WAYS = [
-    (whole_forward, "eager", False, "codes"),
+    pytest.param(whole_forward, "eager", False, "codes", marks=pytest.mark.slow),
     pytest.param(whole_forward, "aot_eager", True, "exact", marks=pytest.mark.slow),
     (decode_loop, "aot_eager", True, "codes"),
     (decode_loop, "aot_eager", False, "codes"),

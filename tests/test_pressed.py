@@ -82,7 +82,8 @@ def steps(model: Any, cache: Any, ids: Tensor, together: int = 5) -> Tensor:
 @pytest.mark.parametrize("spec", [*SPECS, "uneven"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gemma3"])
 def test_a_pruned_cache_computes_what_a_pruned_dynamic_cache_does(name: str, spec: str) -> None:
-    model, ids, press = build(name), tokens(2, PROMPT + STEPS), press_of(spec)
+    # A model and a codebook that no other test has had.
+    model, book, ids, press = build.__wrapped__(name), codebook_of.__wrapped__(name), tokens(2, PROMPT + STEPS), press_of(spec)
     exact = DynamicCache(config=model.config)
     if name == "gemma3":  # its sliding layers are left alone
         exact_press, press_of_full = press, [i for i, layer in enumerate(exact.layers) if not layer.is_sliding]
@@ -92,8 +93,8 @@ def test_a_pruned_cache_computes_what_a_pruned_dynamic_cache_does(name: str, spe
         )
     pages = PagedKVCache(model.config, page_size=16)
     coded, reference = (
-        PagedPQCache(model.config, codebook_of(name), SMALL),
-        ReferenceCache(model.config, codebook_of(name), SMALL),
+        PagedPQCache(model.config, book, SMALL),
+        ReferenceCache(model.config, book, SMALL),
     )
     found = []
     for cache, inside in ((exact, assigning), (pages, pressed), (reference, assigning), (coded, pressed)):
