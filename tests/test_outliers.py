@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("name", ["llama", "opt", "mistral"])
 def test_the_model_computes_the_same_with_larger_keys(name: str) -> None:
-    model, ids = build(name), tokens(2, 40)
+    model, ids = copy.deepcopy(build(name)), tokens(2, 40)
     before, after = DynamicCache(config=model.config), DynamicCache(config=model.config)
     with torch.no_grad():
         expected = model(ids, **cache_kwargs(before)).logits

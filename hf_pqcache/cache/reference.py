@@ -50,7 +50,7 @@ class ReferenceLayer(DynamicLayer):
         before = (key_states[:, :, :0], value_states[:, :, :0]) if not self.get_seq_length() else self.seen()
         super().update(key_states, value_states)
         self.most = [max(most, length) for most, length in zip(self.most, self._row_lengths(), strict=True)]
-        self._equaliser(self.keys)
+        self.note_equaliser()
         if is_step:
             return self.seen()
         return torch.cat([before[0], key_states], dim=2), torch.cat([before[1], value_states], dim=2)
@@ -121,24 +121,24 @@ class ReferenceLayer(DynamicLayer):
     def _encoded(self, which: Side, out: Tensor, book: Codebook) -> Tensor:
         """Keys or values, now with every other whole page as its codes stand for it."""
         codec = CodedPages.like(out, which, self.config.page_size, book)
-        if which == "key" and (equaliser := self._equaliser(self.keys)) is not None:
-            codec = replace(codec, equaliser=equaliser)
+        self.note_equaliser()
+        if which == "key" and self.equaliser is not None:
+            codec = replace(codec, equaliser=self.equaliser)
         for row, (start, written, coded) in enumerate(zip(self.starts, self.pages, self._coded(), strict=True)):
             if coded > written:
                 place = slice(start + self.config.sink_tokens + written, start + self.config.sink_tokens + coded)
                 out[row, :, place] = codec.decode(codec.encode(out[row, :, place]), out.dtype)
         return out
 
-    def _equaliser(self, keys: Tensor | None) -> Tensor | None:
-        assert keys is not None
-        if self.equaliser is None:
-            rows = ((row, coded) for row, coded in enumerate(self._coded()) if coded)
-            if (found := next(rows, None)) is not None:
-                row, coded = found
-                first = self.starts[row] + self.config.sink_tokens
-                last = first + min(coded, normalise.EQUALISER_TOKENS)
-                self.equaliser = normalise.equaliser(keys[row, :, first:last])
-        return self.equaliser
+    def note_equaliser(self) -> None:
+        """Make the equaliser of the first keys that are in pages, if there are any and there is none yet."""
+        assert self.keys is not None
+        rows = ((row, coded) for row, coded in enumerate(self._coded()) if coded)
+        if self.equaliser is None and (found := next(rows, None)) is not None:
+            row, coded = found
+            first = self.starts[row] + self.config.sink_tokens
+            last = first + min(coded, normalise.EQUALISER_TOKENS)
+            self.equaliser = normalise.equaliser(self.keys[row, :, first:last])
 
 
 class HybridReferenceLayer(LinearAttentionAndFullAttentionLayer, ReferenceLayer):  # type: ignore[misc, override]
