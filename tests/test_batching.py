@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
 import transformers as tf
-from engine_runs import CODED, EXACT, NEW, engine, greedy, prompts, results
+from engine_runs import CODED, EXACT, NEW, alone, ask_alone, check_that_nothing_is_lost, engine, greedy, model, prompts, results
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from hf_pqcache import PagedKVCache, PagedPQCache, PQConfig
+from hf_pqcache import PagedPQCache, PQConfig
 from hf_pqcache.batching import disable_batching, enable_batching, is_enabled, support
 from hf_pqcache.models.names import cache_kwargs
 
@@ -26,41 +25,15 @@ if why := support.why_unsupported():
     pytest.skip(why, allow_module_level=True)
 
 
-@cache
-def model() -> Any:
-    torch.manual_seed(0)
-    return tiny_models.build("llama").eval()
-
-
-@cache
-def alone(prompt: tuple[int, ...], exact: bool) -> list[int]:
-    """What `generate` says to a prompt."""
-    made = PagedKVCache(model().config, **EXACT) if exact else PagedPQCache(model().config, **CODED)
-    out = model().generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, **cache_kwargs(made))
-    return out[0, len(prompt) :].tolist()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _references() -> None:
-    """What `generate` says to all prompts: while an engine runs, the model serves nothing else."""
-    for prompt in prompts():
-        alone(prompt, True), alone(prompt, False)
+    ask_alone()
 
 
 @pytest.fixture(autouse=True)
 def _own_blocks_after() -> Iterator[None]:
     yield
     disable_batching(model())
-
-
-def check_that_nothing_is_lost(manager: Any) -> None:
-    """Every block and every slot is free again, or keeps a prefix."""
-    until = time.monotonic() + 5
-    while (stats := manager.stats())["slots"]["free"] < stats["slots"]["total"] and time.monotonic() < until:
-        time.sleep(0.02)
-    assert stats["slots"]["free"] == stats["slots"]["total"]
-    blocks = stats["blocks"]
-    assert blocks["free"] + blocks["shareable"] == blocks["total"]
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import pytest
 import tiny_models
-import torch
-from engine_runs import CODED, EXACT, NEW, engine, greedy, prompts, results
+from engine_runs import CODED, EXACT, NEW, alone, ask_alone, check_that_nothing_is_lost, engine, greedy, model, prompts, results
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from late_lane import Late
 from transformers import __version__ as transformers_version
-
-from hf_pqcache import PagedKVCache, PagedPQCache
-from hf_pqcache.models.names import cache_kwargs
 
 pytestmark = [pytest.mark.cache]
 if tuple(map(int, transformers_version.split(".")[:2])) < (5, 20):
@@ -28,38 +23,15 @@ from hf_pqcache.batching.lanes import Inline  # noqa: E402
 from hf_pqcache.batching.slots import SlotLayers  # noqa: E402
 
 
-@cache
-def model() -> Any:
-    torch.manual_seed(0)
-    return tiny_models.build("llama").eval()
-
-
-@cache
-def alone(prompt: tuple[int, ...], exact: bool) -> list[int]:
-    made = PagedKVCache(model().config, **EXACT) if exact else PagedPQCache(model().config, **CODED)
-    out = model().generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, **cache_kwargs(made))
-    return out[0, len(prompt) :].tolist()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _references() -> None:
-    for prompt in prompts():
-        alone(prompt, True), alone(prompt, False)
+    ask_alone()
 
 
 @pytest.fixture(autouse=True)
 def _own_blocks_after() -> Iterator[None]:
     yield
     disable_batching(model())
-
-
-def check_that_nothing_is_lost(manager: Any) -> None:
-    until = time.monotonic() + 5
-    while (stats := manager.stats())["slots"]["free"] < stats["slots"]["total"] and time.monotonic() < until:
-        time.sleep(0.02)
-    assert stats["slots"]["free"] == stats["slots"]["total"]
-    assert stats["blocks"]["free"] + stats["blocks"]["shareable"] == stats["blocks"]["total"]
-    assert stats["compression"]["waiting_tokens"] == stats["compression"]["under_way"] == 0
 
 
 def run(
