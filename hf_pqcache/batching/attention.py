@@ -105,8 +105,7 @@ def attend_step(
     if rows is not None and together:
         if layer == 0:
             rows.begin_beside_prompts(together)
-        at = torch.tensor([chunk.at for chunk in together]).to(query.device, non_blocking=True)
-        out[:, at] = rows.attend(layer, query[:, at], keys[:, at], values[:, at], scale).transpose(0, 1)
+        rows.attend_beside_prompts(layer, query, keys, values, scale, out)
     for chunk in chunks:
         if rows is not None and chunk.is_decode:
             continue

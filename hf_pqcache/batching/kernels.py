@@ -28,6 +28,7 @@ class KernelRows:
         self.rows = BatchRows(layers.num_layers, max_batch, width, num_blocks, layers.num_slots, device, layers.max_id)
         self.flags = torch.zeros(4, dtype=torch.int32, device=device)
         self._step: Step | None = None
+        self._at = torch.empty(0, dtype=torch.long, device=device)  # of rows beside prompts, in the packed input
 
     @cached_property
     def _no_padding(self) -> Tensor:
@@ -43,7 +44,14 @@ class KernelRows:
         for row, chunk in zip(table, chunks, strict=True):
             row[: 2 + len(chunk.blocks)] = torch.tensor([chunk.slot, chunk.coded, *chunk.blocks], dtype=torch.int32)
         lengths = torch.tensor([chunk.stored + 1 for chunk in chunks], dtype=torch.int32)
-        self.begin(*(x.to(self.flags.device, non_blocking=True) for x in (table, lengths)))
+        at = torch.tensor([chunk.at for chunk in chunks])
+        table, lengths, self._at = (x.to(self.flags.device, non_blocking=True) for x in (table, lengths, at))
+        self.begin(table, lengths)
+
+    def attend_beside_prompts(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+        """`attend` for the rows of `begin_beside_prompts` among packed tokens; out: (Hq, T, d), where they lie in it."""
+        query, keys, values = (x[:, self._at] for x in (query, keys, values))
+        out[:, self._at] = self.attend(layer, query, keys, values, scale).transpose(0, 1)
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Store one token of every row, then attend: query (Hq, B, d), keys, values (H, B, d) -> (B, Hq, d)."""
