@@ -102,10 +102,10 @@ def why_unfit(model: Any) -> str | None:
         return f"{name} caches a latent vector, not keys and values"
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} has an encoder, which transformers' continuous batching does not serve"
-    kinds = sorted({*(getattr(config, "layer_types", None) or [])} - {"full_attention"})
-    if kinds:
+    told = getattr(config, "layer_types", None)
+    if kinds := sorted({*(told or [])} - {"full_attention"}):
         return f"{name} has layers of {', '.join(kinds)}; continuous batching over blocks takes full attention only"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True) and not _layer_types(config):
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True) and told is None:
         return f"{name} attends to a sliding window of {config.sliding_window} tokens; blocks are for full attention"
     if len({id(layer) for layer in layer_configs(config)}) > 1:
         return f"{name}'s layers differ in shape, and blocks hold a page of each"
@@ -122,7 +122,3 @@ def why_unfit(model: Any) -> str | None:
             if facts.sinks:
                 return f"{type(module).__name__} has attention sinks of its own"
     return None
-
-
-def _layer_types(config: Any) -> bool:
-    return getattr(config, "layer_types", None) is not None
