@@ -20,7 +20,6 @@ from hf_pqcache.pages.codec import ExactPages, max_page_id
 
 MAIN = (128, (64, 8), (64, 8))
 EXACT = (64, None, None)
-TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is built with g++")
 SINKS, RECENT, PAGE = 2, 5, 16
 #: One more token makes the third page; no token is coded; some are; one page is, and none is left over.
@@ -167,7 +166,7 @@ def test_steps_of_changing_rows_match_float64(shape: Any, dtype: torch.dtype, re
         k, v, q = random_rows(requests, batch)
         h.append_emulated(requests.at(step), k, v, requests.flags)
         out, _ = h.attend_emulated(requests.at(step), q, splits=rng.randint(1, 3))
-        requests.check(order, step, k, v, q, out, TOLERANCE[dtype])
+        requests.check(order, step, k, v, q, out, h.TOLERANCE[dtype])
 
 
 @needs_compiler

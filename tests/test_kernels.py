@@ -16,23 +16,14 @@ from hf_pqcache.backends import dispatch, jit, launch, nvrtc
 from hf_pqcache.config import CodeShape
 from hf_pqcache.errors import NoKernelError
 
-#: (head_dim, keys, values): codes that kernels deal to lanes, of either side, and codes that they read one by one.
+#: (head_dim, keys, values): codes that kernels deal to lanes, of either side.
 DEALT = [
     (128, (64, 8), (64, 8)), (128, (64, 7), (64, 5)), (128, (64, 5), (32, 6)), (128, (32, 8), (32, 8)), (128, (64, 6), (32, 4)),
     (128, (128, 4), (16, 8)), (64, (32, 8), (32, 8)), (64, (32, 6), (64, 4)), (64, (32, 7), (32, 5)),
     (64, (32, 5), (16, 6)), (64, (64, 8), (32, 5)), (96, (48, 8), (24, 8)), (256, (128, 8), (64, 8)),
 ]  # fmt: skip
-NATURAL = [
-    (80, (40, 5), (20, 8)),
-    (96, (24, 7), (16, 8)),
-    (40, (40, 8), (20, 7)),
-    (112, (28, 8), (16, 5)),
-    (128, (8, 8), (8, 4)),
-]
 MAIN = DEALT[0]
 EXACT = (128, None, None)
-#: Rounding of P and of the output to the model's dtype: fp16 has 11 digits, bf16 has 8.
-TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is built with g++")
 Shape = tuple[int, "tuple[int, int] | None", "tuple[int, int] | None"]
 
@@ -88,7 +79,7 @@ def test_slots_for_rows_hardly_spill(shape: Shape, arch: int, tmp_path: Path) ->
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kind_of_kernel_compiles(arch: int, tmp_path: Path) -> None:
-    for head_dim, keys, values in (MAIN, NATURAL[0], NATURAL[4], (256, (32, 5), (16, 6))):
+    for head_dim, keys, values in (MAIN, h.NATURAL[0], h.NATURAL[4], (256, (32, 5), (16, 6))):
         _compile(_attend_spec((head_dim, keys, values), 16, arch, mask=2), arch, tmp_path)
         _compile(launch.encode_spec(head_dim, CodeShape(*keys), False, True), arch, tmp_path)
         _compile(launch.encode_spec(head_dim, CodeShape(*values), True, True), arch, tmp_path)
@@ -109,7 +100,7 @@ def _check(case: h.Case, q: torch.Tensor, splits: int, *args: Any, **kwargs: Any
     mask, sinks, scale, softcap = (*args, *(None, None, 0.1, 0.0)[len(args) :])
     out, wavefronts = h.attend_emulated(case, q, splits, mask, sinks, scale, softcap, **kwargs)
     error = h.relative_error(out, h.reference(case, q, mask, sinks, scale, softcap))
-    assert error < TOLERANCE[q.dtype], (case.geometry, error)
+    assert error < h.TOLERANCE[q.dtype], (case.geometry, error)
     for row, length in enumerate(case.lengths.tolist()):
         assert length or not out[row].any(), "an empty row gives zeros"
     assert not case.tickets.any()
@@ -117,12 +108,12 @@ def _check(case: h.Case, q: torch.Tensor, splits: int, *args: Any, **kwargs: Any
 
 
 @needs_compiler
-@pytest.mark.parametrize("shape", [*DEALT, *NATURAL], ids=str)
+@pytest.mark.parametrize("shape", [*DEALT, *h.NATURAL], ids=str)
 def test_attention_over_codes_matches_float64(shape: Shape) -> None:
     for group, page_size, splits in ((1, 16, 1), (5, 48, 2), (8, 64, 3)):
         case = h.make_case(*shape, [700 if shape == MAIN else 300, 37, 0], kv_heads=2, page_size=page_size)
         wavefronts = _check(case, torch.randn(3, 2 * group, 1, shape[0]).half(), splits)
-        assert shape in NATURAL or wavefronts == 1.0, "table look-ups hit the same bank"
+        assert shape in h.NATURAL or wavefronts == 1.0, "table look-ups hit the same bank"
 
 
 @needs_compiler
@@ -235,7 +226,7 @@ def test_attention_over_exact_pages_with_any_number_of_query_heads(head_dim: int
 @needs_compiler
 @pytest.mark.parametrize(
     "shape",
-    [MAIN, (128, (64, 7), (64, 5)), (128, (128, 4), (32, 8)), (64, (32, 6), (64, 4)), (64, (32, 5), (16, 6)), *NATURAL[:2]],
+    [MAIN, (128, (64, 7), (64, 5)), (128, (128, 4), (32, 8)), (64, (32, 6), (64, 4)), (64, (32, 5), (16, 6)), *h.NATURAL[:2]],
     ids=str,
 )
 def test_encode_writes_statistics_and_nearest_codes(shape: Shape) -> None:

@@ -31,6 +31,20 @@ HERE = Path(__file__).parent
 EMULATED = launch.Device((9, 0), 1, 232448)
 
 
+#: (head_dim, keys, values): codes that kernels read one by one.
+NATURAL = [
+    (80, (40, 5), (20, 8)),
+    (96, (24, 7), (16, 8)),
+    (40, (40, 8), (20, 7)),
+    (112, (28, 8), (16, 5)),
+    (128, (8, 8), (8, 4)),
+]
+
+
+#: Rounding of P and of the output to the model's dtype: fp16 has 11 digits, bf16 has 8.
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
+
 STRUCTS = {
     cuda_backend.ATTEND_ARGS: "AttendArgs",
     cuda_backend.APPEND_ARGS: "AppendArgs",

@@ -16,20 +16,12 @@ pytestmark = [
 ]
 
 
-#: (head_dim, keys, values): codes that kernels deal to lanes, of either side, and codes that they read one by one.
+#: (head_dim, keys, values): codes that kernels deal to lanes, of either side.
 DEALT = [
     (128, (64, 8), (64, 8)), (128, (64, 8), (32, 8)), (128, (32, 8), (32, 8)), (128, (64, 6), (64, 6)), (128, (32, 6), (64, 4)),
     (128, (64, 5), (128, 4)), (128, (16, 8), (32, 4)), (128, (64, 7), (128, 8)), (64, (32, 8), (32, 8)), (64, (64, 8), (64, 6)),
     (64, (32, 6), (64, 4)), (64, (32, 7), (32, 5)), (64, (32, 5), (16, 6)), (96, (48, 8), (24, 8)), (256, (128, 8), (64, 8)),
 ]  # fmt: skip
-NATURAL = [
-    (80, (40, 5), (20, 8)),
-    (96, (24, 7), (16, 8)),
-    (40, (40, 8), (20, 7)),
-    (112, (28, 8), (16, 5)),
-    (128, (8, 8), (8, 4)),
-]
-TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
 def poison() -> None:
@@ -47,11 +39,11 @@ def check(case, q, *args, **kwargs):  # type: ignore[no-untyped-def]
     out = attend(case, q, *args, **kwargs)
     mask, sinks, scale, softcap = (list(args) + [None, None, 0.1, 0.0][len(args) :])[:4]
     error = h.relative_error(out, h.reference(case, q, mask, sinks, scale, softcap))
-    assert error < TOLERANCE[q.dtype], (case.geometry, error)
+    assert error < h.TOLERANCE[q.dtype], (case.geometry, error)
     assert not case.tickets.any()
 
 
-@pytest.mark.parametrize("shape", [*DEALT, *NATURAL], ids=str)
+@pytest.mark.parametrize("shape", [*DEALT, *h.NATURAL], ids=str)
 def test_attention(shape) -> None:  # type: ignore[no-untyped-def]
     rng = random.Random(0)
     for group in (1, 2, 4, 7, 8, 12, 16):
@@ -119,7 +111,7 @@ def test_a_mask_is_asked_once_for_a_block_and_never_missed(shape, is_long: bool)
     silent[1, ..., first:end] = True
     plain = attend(case, q, max_tokens=max_tokens)
     masked = attend(case, q, silent.cuda(), max_tokens=max_tokens)
-    assert h.relative_error(masked, plain.double().cpu()) < TOLERANCE[q.dtype]
+    assert h.relative_error(masked, plain.double().cpu()) < h.TOLERANCE[q.dtype]
     anywhere = [rng.randint(first + 4, end - 100) for _ in range(2 if is_long else 5)]
     for column in (first, first + 3, first + 4, end - 1, *anywhere):
         mask = silent.clone()
@@ -144,7 +136,7 @@ def test_consecutive_launches_and_graph_capture() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [*DEALT, *NATURAL], ids=str)
+@pytest.mark.parametrize("shape", [*DEALT, *h.NATURAL], ids=str)
 def test_encode(shape, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     for page_size in (16, 48, 512):
         case = h.make_case(*shape, [3000], page_size=page_size, kv_heads=2, recent=1, device="cuda")
