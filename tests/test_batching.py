@@ -109,6 +109,36 @@ def test_two_hundred_mixes(mix: dict[str, Any], arrivals: Any, sequences: int, e
     run_mix(mix, arrivals, sequences, exact)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_requests_have_and_what_of_it_is_empty(exact: bool) -> None:
+    enable_batching(model(), exact=exact, **(EXACT if exact else CODED))
+    with model().continuous_batching_context_manager(greedy(), continuous_batching_config=engine()) as manager:
+        assert manager.stats() == {} or manager.stats()["bytes"]["owned"] == 0
+        names = [manager.add_request(list(prompts()[i]), max_new_tokens=300, streaming=True) for i in (4, 11)]
+        heard = dict.fromkeys(names, 0)
+        while min(heard.values()) < 3:
+            output = manager.get_result(timeout=60)
+            heard[output.request_id] = len(output.generated_tokens)
+        with manager.pause():
+            while not manager.output_router.output_queue.empty():
+                output = manager.get_result(timeout=0)
+                heard[output.request_id] = len(output.generated_tokens)
+            stats = manager.stats()
+            owned, empty = stats["bytes"]["owned"], stats["bytes"]["empty"]
+        assert 0 <= empty < owned
+        tokens = sum(heard.values()) + len(prompts()[4]) + len(prompts()[11]) - 2  # the newest are yet to be stored
+        if exact:  # a token has as many bytes in a block as in a window
+            assert owned - empty == tokens * stats["blocks"]["bytes"] // 16
+        else:
+            assert empty > 0, "windows are not full"
+        for name in names:
+            manager.cancel_request(name)
+        until = time.monotonic() + 30
+        while manager.stats()["bytes"]["owned"] and time.monotonic() < until:
+            time.sleep(0.01)
+        assert (manager.stats()["bytes"]["owned"], manager.stats()["bytes"]["empty"]) == (0, 0)
+
+
 def test_a_prefix_is_shared_and_computed_once() -> None:
     enable_batching(model(), **CODED)
     config = engine(allow_block_sharing=True, max_requests_per_batch=2)

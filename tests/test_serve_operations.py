@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 pytest.importorskip("prometheus_client")
-from served import served
+from served import eventually, served
 
 from hf_pqcache.cli import main
 from hf_pqcache.serve import diagnose, log
@@ -79,6 +79,18 @@ def test_a_dashboard_asks_for_figures_that_there_are() -> None:
 def test_figures_of_memory() -> None:
     text = Metrics(dict).text().decode()
     assert re.search(r"^pqcache_process_memory_bytes \d\.\d+e\+0[89]", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("variant", ["4", "stock"])
+def test_what_a_request_has_and_leaves_empty(variant: str) -> None:
+    body = {"prompt": "The owl", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    with served(variant=variant) as server:
+        with server.client.stream("POST", "/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+            found = dict(re.findall(r"^(pqcache_\w+) (.*)$", server.client.get("/metrics").text, re.MULTILINE))
+        assert 0 < float(found["pqcache_request_empty_bytes"]) < float(found["pqcache_request_bytes"])
+        assert found.get("pqcache_slots_used") == ("1.0" if variant == "4" else None)
+        assert eventually(lambda: server.metric("pqcache_request_bytes") == 0)
 
 
 def test_a_doctor_asks_a_server() -> None:

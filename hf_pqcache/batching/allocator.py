@@ -74,6 +74,18 @@ class SlotAllocator(FullAttentionCacheAllocator):
         prompt = self.prompt if request is None or request.prompt is None else request.prompt
         return self._kept(min(length, prompt)) + max(0, length - prompt)
 
+    def fill(self) -> dict[str, int]:
+        """Bytes of requests' blocks and windows ("owned"; a block that several share counts once), and those of them that hold
+        no token yet ("empty"): a window that is not full, a block that waits for its tokens. Asked in any thread."""
+        layers, requests, tables = self.layers, self.requests.copy(), self.block_table.copy()
+        window = layers.config.sink_tokens + layers.config.window_slots
+        empty = sum(max(0, window - (request.stored - request.coded)) for request in requests.values())
+        written = {name: request.coded // self.tokens_per_page for name, request in requests.items()}
+        waiting = sum(max(0, len(table) - written.get(name, 0)) for name, table in tables.items())
+        owned = len({block for table in tables.values() for block in table})
+        token, block = layers.window_token_bytes, self.bytes_per_block
+        return {"owned": owned * block + len(requests) * window * token, "empty": waiting * block + empty * token}
+
     # -- blocks: only what has left the window needs any -----------------------------------------------------------------
     def needs_new_blocks(self, request_id: str, past_length: int, query_length: int) -> int:
         request, owned = self.requests.get(request_id), len(self.block_table.get(request_id, []))

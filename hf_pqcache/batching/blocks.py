@@ -279,7 +279,7 @@ class SlotCache(PagedAttentionCache):
                 "bytes": allocator.bytes_per_block,
             },
             "slots": {"total": layers.num_slots, "free": len(allocator.free_slots)},
-            "bytes": {"blocks": self.cache_tensor.nbytes, "windows_and_tables": layers.nbytes},
+            "bytes": {"blocks": self.cache_tensor.nbytes, "windows_and_tables": layers.nbytes, **allocator.fill()},
             "backend": layers.backend._asdict(),
             **self.steps.stats(),
             **(

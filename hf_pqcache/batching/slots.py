@@ -83,6 +83,12 @@ class SlotLayers:
         return self.num_layers * self.page_bytes
 
     @property
+    def window_token_bytes(self) -> int:
+        """Bytes of one exact token of one slot, all layers."""
+        layers, sides, _, heads, _, head_dim = self.windows.shape
+        return layers * sides * heads * head_dim * self.windows.element_size()
+
+    @property
     def max_id(self) -> int:
         """How many pages kernels can tell apart."""
         return max_page_id(self._codecs[0][0], self.config.page_size)

@@ -250,7 +250,7 @@ class Engine:
             self.manager.get_result(timeout=0)
 
     def state(self) -> dict[str, float]:
-        """Requests that wait and run, blocks used and free, tokens that prefix sharing saved."""
+        """Requests that wait and run, blocks and slots used and free, what of them is empty, tokens that sharing saved."""
         scheduler = self.manager.batch_processor.scheduler
         free = self.cache.compute_free_capacity() * self.cache.num_blocks
         return {
@@ -260,7 +260,30 @@ class Engine:
             "blocks_used": self.cache.num_blocks - free,
             "prefix_hits": self.prefix_hits,
             "pool_bytes": self.cache.cache_tensor.nbytes,
+            **self._fill(),
         }
+
+    def _fill(self) -> dict[str, float]:
+        """Bytes that requests have, and those of them that hold no token yet; slots, which blocks of ours have."""
+        allocators = self.cache.cache_allocators.values()
+        if self.variant != "stock":
+            (ours,), total = allocators, self.cache.layers.num_slots
+            found, free = ours.fill(), len(ours.free_slots)
+            return {
+                "owned_bytes": found["owned"],
+                "empty_bytes": found["empty"],
+                "slots_used": total - free,
+                "slots_free": free,
+            }
+        active = self.manager.batch_processor.scheduler.active_requests.copy()
+        owned = empty = 0
+        for one in allocators:
+            tables = one.block_table.copy()
+            owned += len({block for table in tables.values() for block in table}) * one.bytes_per_block
+            for name, state in active.items():
+                room = len(tables.get(name, ())) * one.tokens_per_page
+                empty += max(0, room - state.current_len()) * one.bytes_per_block // one.tokens_per_page
+        return {"owned_bytes": owned, "empty_bytes": empty}
 
     def _capacity(self) -> int:
         """Most tokens of one request, by halving: what our blocks say, or what an empty pool of transformers' holds."""
