@@ -239,6 +239,10 @@ SHEET: dict[str, tuple[str, dict[str, str]]] = {
             "cut --port 0": "cut short",
             "tiny --host 192.0.2.1": "192.0.2.1:8000 cannot be listened on",
             "tiny --device cuda": "sees no CUDA device",
+            "tiny --press nothing:0.5": "press 'nothing' is unknown",
+            "tiny --bits stock --press knorm:0.5": "press= is for blocks of ours",
+            "tiny --greenctx-main-ratio 0.5": "does nothing without --compress partition",
+            "tiny --compress partition --greenctx-main-ratio 2": "lies between 0 and 1",
         },
     ),
     "sweep": (

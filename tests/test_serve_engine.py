@@ -6,9 +6,10 @@ import importlib
 from typing import Any
 
 import pytest
-from served import tiny
+from served import GREEDY, PROMPTS, answers_of_generate, served, tiny
 
-from hf_pqcache.cli.commands import _options
+from hf_pqcache.batching import streams
+from hf_pqcache.cli.commands import _options, serve
 from hf_pqcache.serve import engine
 from hf_pqcache.serve.engine import SIGNATURES, VARIANTS, Engine, EngineSettings
 
@@ -18,6 +19,7 @@ MODULE = "transformers.generation.continuous_batching"
 
 def test_commands_know_all_variants() -> None:
     assert _options.VARIANTS == VARIANTS
+    assert _options.COMPRESS == streams.COMPRESS
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -47,3 +49,22 @@ def test_a_part_that_transformers_lacks_is_named(path: str, monkeypatch: pytest.
     assert {missing.split()[0] for missing in engine.missing_parts()} == {path}
     with pytest.raises(ImportError, match=path):
         engine.make_manager(tiny()[0], EngineSettings("stock"))
+
+
+def test_a_press_and_what_cannot_be_had_are_served_and_said() -> None:
+    press = "knorm:0.5"
+    expected = answers_of_generate("4", press)
+    assert expected != answers_of_generate("4")
+    with served(press=press, compress="partition", page_size=16) as server:
+        assert server.texts(prompt=list(PROMPTS), **GREEDY) == [server.decoded(ids) for ids in expected.values()]
+        facts = 'blocks="4",compress="inline",compress_because="a device of type cpu has no streams",press="knorm:0.5"'
+        assert f"pqcache_engine_info{{{facts}}} 1.0" in server.client.get("/metrics").text
+        assert server.metric("pqcache_pruned_tokens_total") > 300
+        ready = serve._ready(server.service, server.url)
+    assert "4 bits, press knorm:0.5, prompts stored within steps (a device of type cpu has no streams)" in ready
+
+
+@pytest.mark.parametrize("asked", [{"press": "knorm:0.5"}, {"compress": "stream"}])
+def test_what_blocks_of_transformers_cannot_do_is_refused(asked: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(asked))}= is for blocks of ours"):
+        EngineSettings("stock", **asked)

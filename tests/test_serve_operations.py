@@ -16,7 +16,7 @@ from served import eventually, served
 
 from hf_pqcache.cli import main
 from hf_pqcache.serve import diagnose, log
-from hf_pqcache.serve.metrics import GAUGES, Metrics
+from hf_pqcache.serve.metrics import COUNTERS, GAUGES, Metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DASHBOARD = Path(log.__file__).with_name("grafana.json")
@@ -61,7 +61,7 @@ def test_nothing_is_written_unless_asked(capfd: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_dashboard_asks_for_figures_that_there_are() -> None:
-    figures = Metrics(lambda: dict.fromkeys([*GAUGES, "prefix_hits"], 1.0))
+    figures = Metrics(lambda: dict.fromkeys([*GAUGES, *COUNTERS], 1.0), lambda: {"blocks": "4"})
     figures.ended("stop", 0.0, 0.1, 0.5, 3)
     figures.responses.labels("/health", "200").inc()
     there = set(re.findall(r"^(pqcache_\w+)", figures.text().decode(), re.MULTILINE))

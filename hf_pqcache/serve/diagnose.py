@@ -26,6 +26,7 @@ def diagnose() -> Iterator[Finding]:
     parts = _engine()
     yield parts
     yield _ray()
+    yield _beside()
     if parts.status == "ok":
         yield _answer()
 
@@ -53,6 +54,19 @@ def _ray() -> Finding:
         return Finding("ray", "ok", f"{importlib.metadata.version('ray')}: --replicas")
     except importlib.metadata.PackageNotFoundError:
         return Finding("ray", "note", "not installed; only serve --replicas needs it", "pip install 'hf-pqcache[ray]'")
+
+
+def _beside() -> Finding:
+    """Where finished prompts can be stored."""
+    import torch
+
+    from hf_pqcache.batching import streams
+
+    made = streams.make("partition", None, torch.device("cuda" if torch.cuda.is_available() else "cpu"), is_parallel=False)
+    if made.available:
+        return Finding("--compress", "ok", f"inline, stream, partition ({made.sm_counts['compress']} multiprocessors)")
+    able = "inline, stream" if made.lane.runs_beside else "inline"
+    return Finding("--compress", "note", f"{able}: {made.reason}")
 
 
 def _answer() -> Finding:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_pqcache.config import PQConfig
+from hf_pqcache.serve import figures
 from hf_pqcache.serve.sampling import Sampler, Sampling
 
 #: What blocks hold: codes of so many bits; tokens as they are, in blocks of ours or in transformers' own.
@@ -84,7 +85,10 @@ class EngineSettings:
         context, longest_prompt: most tokens of a request, and of them of its prompt, where the workload is known.
         max_batch_tokens: most tokens of a step. shares_prefixes: whether equal beginnings are stored once.
         compiles: whether torch.compile fuses what lies between attentions of decode steps.
-        compress, partition: of `enable_batching`. memory_share: of what the device has free, the most that the engine takes.
+        compress, partition, press: of `enable_batching`; the press by name.
+        memory_share: of what the device has free, the most that the engine takes.
+
+    Raises ValueError for what transformers' own blocks cannot do.
     """
 
     variant: str = "4"
@@ -97,8 +101,20 @@ class EngineSettings:
     longest_prompt: int | None = None
     compress: str = "inline"
     partition: Any = None
+    press: str | None = None
     memory_share: float | None = None
     compiles: bool = False
+
+    def __post_init__(self) -> None:
+        only_ours = {"press": self.press is not None, "compress": self.compress != "inline"}
+        if self.variant == "stock" and (asked := [name for name, value in only_ours.items() if value]):
+            raise ValueError(f"{asked[0]}= is for blocks of ours, and stock blocks are transformers' own; take another variant")
+
+    @property
+    def told(self) -> str:
+        """What requests are kept as, in words."""
+        kind = f"{self.variant} bits" if self.variant.isdigit() else f"{self.variant} blocks"
+        return kind if self.press is None else f"{kind}, press {self.press}"
 
 
 def make_manager(model: Any, settings: EngineSettings) -> Any:
@@ -122,7 +138,7 @@ def make_manager(model: Any, settings: EngineSettings) -> Any:
     else:
         page_size = settings.page_size or PQConfig().page_size
         kept: dict[str, Any] = {"exact": True} if settings.variant == "exact" else {"bits": int(settings.variant)}
-        kept |= {"compress": settings.compress, "partition": settings.partition}
+        kept |= {"compress": settings.compress, "partition": settings.partition, "press": settings.press}
         # A bound alone is not what requests are like: room is not shared out by it.
         is_known = settings.longest_prompt is not None
         enable_batching(model, **kept, page_size=page_size, max_length=settings.context if is_known else None)
@@ -161,7 +177,7 @@ class Engine:
     """
 
     def __init__(self, model: Any, settings: EngineSettings) -> None:
-        self.variant = settings.variant
+        self.variant, self.settings = settings.variant, settings
         self.manager = make_manager(model, settings)
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.slots = min(HISTORIES, settings.max_requests or HISTORIES)
@@ -251,39 +267,11 @@ class Engine:
 
     def state(self) -> dict[str, float]:
         """Requests that wait and run, blocks and slots used and free, what of them is empty, tokens that sharing saved."""
-        scheduler = self.manager.batch_processor.scheduler
-        free = self.cache.compute_free_capacity() * self.cache.num_blocks
-        return {
-            "waiting": self.manager.input_queue.qsize() + len(scheduler.waiting_requests),
-            "running": len(scheduler.active_requests),
-            "blocks_free": free,
-            "blocks_used": self.cache.num_blocks - free,
-            "prefix_hits": self.prefix_hits,
-            "pool_bytes": self.cache.cache_tensor.nbytes,
-            **self._fill(),
-        }
+        return figures.state(self.settings, self.manager) | {"prefix_hits": self.prefix_hits}
 
-    def _fill(self) -> dict[str, float]:
-        """Bytes that requests have, and those of them that hold no token yet; slots, which blocks of ours have."""
-        allocators = self.cache.cache_allocators.values()
-        if self.variant != "stock":
-            (ours,), total = allocators, self.cache.layers.num_slots
-            found, free = ours.fill(), len(ours.free_slots)
-            return {
-                "owned_bytes": found["owned"],
-                "empty_bytes": found["empty"],
-                "slots_used": total - free,
-                "slots_free": free,
-            }
-        active = self.manager.batch_processor.scheduler.active_requests.copy()
-        owned = empty = 0
-        for one in allocators:
-            tables = one.block_table.copy()
-            owned += len({block for table in tables.values() for block in table}) * one.bytes_per_block
-            for name, state in active.items():
-                room = len(tables.get(name, ())) * one.tokens_per_page
-                empty += max(0, room - state.current_len()) * one.bytes_per_block // one.tokens_per_page
-        return {"owned_bytes": owned, "empty_bytes": empty}
+    def facts(self) -> dict[str, str]:
+        """What does not change: what blocks hold, the press, where finished prompts are stored, and why not as asked for."""
+        return figures.facts(self.settings, self.manager)
 
     def _capacity(self) -> int:
         """Most tokens of one request, by halving: what our blocks say, or what an empty pool of transformers' holds."""

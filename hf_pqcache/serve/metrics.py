@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 PER_TOKEN_S = (0.002, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
@@ -29,6 +29,13 @@ GAUGES = {
     "reserved_bytes": ("pqcache_gpu_memory_reserved_bytes", "Memory of the GPU that torch holds; the rest of it is fragments"),
 }
 
+#: Counters of the same.
+COUNTERS = {
+    "prefix_hits": ("pqcache_prefix_hit_tokens", "Tokens of prompts that were stored already"),
+    "stored_beside": ("pqcache_prompts_stored_beside", "Prompts that were stored beside steps of other requests"),
+    "pruned_tokens": ("pqcache_pruned_tokens", "Tokens of prompts that a press has taken away"),
+}
+
 
 def _memory() -> dict[str, float]:
     found: dict[str, float] = {"process_bytes": psutil.Process().memory_info().rss}
@@ -41,12 +48,12 @@ class Metrics:
     """All figures of one server, in a registry of its own.
 
     Args:
-        state: `Engine.state`, asked when the figures are; {} while there is no engine.
+        state, facts: `Engine.state` and `Engine.facts`, asked when the figures are; {} while there is no engine.
     """
 
-    def __init__(self, state: Callable[[], dict[str, float]]) -> None:
+    def __init__(self, state: Callable[[], dict[str, float]], facts: Callable[[], dict[str, str]] = dict) -> None:
         self.registry = CollectorRegistry()
-        self.state = state
+        self.state, self.facts = state, facts
 
         def histogram(name: str, told: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, told, buckets=buckets, registry=self.registry)
@@ -69,10 +76,11 @@ class Metrics:
         for key, (name, told) in GAUGES.items():
             if key in found:
                 yield GaugeMetricFamily(name, told, value=found[key])
-        if "prefix_hits" in found:
-            yield CounterMetricFamily(
-                "pqcache_prefix_hit_tokens", "Tokens of prompts that were stored already", value=found["prefix_hits"]
-            )
+        for key, (name, told) in COUNTERS.items():
+            if key in found:
+                yield CounterMetricFamily(name, told, value=found[key])
+        if facts := self.facts():
+            yield InfoMetricFamily("pqcache_engine", "What requests are kept as", value=facts)
 
     def describe(self) -> list[Metric]:
         return []

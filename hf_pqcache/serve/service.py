@@ -57,7 +57,7 @@ class Service:
         self.is_draining = False
         self.runs: set[Run] = set()
         self.admitted = 0  # choices whose prompts are being turned into tokens
-        self.metrics = Metrics(self._state)
+        self.metrics = Metrics(self._state, lambda: {} if self.engine is None else self.engine.facts())
 
     def ready(self, model: Any, tokenizer: Any, engine: Engine) -> None:
         """Take requests from now on. The engine runs, and has been warmed up."""
@@ -75,7 +75,7 @@ class Service:
         bounds = (engine.capacity, max_positions(model.config), self.limits.context)
         self.context = min(bound for bound in bounds if bound is not None)
         self.engine = engine
-        log.tell("ready", model=self.name, context=self.context)
+        log.tell("ready", model=self.name, context=self.context, **engine.facts())
 
     def check_ready(self) -> Engine:
         """Raises ApiError 503 while the model is loaded, once the engine has died, and when the server is about to end."""

@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from hf_pqcache import PagedPQCache, demo
+from hf_pqcache import PagedPQCache, demo, pressed
 from hf_pqcache.models.names import cache_kwargs
 from hf_pqcache.serve.engine import EngineSettings
 from hf_pqcache.serve.server import Running
@@ -93,9 +93,14 @@ def served(limits: Limits | None = None, api_key: str | None = None, **sizes: An
             found.client.close()
 
 
-def answers_of_generate(variant: str) -> dict[str, list[int]]:
+def answers_of_generate(variant: str, press: str | None = None) -> dict[str, list[int]]:
     """What `generate` goes on with after each of PROMPTS, greedily, over the cache of the same kind (variant 4 or stock)."""
     model, tokenizer = tiny()
+    with nullcontext() if press is None else pressed(model, press):
+        return _answers(model, tokenizer, variant)
+
+
+def _answers(model: Any, tokenizer: Any, variant: str) -> dict[str, list[int]]:
     found = {}
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]

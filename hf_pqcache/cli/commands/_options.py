@@ -22,6 +22,8 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 QUANTIZATIONS = ("bnb-4bit", "bnb-8bit", "hqq-4bit", "hqq-8bit", "quanto-int4", "quanto-int8", "torchao-int8")
 #: Of `hf_pqcache.serve.engine`: what blocks of many requests hold.
 VARIANTS = ("4", "3", "2", "exact", "stock")
+#: Of `hf_pqcache.batching.streams`: when finished prompts are stored.
+COMPRESS = ("inline", "stream", "partition")
 
 
 def _json_to(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -95,6 +97,9 @@ _RESULTS = (
     quiet_option(),
 )
 _CODEBOOK = click.option("--codebook", help="Of the model's own: folder or Hub repository; the package's if absent.")
+press_option = click.option(
+    "--press", help="What prunes prompts before they are stored, and by how much: snapkv:0.5 (`pqcache list presses`)."
+)
 _CACHE = (
     click.option(
         "--cache",
@@ -103,9 +108,7 @@ _CACHE = (
         help="dynamic, static, quanto[:4|2], hqq[:8|4|3|2|1], fp8, pq[:4|3|2], paged-kv, kivi[:4|3|2], "
         "turboquant[:4|3.5|3|2.5|2], kvquant[:4|3|2], int4-token; the number is bits a value (`pqcache list caches`).",
     ),
-    click.option(
-        "--press", help="What prunes prompts before they are stored, and by how much: snapkv:0.5 (`pqcache list presses`)."
-    ),
+    press_option,
     _CODEBOOK,
 )
 

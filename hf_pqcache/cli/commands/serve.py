@@ -41,6 +41,17 @@ from hf_pqcache.cli.commands import _options, _output, _types
     help="Compute equal beginnings of prompts each time; with sharing, later requests read their codes.",
 )
 @click.option("--compile", "compiles", is_flag=True, help="Faster decode steps on a GPU, for a longer start: torch.compile.")
+@_options.press_option
+@click.option(
+    "--compress",
+    type=click.Choice(_options.COMPRESS),
+    default="inline",
+    show_default=True,
+    help="When a finished prompt is stored: within its step, or beside others on a CUDA stream or a partition of the GPU.",
+)
+@click.option("--greenctx-compress-ratio", type=float, help="Of the multiprocessors, for compression; 16 of them if absent.")
+@click.option("--greenctx-main-ratio", type=float, help="For steps; what compression leaves if absent.")
+@click.option("--greenctx-main-stream", is_flag=True, help="Keep steps to their share; else they have the whole device.")
 @click.option("--log", "is_logged", is_flag=True, help="A line of JSON for each request on the error stream; no prompts.")
 @click.option("--replicas", type=click.IntRange(min=1), help="Processes with the model, on Ray Serve; extra 'ray'.")
 @click.option("--most-replicas", type=click.IntRange(min=1), help="As many under load; Ray adds and removes them.")
@@ -79,7 +90,10 @@ def command(
     had sent nothing are asked again elsewhere, streams end with an error. RAY_ADDRESS names a cluster to join.
 
     \b
-    Example:  pqcache serve tiny --replicas 2 --port 8765
+    Example:  pqcache serve tiny --replicas 2 --press snapkv:0.5
+
+    --press prunes each prompt; equal beginnings are not shared then. Where the GPU cannot be divided, or there is none,
+    --compress takes the simpler way, and the line that says it is ready tells why.
 
     \b
     Then:     curl -s localhost:8765/v1/completions \\
@@ -94,6 +108,7 @@ def command(
     described = load_model_config(model, {"revision": revision})
     check_device(loading["device"])
     try:
+        from hf_pqcache.compressors.parse import parse
         from hf_pqcache.serve import log
         from hf_pqcache.serve.engine import EngineSettings, check
         from hf_pqcache.serve.server import Running
@@ -106,7 +121,10 @@ def command(
         log.start()
     note = (lambda text: None) if quiet else _output.note
     load = partial(load_model, described.source, revision=described.revision, **loading)
-    sizes = EngineSettings(variant, shares_prefixes=not options.pop("no_prefix_sharing"), **options)
+    partition = _partition(options)
+    sizes = EngineSettings(variant, shares_prefixes=not options.pop("no_prefix_sharing"), partition=partition, **options)
+    if sizes.press is not None:
+        parse(sizes.press)
     limits = Limits(context, max_queue, max_body * 2**20, drain_seconds)
     what = load, name or public_name(model), sizes, limits
     if replicas or most_replicas:
@@ -119,9 +137,34 @@ def command(
     running.run()
 
 
+#: By the lane that prompts take.
+_STORED = {"inline": "within steps", "stream": "on a stream", "partition": "on a partition"}
+
+
+def _partition(options: dict[str, Any]) -> Any:
+    """How --compress partition divides the device; its options are taken out of `options`."""
+    flags = {
+        name: f"--{name.replace('_', '-')}"
+        for name in ("greenctx_compress_ratio", "greenctx_main_ratio", "greenctx_main_stream")
+    }
+    given = [options.pop(name) for name in flags]
+    if options["compress"] != "partition":
+        _options.refuse_unused("without --compress partition", flags)
+        return None
+    from hf_pqcache.batching import Partition
+
+    try:
+        return Partition(*given)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def _ready(service: Any, url: str) -> str:
-    variant = service.engine.variant
-    kind = f"{variant} bits" if variant.isdigit() else f"{variant} blocks"
+    engine, kind = service.engine, service.engine.settings.told
+    facts = engine.facts()
+    if engine.settings.compress != "inline":
+        why = f" ({facts['compress_because']})" if facts["compress_because"] else ""
+        kind += f", prompts stored {_STORED[facts['compress']]}{why}"
     told = f"{service.context:,} tokens a request, {service.engine.most_requests} requests at a time"
     return f"ready: {service.name} on {url}, {kind}, {told}"
 
@@ -139,6 +182,6 @@ def _serve_replicas(
     fleet = replicas.Fleet(*count, gpus=gpus)
 
     def tell(url: str) -> None:
-        _output.note(f"ready: {what[1]} on {url}, {count[0]} replicas, on Ray {replicas.ray.__version__}")
+        _output.note(f"ready: {what[1]} on {url}, {what[2].told}, {count[0]} replicas, on Ray {replicas.ray.__version__}")
 
     replicas.run(replicas.application(*what, fleet=fleet, api_key=api_key), host, port, fleet, tell)
