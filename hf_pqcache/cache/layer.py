@@ -140,7 +140,7 @@ class PagedLayer(LayerTensors, CacheLayerMixin):
                         torch.ops.hf_pqcache.append(keys, values, state.seq_lens, state.layer_ptrs, self.index)
                     storage.advance(self.index, 1)
                 else:  # attention sees them as they are, gradients included, before they are stored
-                    self._pending = Pending(keys, values, count)
+                    self._pending = Pending(keys, values, count, self._before)
                     self._pass.pending.append(self)
                 return LazyKV(self, KEY, keys, columns), LazyKV(self, VALUE, values, columns)
         except BaseException:
@@ -169,9 +169,9 @@ class PagedLayer(LayerTensors, CacheLayerMixin):
         return padding.fitted(mask, self.storage.lengths.columns(self.index) + self.num_pending)
 
     def note_seen(self, module: nn.Module, mask: Any, positions: Tensor | None) -> None:
-        """Called when attention has seen the tokens that wait. A prompt's wait on if `module` has hooks: they may prune."""
+        """Called when attention has seen the tokens that wait. They wait on if `module` has hooks, which may change them."""
         pending = self._pending
-        if pending is not None and self._before == 0 and module._forward_hooks:
+        if pending is not None and module._forward_hooks:
             pending.seen_by, pending.mask, pending.position_ids = module, mask, positions
         else:
             self.commit(mask, positions)
@@ -186,8 +186,10 @@ class PagedLayer(LayerTensors, CacheLayerMixin):
             mask, positions = pending.mask, pending.position_ids
         storage, first, keys = self.storage, self.storage.lengths.tokens(self.index), pending.keys
         try:
-            pending.check()
+            pending.settle()
             with torch.no_grad(), out_of_memory_as_pqc004("encoding the new tokens"):
+                if not pending.positions:
+                    return
                 if pending.removed:
                     storage.append_pruned(self.index, keys, pending.values, pending.positions, pending.counts_removed)
                     return
@@ -226,8 +228,12 @@ class PagedLayer(LayerTensors, CacheLayerMixin):
 
     @property
     def seen_by(self) -> nn.Module | None:
-        """The attention module whose hooks may replace the prompt that waits; None if none does."""
+        """The attention module whose hooks may change the tokens that wait; None if none do."""
         return None if self._pending is None else self._pending.seen_by
+
+    def has_prompt_for(self, module: nn.Module) -> bool:
+        """Whether a prompt waits that hooks of `module` may replace."""
+        return self._pending is not None and self._pending.seen_by is module and not self._pending.before
 
     @property
     def untold(self) -> int:

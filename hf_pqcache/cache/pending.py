@@ -18,6 +18,7 @@ class Pending:
     Attributes:
         keys, values: (B, H, n, d). As many as `positions` until they are replaced.
         positions: how many came.
+        before: how many the layer held before they did; hooks may replace them only if there were none.
         seen_by: the attention module that has computed with them, if hooks of it may want them; None before, or else.
         mask, position_ids: what attention was given with them.
         counts_removed: see `Lengths`; who replaces says it.
@@ -26,6 +27,7 @@ class Pending:
     keys: Tensor
     values: Tensor
     positions: int
+    before: int = 0
     seen_by: nn.Module | None = None
     mask: Any = None
     position_ids: Tensor | None = None
@@ -42,8 +44,8 @@ class Pending:
         """Have other keys or values (B, H, n, d). Raises ValueError for other heads or more tokens, or a padded batch."""
         old = self.side(which)
         like = (*old.shape[:2], old.shape[3])
-        if tensor.dim() != 4 or (*tensor.shape[:2], tensor.shape[3]) != like or not 1 <= tensor.shape[2] <= self.positions:
-            wanted = f"({like[0]}, {like[1]}, 1 to {self.positions}, {like[2]})"
+        if tensor.dim() != 4 or (*tensor.shape[:2], tensor.shape[3]) != like or tensor.shape[2] > self.positions:
+            wanted = f"({like[0]}, {like[1]}, 0 to {self.positions}, {like[2]})"
             raise ValueError(f"the {which}s of a pruned prompt must be {wanted}, all heads alike, not {tuple(tensor.shape)}")
         if tensor.shape[2] != self.positions and (why := padding.why_not_all_seen(self.mask, self.positions, len(tensor))):
             raise ValueError(
@@ -55,6 +57,20 @@ class Pending:
             self.keys = tensor
         else:
             self.values = tensor
+
+    def keep_first(self, which: Side, count: int) -> None:
+        """Have the first `count` keys or values only, as if the others of them had never come."""
+        if which == "key":
+            self.keys = self.keys[:, :, :count]
+        else:
+            self.values = self.values[:, :, :count]
+
+    def settle(self) -> None:
+        """What comes behind other tokens is as many as is left of it. Raises ValueError if only one side is shorter."""
+        self.check()
+        if self.before and self.removed:
+            self.positions = self.keys.shape[2]
+            self.position_ids = None if self.position_ids is None else self.position_ids[..., : self.positions]
 
     def check(self) -> None:
         """Raises ValueError if only one side has been shortened."""

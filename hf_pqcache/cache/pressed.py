@@ -75,7 +75,7 @@ class _Pressing:
         """After an attention module, or a decoder layer around one, which has nothing to do with it."""
         cache = _cache_of(kwargs)
         layer = cache.layers[module.layer_idx] if isinstance(cache, PagedCache) else None
-        if not isinstance(layer, PagedLayer) or layer.seen_by is not module:
+        if not isinstance(layer, PagedLayer) or not layer.has_prompt_for(module):
             return
         try:
             layer.replace(*self._compressed(module, args, kwargs, output, layer))

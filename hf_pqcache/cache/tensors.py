@@ -21,7 +21,8 @@ class LayerTensors:
     """What a layer's `keys` and `values` are.
 
     Encoder-decoder models and a few others look at them. Forward hooks of an attention module may do so right after a
-    prompt's first pass, when they are still exact, and replace them: what is to be stored is then theirs.
+    prompt's first pass, when they are still exact, and replace them: what is to be stored is then theirs. Of tokens that come
+    behind others they may take back the last ones, which then are not stored at all.
     """
 
     storage: Storage
@@ -30,6 +31,9 @@ class LayerTensors:
     _pending: Pending | None
 
     def commit(self, mask: Any = None, positions: Tensor | None = None) -> None:
+        raise NotImplementedError
+
+    def dense(self, which: Side, new: Tensor) -> Tensor:
         raise NotImplementedError
 
     @property
@@ -52,8 +56,8 @@ class LayerTensors:
         """Replace a prompt's tokens, right after its attention; or crop, by a value that is what the layer begins with."""
         if value is None:
             return
-        if self._pending is not None and self._pending.seen_by is not None:
-            self._pending.replace(which, value)
+        if (pending := self._pending) is not None and pending.seen_by is not None and not pending.before:
+            pending.replace(which, value)
         elif not self._crop_to(which, value):
             raise AttributeError(
                 "a compressed layer's keys and values cannot be assigned, but by a forward hook of the attention module right "
@@ -67,6 +71,11 @@ class LayerTensors:
             return False
         if not torch.equal(value, whole[:, :, : value.shape[2]]):
             return False
+        past = self.storage.lengths.columns(self.index)
+        if self._pending is not None and value.shape[2] >= past:  # all of it came in this pass, and is not stored yet
+            self._pending.keep_first(which, value.shape[2] - past)
+            return True
+        self.commit()
         with out_of_memory_as_pqc004("restoring the exact window"):
             self.storage.crop_layer(self.index, whole.shape[2] - value.shape[2])
         return True
@@ -86,7 +95,7 @@ class LayerTensors:
         if not self.is_initialized:
             return None
         if self._pending is not None and self._pending.seen_by is not None:
-            return self._pending.side(which)
+            return self.dense(which, self._pending.side(which))
         self.commit()
         return self._decoded(which)
 

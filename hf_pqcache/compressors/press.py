@@ -31,7 +31,7 @@ class Press(Protocol):
             kwargs: what the module was called with; `position_embeddings` are (cos, sin) of (B or 1, T, d) each.
 
         Returns:
-            (B, H, n, d) each, n from 1 to T: as many in every head, each head its own tokens.
+            (B, H, n, d) each, n from 0 to T: as many in every head, each head its own tokens.
         """
         ...
 
