@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,30 +25,41 @@ LONG = {"temperature": 0, "max_tokens": 700, "ignore_eos": True}
 SIZES = ("--dtype", "float32", "--bits", "stock", "--cache-tokens", "8K", "--max-requests", "8", "--max-batch-tokens", "128")
 
 
+SECRET = "a word that nobody must read"
+
+
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server writes."""
+    return tmp_path_factory.mktemp("said") / "lines.txt"
+
+
+@pytest.fixture(scope="module")
+def url(said: Path) -> Iterator[str]:
     """`pqcache serve --replicas 2`, from when it is ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": ""}
     command = [sys.executable, "-m", "hf_pqcache", "serve", "tiny", "--replicas", "2", "--port", str(port), *SIZES]
-    server = subprocess.Popen(
-        [*command, "--drain-seconds", "2"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert server.stdout is not None
-    said = []
-    for line in server.stdout:
-        said.append(line)
-        if "ready" in line and "2 replicas" in line:
-            break
+    with said.open("w") as file:
+        server = subprocess.Popen(
+            [*command, "--drain-seconds", "2", "--log"], env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
     try:
-        assert server.poll() is None, said[-20:]
+        while "2 replicas" not in said.read_text() and server.poll() is None:
+            time.sleep(0.2)
+        assert server.poll() is None, said.read_text()
         yield f"http://127.0.0.1:{port}"
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0, server.stdout.read()
+        assert server.wait(60) == 0, said.read_text()
     finally:
         if server.poll() is None:
             server.kill()
+
+
+def events(said: Path) -> list[dict[str, Any]]:
+    """The lines for operators so far."""
+    return [json.loads(line) for line in said.read_text().splitlines() if line.startswith("{")]
 
 
 def ask(url: str, **body: Any) -> Any:
@@ -90,6 +102,24 @@ def test_answers_refusals_and_figures(url: str) -> None:
     assert httpx.get(f"{url}/nowhere", timeout=30).status_code == 404
     figures = httpx.get(f"{url}/metrics", timeout=30).text
     assert len({line.split('"')[1] for line in figures.splitlines() if line.startswith("pqcache_requests_running{")}) == 2
+
+
+def test_lines_of_all_replicas_come_to_one_place(url: str, said: Path) -> None:
+    before = len(events(said))
+    for number in range(12):
+        ask(url, prompt=f"{number} {SECRET}", **GREEDY)
+    ask(url, prompt=SECRET, max_tokens=10**6)
+    httpx.post(f"{url}/v1/completions", content=b" " * 33 * 2**20, timeout=60)
+    until = time.monotonic() + 20
+    while len([event for event in events(said)[before:] if event["event"] == "http"]) < 14 and time.monotonic() < until:
+        time.sleep(0.1)
+    assert SECRET not in said.read_text()
+    told = events(said)
+    assert len({event["replica"] for event in told if event["event"] == "ready"}) == 2
+    requests = [event for event in told[before:] if event["event"] == "request"]
+    assert [event["tokens"] for event in requests] == [12] * 12
+    assert len({event["replica"] for event in requests}) == 2
+    assert sorted(event["status"] for event in told[before:] if event["event"] == "http") == [200] * 12 + [400, 413]
 
 
 def running(url: str) -> float:
@@ -139,7 +169,7 @@ async def killed_while_streaming(url: str, prompts: list[str]) -> tuple[list[tup
         return await asyncio.gather(*streams), await asyncio.gather(*whole)
 
 
-def test_a_replica_that_is_killed(url: str) -> None:
+def test_a_replica_that_is_killed(url: str, said: Path) -> None:
     chosen = prompts_for(url, 2)
     prompts = [prompt for each in chosen.values() for prompt in each]
     right = {prompt: ask(url, prompt=prompt, **LONG).json()["choices"][0]["text"] for prompt in prompts}
@@ -156,3 +186,4 @@ def test_a_replica_that_is_killed(url: str) -> None:
         assert time.monotonic() < until, f"no replica came in place of the killed one: {replicas()}"
         time.sleep(1)
     assert len(served & chosen.keys()) == 1
+    assert {"replica_died", "stream_broken"} <= {event["event"] for event in events(said)}

@@ -12,8 +12,14 @@ LOGGER = logging.getLogger("hf_pqcache.serve")
 LOGGER.setLevel(logging.WARNING)
 
 
-def start(stream: TextIO | None = None) -> None:
-    """Write lines from now on, to the error stream if none is named."""
+#: Facts of every line.
+ALWAYS: dict[str, Any] = {}
+
+
+def start(stream: TextIO | None = None, **always: Any) -> None:
+    """Write lines from now on, to the error stream if none is named, each with the facts `always`."""
+    ALWAYS.clear()
+    ALWAYS.update(always)
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     LOGGER.handlers[:] = [handler]
@@ -27,4 +33,4 @@ def tell(event: str, **facts: Any) -> None:
         return
     rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in facts.items()}
     moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + "Z"
-    LOGGER.info(json.dumps({"time": moment, "event": event, **rounded}))
+    LOGGER.info(json.dumps({"time": moment, "event": event, **ALWAYS, **rounded}))

@@ -26,6 +26,7 @@ from ray.serve.schema import LoggingConfig
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from hf_pqcache.serve import lines, log
 from hf_pqcache.serve.answers import DONE, sse
 from hf_pqcache.serve.app import UNBUFFERED, make_app
 from hf_pqcache.serve.engine import Engine, EngineSettings
@@ -42,6 +43,8 @@ PASSED = ("authorization", "content-type", "retry-after", "www-authenticate", *m
 SERVED_BY = "x-served-by"
 NAME = "pqcache"
 HEALTH_S = 5.0
+#: That lines name; a client may have put anything into others.
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
 #: Of Ray's own processes: no line a request, no prompts.
 LOGGING: dict[str, Any] = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -52,13 +55,14 @@ class Fleet:
 
     Attributes:
         replicas: at least. most: where Ray adds some under load; None keeps their number.
-        gpus, cpus: of a replica, as Ray counts them.
+        gpus, cpus: of a replica, as Ray counts them. is_logged: whether lines for operators are written.
     """
 
     replicas: int
     most: int | None = None
     gpus: float = 0.0
     cpus: float = 1.0
+    is_logged: bool = False
 
 
 class PrefixRouter(RequestRouter):
@@ -78,13 +82,21 @@ class Replica:
     """One process with the model.
 
     Args:
-        load: makes (model, tokenizer). name: of the model, for clients.
+        load: makes (model, tokenizer). name: of the model, for clients. is_logged: as of `Fleet`.
     """
 
     def __init__(
-        self, load: Callable[[], tuple[Any, Any]], name: str, settings: EngineSettings, limits: Limits, api_key: str | None
+        self,
+        load: Callable[[], tuple[Any, Any]],
+        name: str,
+        settings: EngineSettings,
+        limits: Limits,
+        api_key: str | None,
+        is_logged: bool = False,
     ) -> None:
         self.id = serve.get_replica_context().replica_id.unique_id
+        if is_logged:
+            lines.send(replica=self.id)
         self.service = Service(name, limits)
         model, tokenizer = load()
         engine = Engine(model, settings)
@@ -116,10 +128,12 @@ class Front:
     """What clients talk to.
 
     Args:
-        replicas: a handle. body_bytes: most of a request.
+        replicas: a handle. body_bytes: most of a request. is_logged: as of `Fleet`.
     """
 
-    def __init__(self, replicas: Any, body_bytes: int) -> None:
+    def __init__(self, replicas: Any, body_bytes: int, is_logged: bool = False) -> None:
+        if is_logged:
+            lines.send()
         self.replicas, self.body_bytes = replicas, body_bytes
         self.streaming = replicas.options(stream=True)
 
@@ -129,6 +143,7 @@ class Front:
                 return await self._metrics()
             return await self._passed_on(request, await self._body(request))
         except ApiError as error:
+            log.tell("http", path=request.url.path if request.url.path in PATHS else "other", status=error.status)
             return _error(error)
 
     async def _metrics(self) -> Response:
@@ -159,6 +174,7 @@ class Front:
                 return StreamingResponse(_stream(parts, first), start.status, told)
             except (RayActorError, RayTaskError) as error:
                 _cancel(parts)
+                log.tell("replica_died" if _has_died(error) else "replica_failed", kind=type(error).__name__)
                 if not _has_died(error):
                     raise ApiError(
                         500, f"a replica failed: {' '.join(str(getattr(error, 'cause', error)).split())[:300]}"
@@ -179,6 +195,7 @@ async def _stream(parts: Any, first: bytes) -> AsyncIterator[bytes]:
         is_over = True
     except (RayActorError, RayTaskError, TaskCancelledError):
         is_over = True
+        log.tell("stream_broken")
         told = "the replica that made this answer has died; what came so far is right, ask again for the rest"
         yield sse(ApiError(500, told, code="replica_died").body())
         yield DONE
@@ -232,11 +249,15 @@ def application(
         **scaling,
     )
     front = deployment(Front, name="Front", max_ongoing_requests=1 << 16, ray_actor_options={"num_cpus": 0})
-    return front.bind(replica.bind(load, name, settings, limits, api_key), limits.body_bytes)
+    bound_replica = replica.bind(load, name, settings, limits, api_key, fleet.is_logged)
+    return front.bind(bound_replica, limits.body_bytes, fleet.is_logged)
 
 
-def start(app: Any, host: str, port: int, fleet: Fleet) -> None:
-    """Serve until `stop`. Joins the cluster that RAY_ADDRESS names; without it, one of this machine's is started."""
+def start(app: Any, host: str, port: int, fleet: Fleet) -> lines.Collected | None:
+    """Serve until `stop`, which takes what this returns.
+
+    Joins the cluster that RAY_ADDRESS names; without it, one of this machine's is started.
+    """
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     if os.environ.get("RAY_ADDRESS"):
@@ -244,26 +265,30 @@ def start(app: Any, host: str, port: int, fleet: Fleet) -> None:
     else:
         cpus = max(os.cpu_count() or 1, int(fleet.cpus * (fleet.most or fleet.replicas)) + 1)
         ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
+    collected = lines.Collected() if fleet.is_logged else None
     serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=LoggingConfig(**LOGGING))
     serve.run(app, name=NAME, route_prefix="/")
+    return collected
 
 
 def run(app: Any, host: str, port: int, fleet: Fleet, when_ready: Callable[[str], None]) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises OSError if the port is taken."""
     with bound(host, port) as taken:  # Ray would not say so
         port = taken.getsockname()[1]
-    over = threading.Event()
+    over, collected = threading.Event(), None
     try:
-        start(app, host, port, fleet)
+        collected = start(app, host, port, fleet)
         for number in (signal.SIGINT, signal.SIGTERM):  # only now: Ray sets handlers of its own
             signal.signal(number, lambda *_: over.set())
         when_ready(f"http://{host}:{port}")
         over.wait()
     finally:
-        stop()
+        stop(collected)
 
 
-def stop() -> None:
+def stop(collected: lines.Collected | None = None) -> None:
     """End all replicas; running requests get the time that `Limits.drain_s` gives them."""
     serve.shutdown()
+    if collected is not None:
+        collected.stop()
     ray.shutdown()

@@ -52,7 +52,9 @@ from hf_pqcache.cli.commands import _options, _output, _types
 @click.option("--greenctx-compress-ratio", type=float, help="Of the multiprocessors, for compression; 16 of them if absent.")
 @click.option("--greenctx-main-ratio", type=float, help="For steps; what compression leaves if absent.")
 @click.option("--greenctx-main-stream", is_flag=True, help="Keep steps to their share; else they have the whole device.")
-@click.option("--log", "is_logged", is_flag=True, help="A line of JSON for each request on the error stream; no prompts.")
+@click.option(
+    "--log", "is_logged", is_flag=True, help="A line of JSON for each request on the error stream, of all replicas; no prompts."
+)
 @click.option("--replicas", type=click.IntRange(min=1), help="Processes with the model, on Ray Serve; extra 'ray'.")
 @click.option("--most-replicas", type=click.IntRange(min=1), help="As many under load; Ray adds and removes them.")
 @_options.loading_options
@@ -128,7 +130,7 @@ def command(
     limits = Limits(context, max_queue, max_body * 2**20, drain_seconds)
     what = load, name or public_name(model), sizes, limits
     if replicas or most_replicas:
-        _serve_replicas(what, host, port, api_key, (replicas or 1, most_replicas), loading["device"])
+        _serve_replicas(what, host, port, api_key, (replicas or 1, most_replicas), loading["device"], is_logged)
         return
     running = Running(
         *what, host=host, port=port, api_key=api_key, when_ready=lambda service: note(_ready(service, running.url))
@@ -170,7 +172,13 @@ def _ready(service: Any, url: str) -> str:
 
 
 def _serve_replicas(
-    what: tuple[Any, ...], host: str, port: int, api_key: str | None, count: tuple[int, int | None], device: str
+    what: tuple[Any, ...],
+    host: str,
+    port: int,
+    api_key: str | None,
+    count: tuple[int, int | None],
+    device: str,
+    is_logged: bool,
 ) -> None:
     import torch
 
@@ -179,7 +187,7 @@ def _serve_replicas(
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is not installed; type: pip install 'hf-pqcache[ray]'") from error
     gpus = 1.0 if device != "cpu" and torch.cuda.is_available() else 0.0
-    fleet = replicas.Fleet(*count, gpus=gpus)
+    fleet = replicas.Fleet(*count, gpus=gpus, is_logged=is_logged)
 
     def tell(url: str) -> None:
         _output.note(f"ready: {what[1]} on {url}, {what[2].told}, {count[0]} replicas, on Ray {replicas.ray.__version__}")
