@@ -258,8 +258,8 @@ def test_hostile(talk: bytes) -> None:
     refused(header(), "no description")
     refused(header(sequence="[" * 100000), "no description")
     refused(header(sequence="[]"), "expected the format")
-    refused(header(sequence=json.dumps({"format": sequence_file.FORMAT, "schema_version": 2})), "schema_version=2.*reads 1")
-    known = {"format": sequence_file.FORMAT, "schema_version": 1}
+    refused(header(sequence=json.dumps({"format": sequence_file.SEQUENCE.format, "schema_version": 2})), "schema_version=2.*reads 1")
+    known = {"format": sequence_file.SEQUENCE.format, "schema_version": 1}
     refused(header(sequence=json.dumps(known)), "damaged or cut short")  # what it announces is not made
 
 
@@ -310,6 +310,7 @@ LIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "a window of integers": lambda d, t: t.update({"0.window_keys": t["0.window_keys"].int()}),
     "a window that is none": lambda d, t: t.update({"0.window_keys": torch.zeros(3)}),
     "infinity": lambda d, t: t["0.window_values"][0, 0].fill_(float("inf")),
+    "codes of infinite steps": lambda d, t: t["0.key_pages"][:].fill_(0x7C),
     "an equaliser of zeros": lambda d, t: t["0.equaliser"].zero_(),
     "no equaliser": lambda d, t: t.pop("0.equaliser"),
     "a tensor too many": lambda d, t: t.update({"0.key": torch.zeros(1)}),

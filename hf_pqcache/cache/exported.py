@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, get_args
 
-import torch.distributed as dist
 from torch import Tensor
 from transformers import DynamicCache
 
-from hf_pqcache.cache import sequence_file, stock_state
+from hf_pqcache.cache import provenance, sequence_file, stock_state
 from hf_pqcache.config import Side
-from hf_pqcache.models import identity
 from hf_pqcache.storage import transfer
 from hf_pqcache.storage.memory import out_of_memory_as_pqc004
 from hf_pqcache.storage.transfer import StoredLayer
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
 PARTS = ("key_pages", "value_pages", "window_keys", "window_values")
 #: Of its tokens, see `StoredLayer`.
 COUNTS = ("length", "reused", "removed")
-#: Settings that both sides must share besides codes.
-SIZES = ("page_size", "sink_tokens", "extended_residual")
 
 
 def export(cache: PagedCache, seq: Hashable, model: Any) -> bytes:
@@ -86,20 +82,10 @@ def fresh_layers(cache: PagedCache) -> list[Any]:
 
 def facts(cache: PagedCache, model: Any) -> dict[str, Any]:
     """What both sides must share, as far as it is not a layer's."""
-    is_parallel = dist.is_available() and dist.is_initialized()
-    return {
-        "cache": "PagedKVCache" if cache.storage.layers.book_of is None else "PagedPQCache",
-        "settings": {name: getattr(cache.storage.layers.config, name) for name in SIZES},
-        "dtype": _dtype_name(cache),
-        "processes": [dist.get_rank(), dist.get_world_size()] if is_parallel else [0, 1],
-        "config": identity.settings_of_tokens(cache._model_config),
-        "weights": None if model is None else [identity.weights_fingerprint(model), identity.dtype_name(model)],
-    }
-
-
-def _dtype_name(cache: PagedCache) -> str | None:
+    name = "PagedKVCache" if cache.storage.layers.book_of is None else "PagedPQCache"
     dtype = getattr(cache._text_config, "dtype", None)
-    return None if dtype is None else str(dtype).removeprefix("torch.")
+    dtype_name = None if dtype is None else str(dtype).removeprefix("torch.")
+    return provenance.facts(name, cache.storage.layers.config, cache._model_config, dtype_name, model)
 
 
 def codec_facts(cache: PagedCache, layer: int, stored: StoredLayer) -> Any:

@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_pqcache.cache import sequence_file, stock_state
-from hf_pqcache.cache.exported import COUNTS, PARTS, SIZES, codec_facts, facts, fresh_layers
+from hf_pqcache.cache import provenance, sequence_file, stock_state
+from hf_pqcache.cache.exported import COUNTS, PARTS, codec_facts, facts, fresh_layers
 from hf_pqcache.cache.hybrid import new_states
 from hf_pqcache.cache.layer import PagedLayer
 from hf_pqcache.config import MAX_TOKENS, Side
-from hf_pqcache.models import identity
 from hf_pqcache.models.shapes import has_latent_attention, kv_shape, layer_configs
 from hf_pqcache.pages.codec import CodedPages, ExactPages, PageCodec
 from hf_pqcache.storage import transfer
@@ -37,7 +36,7 @@ def import_(cache: PagedCache, data: bytes, seq_id: Hashable | None, model: Any,
     """As `PagedCache.import_sequence` says."""
     description, tensors = sequence_file.unpack(data)
     try:
-        _check_facts(cache, description, model)
+        provenance.check(description, facts(cache, model), model)
         pages, stock = _read_layers(cache, description, tensors)
         pruned = _pruned(description["pruned"], pages)
     except (KeyError, TypeError, AttributeError) as error:  # what it says of itself is no longer what export says
@@ -60,35 +59,6 @@ def import_(cache: PagedCache, data: bytes, seq_id: Hashable | None, model: Any,
         cache.storage.lengths.padding_is_known(i)
     if seq_id is not None:
         cache._sequences._own(seq_id, place)
-
-
-def _check_facts(cache: PagedCache, noted: Mapping[str, Any], model: Any) -> None:
-    """Raises ValueError where the sequence is of another model, or of a cache of another shape."""
-    own = facts(cache, model)
-    if noted["cache"] != own["cache"]:
-        raise ValueError(f"the sequence was exported by a {short(noted['cache'])}, this is a {own['cache']}")
-    if differing := identity.differences(noted["config"], own["config"]):
-        told = ", ".join(f"{name} {short(noted['config'][name])} (here {short(own['config'][name])})" for name in differing[:4])
-        raise ValueError(f"the sequence is of another model: {told}")
-    for name in SIZES:
-        if noted["settings"][name] != own["settings"][name]:
-            raise ValueError(
-                f"the sequence was exported with {name}={short(noted['settings'][name])}, this cache has "
-                f"{name}={own['settings'][name]}: build the cache with the settings of the one that exported it"
-            )
-    if None not in (noted["dtype"], own["dtype"]) and noted["dtype"] != own["dtype"]:
-        raise ValueError(f"the sequence was exported by a model in {short(noted['dtype'])}, this one is in {own['dtype']}")
-    if noted["processes"] != own["processes"]:
-        raise ValueError(
-            f"the sequence was exported by process [rank, world size] {short(noted['processes'])}, this is {own['processes']}: "
-            "each process holds its own heads"
-        )
-    if noted["weights"] is not None:
-        if model is None:
-            raise ValueError("the sequence says which weights it was made with: pass model= to compare them")
-        fingerprint, dtype = noted["weights"]
-        if identity.is_of_model({"model_fingerprint": fingerprint, "dtype": dtype}, model) is not True:
-            raise ValueError("the sequence was made with other weights than this model's, in another dtype, or both")
 
 
 def _read_layers(
@@ -173,6 +143,8 @@ def _stored(cache: PagedCache, i: int, entry: Mapping[str, Any], own: Mapping[st
             raise ValueError(
                 f"layer {i}: pages of {which}s are {x.dtype} {tuple(x.shape)}, expected {codec.spec.dtype} {expected}"
             )
+        if not codec.are_finite(x):
+            raise ValueError(f"layer {i}: pages of {which}s must be of finite numbers")
     _check_equaliser(i, stored, codecs[0])
     return stored
 

@@ -45,6 +45,9 @@ class PageCodec(Protocol):
     def decode(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
         """pages (n, ...) -> (H, n * P, d) of `dtype`; the inverse of `encode` as far as there is one."""
 
+    def are_finite(self, pages: Tensor) -> bool:
+        """Whether pages (n, ...) that others have made decode to finite numbers."""
+
 
 def max_page_id(codec: PageCodec, page_size: int) -> int:
     """How many pages kernels can tell apart, which count heads and tokens of all of them in 32 bits."""
@@ -104,6 +107,9 @@ class CodedPages:
         x = normalise.rotate(rotated).transpose(0, 1).flatten(1, 2)
         return (x * self.equaliser[:, None]).to(dtype)
 
+    def are_finite(self, pages: Tensor) -> bool:
+        return self.layout.which == "value" or bool(self.layout.step(self.layout.split(pages)).isfinite().all())
+
 
 @dataclass(frozen=True)
 class ExactPages:
@@ -133,3 +139,6 @@ class ExactPages:
 
     def decode(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
         return pages.transpose(0, 1).flatten(1, 2).to(dtype)
+
+    def are_finite(self, pages: Tensor) -> bool:
+        return bool(pages.isfinite().all())

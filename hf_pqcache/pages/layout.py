@@ -82,12 +82,16 @@ class PageLayout:
         at, d = self.code_bytes, self.head_dim
         if self.which == "value":
             return codes, {"magnitude": blocks[..., at : at + self.page_size]}
-        step = blocks[..., at + 2 * d : at + 2 * d + 2].contiguous().view(torch.float16)[..., 0]
         return codes, {
             "mean": blocks[..., at : at + d].view(torch.int8),
             "magnitude": blocks[..., at + d : at + 2 * d],
-            "step": step,
+            "step": self.step(blocks),
         }
+
+    def step(self, blocks: Tensor) -> Tensor:
+        """Of blocks of keys, the only one of their scales that is not finite whatever its bits are: float16 (...)."""
+        at = self.code_bytes + 2 * self.head_dim
+        return blocks[..., at : at + 2].contiguous().view(torch.float16)[..., 0]
 
     def join(self, blocks: Tensor) -> Tensor:
         """Blocks (n, H, nbytes) of the heads -> pages (n, H * nbytes)."""
