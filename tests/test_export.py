@@ -258,7 +258,9 @@ def test_hostile(talk: bytes) -> None:
     refused(header(), "no description")
     refused(header(sequence="[" * 100000), "no description")
     refused(header(sequence="[]"), "expected the format")
-    refused(header(sequence=json.dumps({"format": sequence_file.SEQUENCE.format, "schema_version": 2})), "schema_version=2.*reads 1")
+    refused(
+        header(sequence=json.dumps({"format": sequence_file.SEQUENCE.format, "schema_version": 2})), "schema_version=2.*reads 1"
+    )
     known = {"format": sequence_file.SEQUENCE.format, "schema_version": 1}
     refused(header(sequence=json.dumps(known)), "damaged or cut short")  # what it announces is not made
 

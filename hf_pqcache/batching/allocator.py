@@ -22,6 +22,8 @@ from hf_pqcache.batching.requests import Request
 from hf_pqcache.batching.slots import SlotLayers
 
 TYPE = FullAttentionCacheAllocator.layer_type
+#: Of blocks on their way to the device at a time.
+_PIECE_BYTES = 1 << 26
 
 
 class SlotAllocator(FullAttentionCacheAllocator):
@@ -97,6 +99,31 @@ class SlotAllocator(FullAttentionCacheAllocator):
         needed = self.needs_new_blocks(request_id, past_length, query_length)
         self.block_table.setdefault(request_id, []).extend(self.pool.get_free_blocks(self.index, needed))
 
+    @property
+    def free_blocks_left(self) -> int:
+        """Blocks that hold nothing."""
+        return self.pool.num_free_sectors * self.blocks_per_sector + self.pool.count_free_blocks(self.index)
+
+    def get_blocks(self, count: int) -> list[int]:
+        """Free blocks, of which there must be so many, for no request."""
+        while self.pool.count_free_blocks(self.index) < count:
+            self.pool.allocate_sector(self.index)
+        return self.pool.get_free_blocks(self.index, count)
+
+    def give_back(self, blocks: list[int]) -> None:
+        self.pool.free_blocks(self.index, blocks)
+
+    def read_blocks(self, blocks: list[int]) -> Tensor:
+        """Their bytes on the host, uint8 (n, bytes_per_block)."""
+        return self._copy_view[torch.tensor(blocks, dtype=torch.long, device=self._copy_view.device)].cpu()
+
+    def write_blocks(self, blocks: list[int], contents: Tensor, rows: list[int]) -> None:
+        """Put rows of `contents`, uint8 (n, bytes_per_block) on the host, into blocks."""
+        device, each = self._copy_view.device, max(1, _PIECE_BYTES // self.bytes_per_block)
+        for at in range(0, len(blocks), each):
+            there = torch.tensor(blocks[at : at + each], device=device)
+            self._copy_view[there] = contents[rows[at : at + each]].to(device)
+
     def count_shareable_blocks(self, source_request_id: str, past_length: int) -> int:
         return self.requests[source_request_id].coded // self.tokens_per_page if self.use_block_sharing else 0
 
@@ -120,6 +147,22 @@ class SlotAllocator(FullAttentionCacheAllocator):
                 break
             found.append(block)
         return found
+
+    def contents_of(self, tokens: list[list[int]], parents: list[int], sinks: list[list[int]]) -> list[int]:
+        """Hashes of blocks of `tokens`, each behind the one of number `parents[i]`; -1 is behind the next of `sinks`."""
+        found, firsts = list[int](), iter(sinks)
+        for own, parent in zip(tokens, parents, strict=True):
+            found.append(compute_block_hash(self._first_hash(next(firsts)) if parent < 0 else found[parent], own))
+        return found
+
+    def has(self, content: int) -> bool:
+        return content in self.ledger.hash_to_block
+
+    def keep(self, blocks: list[int], contents: list[int]) -> None:
+        """Make known what blocks hold that no request has, as if one had had them."""
+        for block, content in zip(blocks, contents, strict=True):
+            self.ledger.register_new_hash(block, content)
+            self.ledger.release(block)
 
     def mark_complete_blocks(self, request_id: str, token_ids: list[int], new_new_blocks: int) -> None:
         """Make known what the last step has written; a block whose contents are known already is given back."""

@@ -6,6 +6,8 @@ its signatures before. Scheduling, reference counts and forks are transformers' 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from math import lcm
 from typing import Any
 
@@ -21,6 +23,10 @@ from hf_pqcache.batching.requests import Chunk, Job, Pruned, Request, Staging
 from hf_pqcache.batching.sizes import Sizes, longest
 from hf_pqcache.batching.slots import SlotLayers
 from hf_pqcache.batching.steps import Steps
+
+#: Blocks of prefixes that left, and that came from other engines: new here, here already, without room; and how many times
+#: an import was refused.
+EXCHANGED = ("exported", "imported", "known", "left_out", "refused")
 
 
 class SlotCache(PagedAttentionCache):
@@ -76,6 +82,7 @@ class SlotCache(PagedAttentionCache):
             pruning.failed = self.compression.failed
         self._sinks_of: dict[int, Tensor] = {}  # by the hash of a prefix's first block, which tells its first tokens as well
         self._forked: list[tuple[int, int]] = []  # windows to copy
+        self.exchanged: Counter[str] = Counter()  # see EXCHANGED
 
     # -- scheduling ------------------------------------------------------------------------------------------------------
     def why_unfit(self, prompt: int, new: int) -> str | None:
@@ -125,13 +132,12 @@ class SlotCache(PagedAttentionCache):
         if not self.use_prefix_sharing or not allocator.free_slots or not self.layers.is_equalised:
             return 0
         blocks = allocator.match_prefix_blocks(prompt_ids)
-        first = self._sinks_of.get(allocator.ledger.block_to_hash[blocks[0]]) if blocks else None
-        if not blocks or (sinks and first is None):
+        if not blocks or (first := self.sinks_before(blocks[0])) is None:
             return 0
         coded = len(blocks) * allocator.tokens_per_page
         allocator.acquire_prefix_blocks(request_id, coded, blocks)
         request = allocator.open(request_id, sinks + coded, coded)
-        request.sinks = first
+        request.sinks = first if sinks else None
         self.steps.counts["prefix_tokens"] += sinks + coded
         return sinks + coded
 
@@ -160,10 +166,22 @@ class SlotCache(PagedAttentionCache):
         if (content := known.get(block)) is None or content in self._sinks_of:
             return
         with self.steps.on_compute():
-            self._sinks_of[content] = self.layers.sinks(slot)
+            self.add_sinks({content: self.layers.sinks(slot)})
+
+    def add_sinks(self, sinks: Mapping[int, Tensor]) -> None:
+        """The first tokens before first blocks, by the hashes of those; what is known stays."""
+        known = self.allocator.ledger.block_to_hash
+        for content, own in sinks.items():
+            self._sinks_of.setdefault(content, own)
         if len(self._sinks_of) > 2 * len(known):  # of blocks that are gone
             there = set(known.values())
             self._sinks_of = {content: sinks for content, sinks in self._sinks_of.items() if content in there}
+
+    def sinks_before(self, block: int) -> Tensor | None:
+        """The first tokens before a known first block, (L, 2, H, sinks, d), to be copied; None where they are not known."""
+        if not self.layers.config.sink_tokens:
+            return self.layers.no_sinks
+        return self._sinks_of.get(self.allocator.ledger.block_to_hash[block])
 
     def prepare_fork_request(self, src_state: Any, dst_req_ids: list[str], copy_src_and_dst: Any) -> list[str]:
         allocator = self.allocator
@@ -269,11 +287,10 @@ class SlotCache(PagedAttentionCache):
     def stats(self) -> dict[str, Any]:
         """What the cache holds and how it was served: see `batching.stats`."""
         allocator, layers = self.allocator, self.layers
-        free = self.pool.num_free_sectors * allocator.blocks_per_sector + self.pool.count_free_blocks(allocator.index)
         return {
             "blocks": {
                 "total": self.num_blocks,
-                "free": free,
+                "free": allocator.free_blocks_left,
                 "shareable": len(allocator.ledger.cached_blocks),
                 "tokens": allocator.tokens_per_page,
                 "bytes": allocator.bytes_per_block,
@@ -281,6 +298,7 @@ class SlotCache(PagedAttentionCache):
             "slots": {"total": layers.num_slots, "free": len(allocator.free_slots)},
             "bytes": {"blocks": self.cache_tensor.nbytes, "windows_and_tables": layers.nbytes, **allocator.fill()},
             "backend": layers.backend._asdict(),
+            "prefixes": {name: self.exchanged[name] for name in EXCHANGED},
             **self.steps.stats(),
             **(
                 {} if self.pruning is None else {"press": repr(self.pruning.press), "pruned_tokens": self.pruning.pruned_tokens}

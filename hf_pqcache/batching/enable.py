@@ -63,7 +63,8 @@ def enable_batching(
     a window), max_memory_percent, max_batch_tokens. A prompt of several steps waits exactly until its end has come, so that
     chunks do not change results; one that is longer than a share of memory allows is stored meanwhile, see "cut_prompts" in
     `stats`. A prompt that shares a prefix attends to the prefix's codes, as a later turn in `generate` does;
-    `allow_block_sharing=False` turns that off.
+    `allow_block_sharing=False` turns that off. The manager's `export_prefixes(prompts)` and `import_prefixes(data)` take what
+    is shared to another engine, or to a file and back.
 
     Raises ImportError where transformers' engine is too old or has changed, ValueError for a model that does not fit.
     """

@@ -22,6 +22,7 @@ from transformers.generation.continuous_batching import continuous_api
 from hf_pqcache.batching import function, sizes, streams
 from hf_pqcache.batching.blocks import SlotCache
 from hf_pqcache.batching.lanes import Lane
+from hf_pqcache.batching.portable import Portable
 from hf_pqcache.batching.pruning import Pruning
 from hf_pqcache.batching.schedulers import SCHEDULERS
 from hf_pqcache.batching.slots import SlotLayers
@@ -55,7 +56,7 @@ def _compiled_once(step: Any) -> Any:
     return run
 
 
-class BlocksManager(continuous_api.ContinuousBatchingManager):
+class BlocksManager(Portable, continuous_api.ContinuousBatchingManager):
     """transformers' manager over blocks of ours; `enable_batching` lets the model make them.
 
     Args:

@@ -62,7 +62,7 @@ class SlotLayers:
         num_slots: int,
         table_width: int,
     ) -> None:
-        self.config, self.num_layers, self.num_slots = config, num_layers, num_slots
+        self.config, self.book, self.num_layers, self.num_slots = config, book, num_layers, num_slots
         slots = config.sink_tokens + config.window_slots
         like = torch.empty(num_heads, 1, head_dim, dtype=dtype, device=device)
         self._codecs = [_codecs(like, config.page_size, book) for _ in range(num_layers)]
@@ -98,12 +98,7 @@ class SlotLayers:
         for layer, (key_codec, value_codec) in enumerate(self._codecs):
             pages, paged = memory[:, layer * self.page_bytes : (layer + 1) * self.page_bytes], self._stores[layer]
             for number, part in enumerate(pages.split(MAX_SLAB)):
-                sides, at = [], 0
-                for spec in (paged.keys, paged.values):
-                    side = part[:, at : at + spec.nbytes]
-                    sides.append(side.view(spec.dtype).unflatten(1, spec.shape))
-                    at += spec.padded_nbytes
-                paged.add(number, Slab(sides[0], sides[1], part.nbytes))
+                paged.add(number, Slab(*_sides(part, paged), part.nbytes))
             view = LayerView(
                 config=self.config,
                 key_codec=key_codec,
@@ -136,6 +131,30 @@ class SlotLayers:
         """To be called when no page is left: the next pages may be of other keys."""
         for view in self.views:
             view.is_equalised = False
+
+    @property
+    def equalisers(self) -> Tensor | None:
+        """A copy of those of all layers on the host, float32 (L, H, d); None without codes, or before there are any."""
+        codecs = [view.key_codec for view in self.views if view.is_equalised and isinstance(view.key_codec, CodedPages)]
+        if len(codecs) < self.num_layers:
+            return None
+        return torch.stack([codec.equaliser for codec in codecs]).cpu()
+
+    def equalise_as(self, equalisers: Tensor) -> None:
+        """To be called while there is no page; `equalisers` as above."""
+        for view, equaliser in zip(self.views, equalisers, strict=True):
+            if isinstance(view.key_codec, CodedPages):
+                view.key_codec.equaliser.copy_(equaliser)
+                view.is_equalised = True
+
+    def are_finite(self, blocks: Tensor) -> bool:
+        """Whether blocks uint8 (n, block_bytes) that others have made decode to finite numbers."""
+        pages = blocks.split(self.page_bytes, dim=1)
+        return all(
+            codec.are_finite(side)
+            for own, codecs, paged in zip(pages, self._codecs, self._stores, strict=True)
+            for side, codec in zip(_sides(own, paged), codecs, strict=True)
+        )
 
     # -- one request -------------------------------------------------------------------------------------------------
     def coded_after(self, coded: int, length: int) -> int:
@@ -181,10 +200,25 @@ class SlotLayers:
         self.windows[:, :, slot, :, : self.config.sink_tokens] = sinks
 
     @property
+    def no_sinks(self) -> Tensor:
+        """Of nobody, in the shape of `sinks`."""
+        return torch.zeros_like(self.windows[:, :, 0, :, : self.config.sink_tokens])
+
+    @property
     def nbytes(self) -> int:
         """Of windows and tables, without blocks."""
         tables: list[Any] = [self.windows, self.page_table, self.layer_ptrs]
         return sum(t.nbytes for t in tables)
+
+
+def _sides(pages: Tensor, store: PageStore) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer's pages uint8 (n, page_bytes), as their codecs have them."""
+    sides, at = [], 0
+    for spec in (store.keys, store.values):
+        side = pages[:, at : at + spec.nbytes]
+        sides.append(side.view(spec.dtype).unflatten(1, spec.shape))
+        at += spec.padded_nbytes
+    return sides[0], sides[1]
 
 
 def _codecs(like: Tensor, page_size: int, book: Codebook | None) -> tuple[PageCodec, PageCodec]:
