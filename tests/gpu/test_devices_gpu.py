@@ -147,7 +147,9 @@ def test_heads_on_two_gpus(folder: Path) -> None:
         facts = results["facts"]
         assert facts["heads"] == 1
         assert facts["pages"] == alone["facts"]["pages"] > 0
-        assert 2 * facts["code_bytes"] == alone["facts"]["code_bytes"]
+        half = alone["facts"]["code_bytes"] / 2
+        padding = 2 * 64 * LAYERS * facts["pages"]  # each side of a page is rounded up to 64 bytes
+        assert half <= facts["code_bytes"] < half + padding, "each process holds its half"
         assert set(facts["calls"]) == {"append/cuda", "attend/tuned"}
         for mode in ("greedy", "from_pretrained", "exact pages", "compiled"):
             assert torch.equal(results[mode][0], ranks[0][mode][0]), "ranks agree on every token"
