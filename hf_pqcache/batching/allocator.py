@@ -115,7 +115,9 @@ class SlotAllocator(FullAttentionCacheAllocator):
 
     def read_blocks(self, blocks: list[int]) -> Tensor:
         """Their bytes on the host, uint8 (n, bytes_per_block)."""
-        return self._copy_view[torch.tensor(blocks, dtype=torch.long, device=self._copy_view.device)].cpu()
+        device, each = self._copy_view.device, max(1, _PIECE_BYTES // self.bytes_per_block)
+        pieces = [torch.tensor(blocks[at : at + each], device=device) for at in range(0, len(blocks), each)]
+        return torch.cat([self._copy_view[:0].cpu(), *(self._copy_view[piece].cpu() for piece in pieces)])
 
     def write_blocks(self, blocks: list[int], contents: Tensor, rows: list[int]) -> None:
         """Put rows of `contents`, uint8 (n, bytes_per_block) on the host, into blocks."""

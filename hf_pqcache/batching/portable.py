@@ -10,7 +10,6 @@ import torch
 
 from hf_pqcache.batching import prefix_file, prefixes
 from hf_pqcache.batching.prefixes import Taken
-from hf_pqcache.cache import sequence_file
 
 if TYPE_CHECKING:
     from hf_pqcache.batching.blocks import SlotCache
@@ -42,7 +41,7 @@ class Portable:
             most = prefix_file.known_tokens(self.model)
             found = prefixes.take(cache, [_before(ids, most) for ids in prompts], most_bytes)
             cache.exchanged["exported"] += len(found.blocks)
-            facts = prefix_file.facts(cache, self.model)  # transformers changes the config while a step runs
+            facts = prefix_file.facts(cache, self.model)
         return prefix_file.pack(facts, found)
 
     def import_prefixes(self, data: bytes) -> Taken:
@@ -64,9 +63,10 @@ class Portable:
         """
         cache = self._cache()
         try:
-            noted, tensors = sequence_file.unpack(data, prefix_file.PREFIXES)
             with self._between_steps() as cache:
-                new = prefix_file.checked(cache, self.model, noted, tensors)
+                own = prefix_file.facts(cache, self.model)  # transformers changes the config while a step runs
+            new = prefix_file.unpack(cache, own, prefix_file.known_tokens(self.model), data)
+            with self._between_steps() as cache:
                 taken = prefixes.put(cache, new)
         except ValueError:
             cache.exchanged["refused"] += 1

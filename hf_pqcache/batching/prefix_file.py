@@ -29,11 +29,16 @@ def pack(facts: Mapping[str, Any], prefixes: Prefixes) -> bytes:
     return sequence_file.pack(facts, tensors, PREFIXES)
 
 
-def checked(cache: SlotCache, model: Any, noted: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Prefixes:
-    """What `pack` has packed, for `prefixes.put` in this cache. Raises ValueError."""
-    own = facts(cache, model)
+def unpack(cache: SlotCache, own: Mapping[str, Any], most: int, data: bytes) -> Prefixes:
+    """The inverse of `pack`, for `prefixes.put` in this cache.
+
+    own: its `facts`. most: `known_tokens` of its model.
+
+    Raises TypeError, ValueError.
+    """
+    noted, tensors = sequence_file.unpack(data, PREFIXES)
     try:
-        provenance.check(noted, own, model, "the prefixes were")
+        provenance.check(noted, own, "the prefixes were")
         if noted["codec"] != own["codec"]:
             raise ValueError(
                 f"the prefixes were coded as {short(noted['codec'])}, here {own['codec']}: take the same bits and codebook"
@@ -42,7 +47,7 @@ def checked(cache: SlotCache, model: Any, noted: Mapping[str, Any], tensors: Map
         raise ValueError(f"data are no prefixes that this version exported: {type(error).__name__} {short(error)}") from None
     _check_shapes(cache, tensors)
     prefixes = Prefixes(**tensors)
-    _check(cache, prefixes, known_tokens(model))
+    _check(cache, prefixes, most)
     return prefixes
 
 

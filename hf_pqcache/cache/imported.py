@@ -36,7 +36,7 @@ def import_(cache: PagedCache, data: bytes, seq_id: Hashable | None, model: Any,
     """As `PagedCache.import_sequence` says."""
     description, tensors = sequence_file.unpack(data)
     try:
-        provenance.check(description, facts(cache, model), model)
+        provenance.check(description, facts(cache, model))
         pages, stock = _read_layers(cache, description, tensors)
         pruned = _pruned(description["pruned"], pages)
     except (KeyError, TypeError, AttributeError) as error:  # what it says of itself is no longer what export says
