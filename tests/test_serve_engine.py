@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import pytest
+import torch
 from served import GREEDY, PROMPTS, answers_of_generate, served, tiny
 
 from hf_pqcache.batching import streams
@@ -36,6 +37,19 @@ def test_a_known_workload_is_the_longest_request() -> None:
     assert 700 <= made.capacity <= 700 + 256
     made = Engine(tiny()[0], EngineSettings("4", max_batch_tokens=64, max_requests=2, context=20_000, longest_prompt=19_000))
     assert made.capacity >= 20_000
+
+
+def test_what_the_first_client_says_decides_nothing_for_others() -> None:
+    """The equaliser of codes is there before anybody asks."""
+    model, tokenizer = tiny()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight[:2] *= 9
+    made = Engine(model, EngineSettings("4", cache_tokens=1024, page_size=16, max_batch_tokens=128))
+    made.start(tokenizer)
+    found = made.cache.layers.equalisers
+    made.stop()
+    assert bool((found > 1).any())
 
 
 @pytest.mark.parametrize("path", SIGNATURES)

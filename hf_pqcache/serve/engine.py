@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_pqcache.config import PQConfig
+from hf_pqcache.demo import TEXT
+from hf_pqcache.models.positions import max_positions
 from hf_pqcache.serve import figures
 from hf_pqcache.serve.sampling import Sampler, Sampling
 
@@ -20,8 +22,8 @@ from hf_pqcache.serve.sampling import Sampler, Sampling
 VARIANTS = ("4", "3", "2", "exact", "stock")
 #: What is not left to transformers on a CPU.
 CPU_SIZES: dict[str, Any] = {"cache_tokens": 16384, "max_batch_tokens": 512, "max_requests": 64}
-#: Of a prompt that is answered before the server is ready.
-WARM_UP_TOKENS = 64
+#: Of a prompt that is answered before the server is ready, and of the text that comes first of all.
+WARM_UP_TOKENS, USUAL_TOKENS = 64, 512
 #: Most requests at a time whose scores depend on their tokens before: each takes 2 bytes of every token of the vocabulary.
 HISTORIES = 256
 #: Signatures that the sampler and this file rely on, in module `transformers.generation.continuous_batching`.
@@ -165,6 +167,12 @@ def requests_that_fit(manager: Any, context: int) -> int:
     return most if hasattr(cache, "why_unfit") else max(1, min(most, cache.num_blocks // -(-context // config.page_size)))
 
 
+def usual_ids(tokenizer: Any, vocab_size: int) -> list[int]:
+    """A text of everyday words, as tokens; fewer where the tokenizer has few."""
+    text = TEXT.read_text(encoding="utf-8")[: 8 * USUAL_TOKENS]
+    return [token for token in tokenizer(text, verbose=False)["input_ids"] if 0 <= token < vocab_size][:USUAL_TOKENS]
+
+
 class Engine:
     """A running manager. Made and started in any thread; `submit` and `cancel` belong to the event loop that hears.
 
@@ -194,14 +202,19 @@ class Engine:
         self.capacity = self._capacity()
         self.most_requests = int(self.manager.continuous_batching_config.max_requests_per_batch)
 
-    def start(self) -> None:
+    def start(self, tokenizer: Any = None) -> None:
         """Run, and answer once greedily and once with a draw: what is made when first used is made now.
+
+        The equaliser of codes is, too, of a text that is the same everywhere if there is a tokenizer: else it would be of what
+        the first client says, another one in each server, and a bad one where that is one word over and over.
 
         Raises RuntimeError if the engine cannot answer.
         """
         self.manager.start()
-        ids = [0] * min(WARM_UP_TOKENS, self.capacity - WARM_UP_TOKENS // 8)
-        for sampling in (Sampling(temperature=0.0), Sampling()):
+        most = min(self.capacity, max_positions(self.manager.model.config) or self.capacity) - WARM_UP_TOKENS // 8
+        zeros = [0] * min(WARM_UP_TOKENS, most)
+        usual = zeros if tokenizer is None else usual_ids(tokenizer, self.vocab_size)[:most] or zeros
+        for ids, sampling in ((usual, Sampling(temperature=0.0)), (zeros, Sampling())):
             name = self.manager.add_request(ids, max_new_tokens=WARM_UP_TOKENS // 8, eos_token_id=-1, sampling=sampling)
             output = self.manager.get_result(name) if name is not None else None
             if output is None or output.error is not None:

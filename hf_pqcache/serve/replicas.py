@@ -100,7 +100,7 @@ class Replica:
         self.service = Service(name, limits)
         model, tokenizer = load()
         engine = Engine(model, settings)
-        engine.start()
+        engine.start(tokenizer)
         self.service.ready(model, tokenizer, engine)
         self.app = make_app(self.service, api_key)
         self.watch: asyncio.Task[None] | None = None

@@ -140,7 +140,7 @@ class Running:
         try:
             model, tokenizer = self.load()
             engine = Engine(model, self.settings)
-            engine.start()
+            engine.start(tokenizer)
             with self.lock:
                 if not self.is_over:
                     self.service.ready(model, tokenizer, engine)
