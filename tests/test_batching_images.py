@@ -12,7 +12,7 @@ import tiny_models
 import torch
 import transformers
 from engine_runs import CODED, EXACT, engine, greedy, results
-from torch import Tensor
+from tiny_llava import FEATURES, model, pixels, prompt
 
 from hf_pqcache import PagedKVCache, PagedPQCache
 from hf_pqcache.models.names import cache_kwargs
@@ -24,38 +24,7 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 20):
 from hf_pqcache.batching import disable_batching, enable_batching, image_prompt  # noqa: E402
 from hf_pqcache.batching.images import why_unfit  # noqa: E402
 
-IMAGE, FEATURES, NEW = 127, 16, 20
-
-
-@cache
-def model() -> Any:
-    torch.manual_seed(0)
-    text = tiny_models.build("llama").config
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14
-    )
-    config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=FEATURES
-    )
-    made = transformers.LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for weight in made.model.language_model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(6)
-    return made
-
-
-@cache
-def pixels() -> Tensor:
-    return torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(2))
-
-
-def prompt(images: int, after: int, seed: int) -> list[int]:
-    made = torch.Generator().manual_seed(seed)
-    words = torch.randint(2, 120, (after,), generator=made).tolist()
-    return [1, 5, 6, *([IMAGE] * FEATURES + [9, 8]) * images, *words]
-
-
+NEW = 20
 #: Token ids, and which images.
 CASES = ((prompt(1, 20, 1), [0]), (prompt(1, 60, 2), [1]), (prompt(2, 30, 3), [2, 0]), (prompt(1, 20, 1), [1]))
 

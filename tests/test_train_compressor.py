@@ -17,7 +17,7 @@ from hf_pqcache.cli.app import main
 from hf_pqcache.compressors.mlp import MLPCompressor
 from hf_pqcache.compressors.parse import parse
 from hf_pqcache.compressors.queries import rotate
-from hf_pqcache.compressors.training import Training, divergence, train
+from hf_pqcache.compressors.training import Sample, Training, divergence, train
 from hf_pqcache.models.names import cache_kwargs
 
 SHAPE = {"factor": 4, "sinks": 2, "recent": 8}
@@ -55,13 +55,13 @@ def test_it_begins_as_the_mean_of_each_group_at_the_position_of_its_middle() -> 
 def test_training_lowers_the_loss_and_changes_no_weight_of_the_model(tmp_path: Path) -> None:
     model = build("llama")
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    windows = TRAINING.windows(text(), 10_000)
+    sample = Sample(TRAINING.windows(text(), 10_000), TRAINING.prompt)
     press = fresh()
     with torch.no_grad():
-        first = float(divergence(model, press, windows, TRAINING.prompt))
+        first = float(divergence(model, press, sample))
     losses = train(model, press, text(), TRAINING, steps=40, folder=tmp_path)
     with torch.no_grad():
-        last = float(divergence(model, press, windows, TRAINING.prompt))
+        last = float(divergence(model, press, sample))
     assert len(losses) == 40
     assert last < first
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())

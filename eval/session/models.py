@@ -1,4 +1,4 @@
-"""Loads a causal language model and its tokenizer, from a folder, a .gguf file or the Hub; knows no cache and no task."""
+"""Loads a language model, or one that takes images beside text, and its tokenizer; knows no cache and no task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from hf_pqcache.codebook import hub
 
@@ -77,7 +77,7 @@ def load_model(
             options["device_map"] = device_map or "auto"
         elif "gguf_file" not in where and ("quantization_config" in options or _is_quantized(source, where)):
             options.setdefault("device_map", {"": device})  # quantized weights do not move once they are loaded
-        model: Any = AutoModelForCausalLM.from_pretrained(source, **where, **options)
+        model: Any = _kind(source, where).from_pretrained(source, **where, **options)
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -117,6 +117,14 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, trust_remot
 
 def _is_quantized(source: str, where: dict[str, Any]) -> bool:
     return getattr(AutoConfig.from_pretrained(source, **where), "quantization_config", None) is not None
+
+
+def _kind(source: str, where: dict[str, Any]) -> Any:
+    """The class that loads a model: a language model's, or that of one which takes images beside text."""
+    config = type(AutoConfig.from_pretrained(source, **where))
+    with_images = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    is_only_there = config in with_images and config not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if is_only_there else AutoModelForCausalLM
 
 
 def _where(name: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:

@@ -116,6 +116,8 @@ class SlotCache(PagedAttentionCache):
                 length = state.current_len()  # 0, but for the engine's warm-up
                 request = allocator.open(state.request_id, length, self.layers.config.coded_tokens(length))
             request.prompt = allocator.prompt
+            if self.pruning is not None and not request.stored:
+                request.images = self.pruning.images_in(state.initial_tokens[: allocator.prompt])
         return True
 
     def _may_wait(self, state: Any, request_len: int) -> bool:

@@ -17,6 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from hf_pqcache.models.images import image_token
+
 #: model_type of models known to be such.
 KNOWN = ("llava",)
 
@@ -124,8 +126,7 @@ def image_prompt(model: Any, input_ids: Sequence[int] | Tensor, pixel_values: Te
     if images is None:
         raise ValueError("the model has no room for images: call enable_batching(model, images=...) first")
     ids = [int(token) for token in (input_ids.flatten().tolist() if isinstance(input_ids, Tensor) else input_ids)]
-    config = model.config
-    place = getattr(config, "image_token_id", None) or config.image_token_index
+    place: Any = image_token(model.config)
     found = [token for run in images.ids_of(pixel_values) for token in run]
     if (count := ids.count(place)) != len(found):
         raise ValueError(f"the prompt has {count} image tokens, and its {len(pixel_values)} images have {len(found)} features")

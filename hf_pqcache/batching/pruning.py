@@ -6,6 +6,7 @@ chunks keeps its own as long as its keys. A press that fails, fails one request.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from hf_pqcache.batching.requests import Chunk, Pruned
 from hf_pqcache.compressors.model import lend_rotary, prepared
 from hf_pqcache.compressors.press import Press
 from hf_pqcache.config import PQConfig
+from hf_pqcache.models.images import IMAGE_TOKENS, image_token
 
 #: What a press is shown of some tokens: hidden states (1, T, D), and the cosines and sines of their positions (1, T, d).
 Shown = tuple[Tensor, tuple[Tensor, Tensor] | None]
@@ -37,6 +39,9 @@ class Pruning:
         modules = [part for part in model.modules() if isinstance(getattr(part, "layer_idx", None), int)]
         self._handles = [part.register_forward_pre_hook(self._show, with_kwargs=True) for part in modules]
         self._take_back = lend_rotary(model, modules)
+        # Beyond the vocabulary there are ids of features, see images.py; a model without images has none.
+        takes_images = image_token(model.config) is not None
+        self._first_image: int | None = model.get_input_embeddings().num_embeddings if takes_images else None
 
     def end(self) -> None:
         for handle in self._handles:
@@ -48,6 +53,10 @@ class Pruning:
         """How many of a prompt's tokens stay: known before where the press has `kept`, else at most all of them."""
         known = getattr(self.press, "kept", None)
         return tokens if known is None else int(known(tokens))
+
+    def images_in(self, prompt: Sequence[int]) -> Tensor | None:
+        """Which tokens of a prompt are of images, bool (T); None for a model that takes none."""
+        return None if self._first_image is None else torch.as_tensor(prompt) >= self._first_image
 
     def refuse(self, pruned: Pruned, why: str) -> None:
         """Fail a prompt that is being prepared."""
@@ -108,11 +117,14 @@ class Pruning:
         self.failed.setdefault(chunk.pruned.request_id, error)
 
     def _pressed(self, layer: int, chunk: Chunk, keys: Tensor, values: Tensor) -> list[Tensor]:
+        assert chunk.pruned is not None
         parts = [*(chunk.staging.shown[layer] if chunk.staging is not None else ()), self._part(chunk)]
         hidden = torch.cat([part[0] for part in parts], dim=1)
         named: dict[str, Any] = {}
         if parts[0][1] is not None:
             named["position_embeddings"] = tuple(torch.cat([part[1][side] for part in parts], dim=1) for side in (0, 1))
+        if (images := chunk.pruned.request.images) is not None:
+            named[IMAGE_TOKENS] = images[None]
         found = self.press.compress(self._module, hidden, keys[None], values[None], None, named)
         if chunk.staging is not None:
             chunk.staging.shown[layer].clear()

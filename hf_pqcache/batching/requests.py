@@ -39,6 +39,7 @@ class Request:
             codes also where a soft reset computes them again. None until it is told.
         stored: tokens in its window and pages. coded: those of them in pages. Both as of the last step that was prepared.
         pruned: tokens of its prompt that a press has taken away; later tokens' positions count them.
+        images: of a prompt that a press is to prune, which tokens are of images, bool (T), if the model takes any.
         staging: of a prompt whose end has not come.
         sinks: first tokens of the prefix that it shares, to be put into its window in its next step.
         row: int32 (2 + most blocks), what its row of the engine's block table will be: slot, coded tokens, blocks.
@@ -49,6 +50,7 @@ class Request:
     coded: int
     row: np.ndarray
     prompt: int | None = None
+    images: Tensor | None = None
     staging: Staging | None = None
     sinks: Tensor | None = None
     pruned: int = 0

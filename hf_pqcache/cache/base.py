@@ -274,7 +274,7 @@ class PagedCache(Portable, DynamicCache):
     def stats(self) -> dict[str, Any]:
         """Tokens, pages, true bytes by kind, the bytes an fp16 cache takes, which backend attends and why, and how often.
 
-        `removed` is how many tokens of the prompt were pruned, by layer; `bytes_fp16` is of those that are left.
+        `removed` is how many tokens of the prompt `press` has pruned, by layer; `bytes_fp16` is of those that are left.
         `bytes` is what tokens use, by kind, and `bytes_total` their sum; `bytes_reserved` is what the cache holds of the
         device's and the host's memory for it, as the allocator counts: pages come in slabs, so it is more by up to a slab
         and an eighth. `calls` counts launches from the host; replays of a captured CUDA graph do not pass there.

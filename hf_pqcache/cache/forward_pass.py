@@ -42,6 +42,7 @@ class ForwardPass:
         decoded: why a layer's codes were decoded for attention in its last pass, where they were.
         why_never: why no decode step of this cache is ever compiled, if so.
         eager_because: why those of the `generate` under way, or of the next one, are not; None where they may be.
+        press: what has pruned the prompt, in words.
         is_generating: whether passes come from `generate`.
         compressed: the layers that a pass goes through, as the model's config says; those that a pass has not reached yet
             hold nothing.
@@ -57,6 +58,7 @@ class ForwardPass:
         self.decoded: dict[int, str] = {}
         self.why_never: str | None = None
         self.eager_because: str | None = None
+        self.press: str | None = None
         self.is_generating = False
         self._damage: str | None = None
 
@@ -120,7 +122,7 @@ class ForwardPass:
         """Be in the state of another cache's, between passes."""
         self.decoded, self.why_never, self.eager_because = dict(other.decoded), other.why_never, other.eager_because
         self.is_generating, self.entries = other.is_generating, dict(other.entries)
-        self.without_positions = set(other.without_positions)
+        self.without_positions, self.press = set(other.without_positions), other.press
 
     def begin(self, index: int, count: int) -> None:
         """A layer is about to get `count` new tokens. The first one to get any rolls back a pass that stopped before its end.
@@ -183,7 +185,7 @@ class ForwardPass:
     def reset(self) -> None:
         self._discard()
         self.entries.clear()
-        self._damage, self.is_generating = None, False
+        self._damage, self.is_generating, self.press = None, False, None
 
     def _discard(self) -> None:
         for layer in self.pending:

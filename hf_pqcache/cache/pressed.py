@@ -14,6 +14,7 @@ from hf_pqcache.cache.base import PagedCache
 from hf_pqcache.cache.layer import PagedLayer
 from hf_pqcache.compressors.model import lend_rotary, prepared
 from hf_pqcache.compressors.press import Press
+from hf_pqcache.models import images
 from hf_pqcache.models.names import NAMES
 
 
@@ -48,8 +49,11 @@ class _Pressing:
     def __init__(self, press: Press, model: Any) -> None:
         self._press = press
         self._reached: weakref.WeakKeyDictionary[PagedCache, set[int]] = weakref.WeakKeyDictionary()
+        self._told: dict[str, Any] = {}
         modules = [part for part in model.modules() if isinstance(getattr(part, "layer_idx", None), int)]
         self._handles = [part.register_forward_hook(self._hook(self._compress), with_kwargs=True) for part in modules]
+        if images.image_token(model.config) is not None:
+            self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._hook(self._check_reached), with_kwargs=True))
         self._take_back = lend_rotary(model, modules)
 
@@ -70,6 +74,16 @@ class _Pressing:
         hook.reads_no_weights = True  # type: ignore[attr-defined]
         return hook
 
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None or ids.shape[1] > 1:
+            self._see_input(module, ids)
+
+    @torch.compiler.disable
+    def _see_input(self, model: Any, ids: Tensor | None) -> None:
+        """Before the model: which tokens of what may be a prompt are of images?"""
+        self._told = images.told(model.config, ids)
+
     @torch.compiler.disable
     def _compress(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After an attention module, or a decoder layer around one, which has nothing to do with it."""
@@ -78,7 +92,7 @@ class _Pressing:
         if not isinstance(layer, PagedLayer) or not layer.has_prompt_for(module):
             return
         try:
-            layer.replace(*self._compressed(module, args, kwargs, output, layer))
+            layer.replace(*self._compressed(module, args, kwargs, output, layer), repr(self._press))
         except BaseException:
             layer.abort_pass()
             raise
@@ -88,7 +102,7 @@ class _Pressing:
         for name in ("alibi", "position_bias"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{type(module).__name__} counts distances in the cache ({name}), which pruning would change")
-        told = {name: value for name, value in kwargs.items() if name not in NAMES}
+        told = {name: value for name, value in kwargs.items() if name not in NAMES} | self._told
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         attentions = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         with torch.no_grad():

@@ -30,6 +30,7 @@ def stats(forward_pass: ForwardPass, all_layers: list[Any], compressed: Sequence
     return {
         "tokens": next((layer.get_seq_length() for layer in counting if isinstance(layer, CacheLayerMixin)), 0),
         "removed": {layer: storage.lengths.removed.get(layer, 0) for layer in layers.views} if storage.lengths.removed else {},
+        "press": forward_pass.press if storage.lengths.removed else None,
         "pages_used": layers.table.num_used,
         "pages_free": layers.table.num_free,
         "pages_reserved": layers.allocator.num_reserved,

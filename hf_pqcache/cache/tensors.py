@@ -13,6 +13,7 @@ from hf_pqcache.config import Side
 from hf_pqcache.storage.memory import out_of_memory_as_pqc004
 
 if TYPE_CHECKING:
+    from hf_pqcache.cache.forward_pass import ForwardPass
     from hf_pqcache.cache.pending import Pending
     from hf_pqcache.storage.storage import Storage
 
@@ -29,6 +30,7 @@ class LayerTensors:
     index: int
     is_initialized: bool
     _pending: Pending | None
+    _pass: ForwardPass
 
     def commit(self, mask: Any = None, positions: Tensor | None = None) -> None:
         raise NotImplementedError
@@ -80,8 +82,10 @@ class LayerTensors:
             self.storage.crop_layer(self.index, whole.shape[2] - value.shape[2])
         return True
 
-    def replace(self, keys: Tensor, values: Tensor) -> None:
+    def replace(self, keys: Tensor, values: Tensor, press: str) -> None:
         """Let keys, values (B, H, n, d) stand for a prompt that attention has just seen. Positions go on behind the prompt.
+
+        press: who has made them, for `stats`.
 
         Raises ValueError for other shapes, or a padded batch; nothing has been stored then.
         """
@@ -90,6 +94,7 @@ class LayerTensors:
         pending.replace(KEY, keys)
         pending.replace(VALUE, values)
         self.commit()
+        self._pass.press = press
 
     def _whole(self, which: Side) -> Tensor | None:
         if not self.is_initialized:

@@ -1,17 +1,18 @@
 """Trains a learnt press with the model frozen: behind a compressed prompt it shall say what it says behind the whole one.
 
 Fastcache's loss is soft cross-entropy, Jensen-Shannon divergence, L1 and distances of hidden states together; here it is the
-first alone. A run is a function of its settings and step numbers, so one that was interrupted goes on as if it had not been.
+first alone, less the entropy of what is wanted, so that zero means that nothing is lost. A run is a function of its settings
+and step numbers, so one that was interrupted goes on as if it had not been.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,24 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hf_pqcache.compressors.mlp import MLPCompressor
+from hf_pqcache.models import images
 from hf_pqcache.models.names import NAMES, cache_kwargs
 from hf_pqcache.models.support import full_attention
 
 STATE, PROGRESS = "training.safetensors", "training.json"
+
+
+class Sample(NamedTuple):
+    """A prompt to compress and what follows it.
+
+    Attributes:
+        ids: int64 (B, n). prompt: how many of these are compressed.
+        pixels: (images, ...) of the prompt, as a model's processor makes them; None without.
+    """
+
+    ids: Tensor
+    prompt: int
+    pixels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class Training:
 
     Attributes:
         prompt, answer: tokens of a window that are compressed, and that are predicted behind them.
-        batch: windows a step. rate: of Adam. seed: of the windows that are drawn.
+        batch: windows, or samples, a step. rate: of Adam. seed: of the windows that are drawn.
     """
 
     prompt: int = 384
@@ -41,18 +56,27 @@ class Training:
     rate: float = 5e-4
     seed: int = 0
 
+    def draw(self, data: Tensor | Sequence[Sample], step: int) -> list[Sample]:
+        """What a step learns from: windows of a text, int64 (N), or `batch` of some samples."""
+        if isinstance(data, Tensor):
+            return [Sample(self.windows(data, step), self.prompt)]
+        chosen = torch.randint(0, len(data), (self.batch,), generator=self._random(step)).tolist()
+        return [data[i] for i in chosen]
+
+    def _random(self, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+
     def windows(self, ids: Tensor, step: int) -> Tensor:
         """Token ids (batch, prompt + answer) of a step, from ids (N)."""
         length = self.prompt + self.answer
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        begins = torch.randint(0, ids.numel() - length + 1, (self.batch,), generator=generator).tolist()
+        begins = torch.randint(0, ids.numel() - length + 1, (self.batch,), generator=self._random(step)).tolist()
         return torch.stack([ids[begin : begin + length] for begin in begins])
 
 
 def train(
     model: Any,
     compressor: MLPCompressor,
-    ids: Tensor,
+    data: Tensor | Sequence[Sample],
     settings: Training,
     *,
     steps: int,
@@ -66,11 +90,11 @@ def train(
 
     Args:
         model: in eval mode; its weights do not change.
-        ids: text, int64 (N).
+        data: text, int64 (N), or samples, in which there may be images.
 
     Raises ValueError for a text shorter than a window, or a folder with a run of other settings.
     """
-    if ids.numel() < settings.prompt + settings.answer:
+    if isinstance(data, Tensor) and (ids := data).numel() < settings.prompt + settings.answer:
         raise ValueError(f"the text has {ids.numel()} tokens, a window takes {settings.prompt + settings.answer}")
     device = next(model.parameters()).device
     compressor.to(device)
@@ -80,8 +104,9 @@ def train(
     model.requires_grad_(False)
     try:
         for step in range(len(losses), steps):
-            loss = divergence(model, compressor, settings.windows(ids, step).to(device), settings.prompt)
             optimizer.zero_grad()
+            drawn = settings.draw(data, step)
+            loss = torch.stack([divergence(model, compressor, sample) for sample in drawn]).mean()
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
@@ -94,26 +119,30 @@ def train(
     return losses
 
 
-def divergence(model: Any, press: Any, windows: Tensor, prompt: int) -> Tensor:
+def divergence(model: Any, press: Any, sample: Sample) -> Tensor:
     """KL divergence (nats a token) of what `model` predicts behind compressed prompts from what it does behind exact ones.
 
-    windows: (B, n) int64, the first `prompt` of them compressed. Differentiable in the press's parameters.
+    Differentiable in the press's parameters.
     """
+    device = next(model.parameters()).device
+    ids, prompt = sample.ids.to(device), sample.prompt
+    looks = {} if sample.pixels is None else {"pixel_values": sample.pixels.to(device, model.dtype)}
     exact, pruned = DynamicCache(config=model.config), DynamicCache(config=model.config)
     with torch.no_grad(), _shown(model) as seen:
-        model(windows[:, :prompt], **cache_kwargs(exact, model), use_cache=True)
+        model(ids[:, :prompt], **looks, **cache_kwargs(exact, model), use_cache=True)
     layers: list[Any] = exact.layers
     kept_whole = set(range(len(layers))) - set(full_attention(model.config, layers))
+    told = images.told(model.config, ids[:, :prompt])
     for layer, (module, hidden, kwargs) in seen.items():
         sides = layers[layer].keys, layers[layer].values
-        sides = sides if layer in kept_whole else press.compress(module, hidden, *sides, None, kwargs)
+        sides = sides if layer in kept_whole else press.compress(module, hidden, *sides, None, kwargs | told)
         pruned.update(*sides, layer)
-    places = torch.arange(prompt, windows.shape[1], device=windows.device)[None].expand(len(windows), -1)
+    places = torch.arange(prompt, ids.shape[1], device=device)[None].expand(len(ids), -1)
     with torch.no_grad():
-        wanted = model(windows[:, prompt:], position_ids=places, **cache_kwargs(exact, model)).logits
-    found = model(windows[:, prompt:], position_ids=places, **cache_kwargs(pruned, model)).logits
-    told, meant = (x.float().log_softmax(-1).flatten(0, 1) for x in (found, wanted))
-    return F.kl_div(told, meant, log_target=True, reduction="batchmean")
+        wanted = model(ids[:, prompt:], position_ids=places, **cache_kwargs(exact, model)).logits
+    found = model(ids[:, prompt:], position_ids=places, **cache_kwargs(pruned, model)).logits
+    said, meant = (x.float().log_softmax(-1).flatten(0, 1) for x in (found, wanted))
+    return F.kl_div(said, meant, log_target=True, reduction="batchmean")
 
 
 @contextmanager
