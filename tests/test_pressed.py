@@ -227,7 +227,8 @@ def test_beams_share_pruned_pages(options: dict[str, int]) -> None:
     crop=st.integers(0, 20),
 )
 @example(prompt=20, kept=[20, 0], page=16, chunks=[1, 3, 18], crop=4)  # a layer, or all of them, keep nothing
-@example(prompt=20, kept=[0, 0], page=16, chunks=[20, 1, 1], crop=0)
+@example(prompt=20, kept=[0, 0], page=16, chunks=[7, 6, 11], crop=7)
+@example(prompt=20, kept=[0, 1], page=16, chunks=[4, 17], crop=0)
 @settings(max_examples=20, deadline=None)
 def test_any_lengths(prompt: int, kept: list[int], page: int, chunks: list[int], crop: int) -> None:
     class Keeps:

@@ -86,6 +86,11 @@ def why_not_all_seen(mask: Any, count: int, batch: int) -> str | None:
     return None if bool(_seen(mask, 0, count).all()) else "the attention mask hides some of this one's"
 
 
+def causal(count: int, device: torch.device) -> Tensor:
+    """The mask of `count` tokens with nothing before them, bool (1, 1, count, count)."""
+    return torch.ones(1, 1, count, count, dtype=torch.bool, device=device).tril()
+
+
 def fitted(mask: Any, columns: int) -> Any:
     """The last `columns` columns of `mask` (..., n), whose last one is the newest token's; as seen where it has fewer.
 

@@ -204,7 +204,8 @@ class PagedCache(Portable, DynamicCache):
                 f"crop to {end} tokens: of the first {lengths.pruned_until} each head kept others, so none of them can be told "
                 "to be the last; reset() the cache and pass the input again"
             )
-        return end if any(end > lengths.removed.get(i, 0) for i in self.storage.layers.views) else 0
+        is_any_left = lengths.counts_removed or any(end > lengths.removed.get(i, 0) for i in self.storage.layers.views)
+        return max(0, end) if is_any_left else 0
 
     def reset(self) -> None:
         """Forget all tokens; memory and addresses stay."""

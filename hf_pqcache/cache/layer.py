@@ -166,7 +166,10 @@ class PagedLayer(LayerTensors, CacheLayerMixin):
         """`mask` with the layer's columns, where layers have different numbers of them."""
         if not self.storage.lengths.removed or (queries == 1 and self.is_compileable):  # that one hides nothing
             return mask
-        return padding.fitted(mask, self.storage.lengths.columns(self.index) + self.num_pending)
+        columns = self.storage.lengths.columns(self.index) + self.num_pending
+        if mask is None and 1 < queries < columns and self._config._attn_implementation == "sdpa":
+            mask = padding.causal(queries, self.device)  # none was needed for the layer that it was made for: it held nothing
+        return padding.fitted(mask, columns)
 
     def note_seen(self, module: nn.Module, mask: Any, positions: Tensor | None) -> None:
         """Called when attention has seen the tokens that wait. They wait on if `module` has hooks, which may change them."""
