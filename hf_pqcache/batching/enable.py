@@ -52,7 +52,8 @@ def enable_batching(
         partition: how "partition" divides the device; None gives compression 16 multiprocessors.
         press: prunes each prompt before it is stored: "snapkv:0.5", or an object with `compress`, as `pressed` takes them; one
             that keeps as many tokens of all layers. Prefixes are not shared then, and steps not compiled.
-        images: most tokens of images, for a model of LLaVA's kind; see `image_prompt`.
+        images: room for tokens of images, for a model of LLaVA's kind; see `image_prompt`. Several times what requests under
+            way show at a time: an image that comes again while it is remembered is not looked at again.
 
     Returns:
         The model.
@@ -76,7 +77,7 @@ def enable_batching(
 
     arguments.check_codebook(codebook)
     arguments.check_pq_config(pq_config)
-    base = _base(model)
+    base = support.base_of(model)
     if not hasattr(base, "init_continuous_batching"):
         raise TypeError(f"{type(model).__name__} has no continuous batching: pass a causal language model of transformers")
     if why := support.why_unfit(base):
@@ -133,7 +134,7 @@ def _stored(
 
 def disable_batching(model: Any) -> None:
     """Let transformers' continuous batching have its own blocks again; without `enable_batching` before, nothing happens."""
-    base = _base(model)
+    base = support.base_of(model)
     vision.end(base)
     if "init_continuous_batching" in vars(base):
         base.destroy_cached_continuous_batching_manager()
@@ -141,10 +142,5 @@ def disable_batching(model: Any) -> None:
 
 
 def is_enabled(model: Any) -> bool:
-    base = _base(model)
+    base = support.base_of(model)
     return "init_continuous_batching" in vars(base)
-
-
-def _base(model: Any) -> Any:
-    """The model of transformers itself: LoRA's wrapper passes calls on."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

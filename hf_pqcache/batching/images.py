@@ -1,8 +1,9 @@
 """Images under continuous batching, which knows tokens only: features of an image get token ids beyond the vocabulary.
 
-Such an id is a row of a table beside the embedding, of fixed size, so that CUDA graphs hold. The same pixels get the same ids,
-and ids are never given to other pixels; so prefixes with images are shared as those of text are. Knows models in which an
-image is a run of features at token embeddings, with positions and attention of text.
+Such an id is a row of a table beside the embedding, of fixed size, so that CUDA graphs hold. The same pixels get the same ids
+while they are remembered, and ids are never given to other pixels; so prefixes with images are shared as those of text are.
+Rows are taken in turn, the oldest image's first, but never one that a request under way may still have to look at. Knows models
+in which an image is a run of features at token embeddings, with positions and attention of text.
 """
 
 from __future__ import annotations
@@ -10,43 +11,54 @@ from __future__ import annotations
 import hashlib
 import inspect
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor
 
+from hf_pqcache.batching.support import base_of
 from hf_pqcache.models.images import image_token
 
 #: model_type of models known to be such.
 KNOWN = ("llava",)
+#: Token ids are int32 in the engine.
+MOST_IDS = 2**31
 
 _OF: WeakKeyDictionary[Any, Images] = WeakKeyDictionary()
+
+
+class ImagesExhaustedError(ValueError):
+    """There is no room for an image now, or one that a request shows has had to make room."""
 
 
 class Images:
     """The features of one model's images, until `end`.
 
     Args:
-        model: of KNOWN. rows: most tokens of images.
+        model: of KNOWN. rows: tokens of images that are remembered at a time.
     """
 
     def __init__(self, model: Any, rows: int) -> None:
         self.model, self._embedding = model, model.get_input_embeddings()
         weight = self._embedding.weight
         self.table = weight.new_zeros(rows, weight.shape[1], requires_grad=False)
-        self.used, self._known = 0, dict[bytes, range]()
-        self._lock = threading.Lock()
+        self.first = int(self._embedding.num_embeddings)  # id of the first row, when it is used first
+        self._next = 0  # id of the next token of an image, less `first`; its row is what is left of it by the number of rows
+        self._known: dict[bytes, range] = {}  # of pixels, what is in the table; oldest first
+        self._held: Counter[int] = Counter()  # by a range's start, requests that may look at it
+        self._lock = threading.RLock()  # a hold may end in the middle of anything, as the last reference to a request goes
         self._begin()
 
     def _begin(self) -> None:
-        plain, table, first = self._embedding.forward, self.table, self._embedding.num_embeddings
+        plain, table, first = self._embedding.forward, self.table, self.first
 
         def forward(ids: Tensor) -> Tensor:
             is_image = ids >= first
             found = plain(ids.masked_fill(is_image, 0))
-            return torch.where(is_image[..., None], table[(ids - first).clamp(min=0)], found)
+            return torch.where(is_image[..., None], table[(ids - first).clamp(min=0) % len(table)], found)
 
         self._embedding.forward = forward
 
@@ -54,32 +66,119 @@ class Images:
         del self._embedding.forward
 
     def ids_of(self, pixels: Tensor) -> list[range]:
-        """Token ids of images (n, ...), computing the features of those that are new. They are there when this returns."""
-        with self._lock:
-            return self._ids_of(pixels)
+        """Token ids of images (n, ...), computing the features of those that are new. They are there when this returns.
 
-    def _ids_of(self, pixels: Tensor) -> list[range]:
+        Raises ImagesExhaustedError where requests under way need the room.
+        """
         keys = [hashlib.blake2b(one.detach().cpu().contiguous().view(torch.uint8).numpy()).digest() for one in pixels]
-        new = [i for i, key in enumerate(keys) if key not in self._known and key not in keys[:i]]
-        if new:
-            with torch.no_grad():
-                given = self.model.get_image_features(pixel_values=pixels[new].to(self.table.device, self.table.dtype))
-            for i, features in zip(new, getattr(given, "pooler_output", given), strict=True):
-                self._known[keys[i]] = self._add(features.reshape(-1, self.table.shape[1]))
-            if self.table.device.type == "cuda":  # the engine reads them on a stream of its own
-                torch.cuda.current_stream(self.table.device).synchronize()
-        return [self._known[key] for key in keys]
+        with Hold(self, ()) as kept:  # what is known must not make room for the others
+            with self._lock:
+                new = [i for i, key in enumerate(keys) if not self._keep(key, kept) and key not in keys[:i]]
+            if new:
+                with torch.no_grad():
+                    given = self.model.get_image_features(pixel_values=pixels[new].to(self.table.device, self.table.dtype))
+                for i, features in zip(new, getattr(given, "pooler_output", given), strict=True):
+                    with self._lock:
+                        if not self._keep(keys[i], kept):
+                            self._known[keys[i]] = self._add(features.reshape(-1, self.table.shape[1]))
+                            self._keep(keys[i], kept)
+                if self.table.device.type == "cuda":  # the engine reads them on a stream of its own
+                    torch.cuda.current_stream(self.table.device).synchronize()
+            with self._lock:
+                found = [self._known[key] for key in keys]
+        return [range(self.first + one.start, self.first + one.stop) for one in found]
+
+    def _keep(self, key: bytes, kept: Hold) -> bool:
+        """Whether an image is known; it is kept then."""
+        if key not in self._known:
+            return False
+        kept.add(self._known[key])
+        return True
 
     def _add(self, features: Tensor) -> range:
-        begin, end = self.used, self.used + len(features)
-        if end > len(self.table):
-            raise ValueError(
-                f"there is room for {len(self.table)} tokens of images, {begin} are taken, and {len(features)} more do not "
-                "fit; raise images= of enable_batching. Calling it again forgets all images"
-            )
-        self.table[begin:end], self.used = features, end
-        first = self._embedding.num_embeddings
-        return range(first + begin, first + end)
+        rows, count = len(self.table), len(features)
+        found = self._room(count)
+        for key, other in list(self._known.items()):
+            if _meet(found, other, rows):
+                del self._known[key]
+        if found.stop > MOST_IDS - self.first:
+            raise ImagesExhaustedError(f"all {MOST_IDS:,} token ids have been given away: call enable_batching again")
+        at = found.start % rows
+        self.table[at : at + count], self._next = features, found.stop
+        return found
+
+    def _room(self, count: int) -> range:
+        """The next `count` ids whose rows nobody needs, in one piece."""
+        rows, start = len(self.table), self._next
+        held = [other for other in self._known.values() if self._held[other.start]]
+        while start < self._next + rows and count <= rows:
+            found = range(start, start + count)
+            if start % rows + count > rows:
+                start += rows - start % rows
+            elif hit := next((other for other in held if _meet(found, other, rows)), None):
+                start += (hit.stop - start) % rows or rows
+            else:
+                return found
+        raise ImagesExhaustedError(
+            f"there is room for {rows} tokens of images, {sum(map(len, held))} are of requests under way, and {count} more do "
+            "not fit; ask again once some have ended, or raise images= of enable_batching"
+        )
+
+    def stats(self) -> dict[str, int]:
+        """Tokens of images: room for them, remembered, and of those what requests under way may look at."""
+        with self._lock:
+            known = list(self._known.values())
+            held = sum(len(one) for one in known if self._held[one.start])
+        return {"room": len(self.table), "remembered": sum(map(len, known)), "held": held}
+
+    def hold(self, ids: Iterable[int]) -> Hold | None:
+        """Keep the images that a prompt shows; None if it shows none. Raises ImagesExhaustedError if they are forgotten."""
+        shown = {token - self.first for token in ids if token >= self.first}
+        if not shown:
+            return None
+        with self._lock:
+            found = [known for known in self._known.values() if not shown.isdisjoint(known)]
+            if not shown.issubset(token for known in found for token in known):
+                raise ImagesExhaustedError(
+                    "an image of this prompt has been forgotten, others came meanwhile: call image_prompt again, and if this "
+                    "happens often, raise images= of enable_batching"
+                )
+            return Hold(self, found)
+
+
+class Hold:
+    """Images that are not forgotten while this lives. A copy holds them, too: the engine copies a request that it forks."""
+
+    def __init__(self, images: Images, ranges: Iterable[range]) -> None:
+        self._images, self._starts = images, list[int]()
+        for one in ranges:
+            self.add(one)
+        self._end = finalize(self, _release, images, self._starts)
+
+    def add(self, one: range) -> None:
+        with self._images._lock:
+            self._starts.append(one.start)
+            self._images._held[one.start] += 1
+
+    def __deepcopy__(self, memo: Any) -> Hold:
+        return Hold(self._images, [range(start, start) for start in self._starts])
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._end()
+
+
+def _release(images: Images, starts: list[int]) -> None:
+    with images._lock:
+        images._held -= Counter(starts)
+
+
+def _meet(a: range, b: range, rows: int) -> bool:
+    """Whether two runs of ids share a row; neither goes over the table's end."""
+    at, other = a.start % rows, b.start % rows
+    return at < other + len(b) and other < at + len(a)
 
 
 def why_unfit(model: Any) -> str | None:
@@ -112,6 +211,11 @@ def end(model: Any) -> None:
         images.end()
 
 
+def of(model: Any) -> Images | None:
+    """The images of a model that `enable_batching(model, images=...)` has made room for."""
+    return _OF.get(base_of(model))
+
+
 def image_prompt(model: Any, input_ids: Sequence[int] | Tensor, pixel_values: Tensor) -> list[int]:
     """A prompt with images, as an engine takes it: what `add_request` and `generate_batch` are given.
 
@@ -120,13 +224,17 @@ def image_prompt(model: Any, input_ids: Sequence[int] | Tensor, pixel_values: Te
         input_ids: of one prompt, as the model's processor makes them: the image token for each feature of each image.
         pixel_values: (n, ...) of its images, in their order, as the processor makes them.
 
-    Raises ValueError if there are more or fewer image tokens than features, or no room.
+    Its images are remembered while a request with it is under way, and as long as there is room. A request whose images have
+    been forgotten before it came fails alone, and says so.
+
+    Raises ValueError if there are more or fewer image tokens than features, ImagesExhaustedError if requests under way have
+    taken all room.
     """
-    images = _OF.get(model)
+    images, base = of(model), base_of(model)
     if images is None:
         raise ValueError("the model has no room for images: call enable_batching(model, images=...) first")
     ids = [int(token) for token in (input_ids.flatten().tolist() if isinstance(input_ids, Tensor) else input_ids)]
-    place: Any = image_token(model.config)
+    place: Any = image_token(base.config)
     found = [token for run in images.ids_of(pixel_values) for token in run]
     if (count := ids.count(place)) != len(found):
         raise ValueError(f"the prompt has {count} image tokens, and its {len(pixel_values)} images have {len(found)} features")

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, CompileConfig, ContinuousBatchingCo
 from transformers.generation.continuous_batching import continuous_api
 
 from hf_pqcache.batching import function, sizes, streams
+from hf_pqcache.batching import images as vision
 from hf_pqcache.batching.blocks import SlotCache
 from hf_pqcache.batching.lanes import Lane
 from hf_pqcache.batching.portable import Portable
@@ -175,7 +176,7 @@ class BlocksManager(Portable, continuous_api.ContinuousBatchingManager):
             safety_margin=self.continuous_batching_config.safety_margin,
             max_requests_per_batch=self.continuous_batching_config.max_requests_per_batch,
         )
-        ours.processor = processor
+        ours.processor, ours.images = processor, vision.of(self.model)
         processor.scheduler = processor.offloading_manager.scheduler = ours
         runner = processor.model_runner
         if runner._compiled_decode is not None:
@@ -211,6 +212,8 @@ class BlocksManager(Portable, continuous_api.ContinuousBatchingManager):
     def _make_cache(
         self, config: Any, continuous_batching_config: Any, device: Any, distributed_helper: Any, dtype: Any, **_: Any
     ) -> SlotCache:
+        if self._is_parallel and vision.of(self.model) is not None:
+            raise ValueError("images= has one process look at them: load the model without tensor parallelism")
         heads, head_dim = kv_shape(layer_configs(config)[0])
         assert heads is not None
         assert head_dim is not None
@@ -292,8 +295,10 @@ class BlocksManager(Portable, continuous_api.ContinuousBatchingManager):
             return {}
         cb = self.continuous_batching_config
         cache: SlotCache = self.batch_processor.cache  # type: ignore[assignment]
+        images = vision.of(self.model)
         return {
             **cache.stats() | {"compression": cache.compression.stats() | self._streams.stats()},
+            **({} if images is None else {"images": images.stats()}),
             "cuda_graphs": cb.cuda_graph_booleans[1],
             "async": bool(cb.use_async_batching),
             "requests": {

@@ -22,6 +22,8 @@ class _Besides:
 
     cache: Any
     processor: Any = None
+    images: Any = None
+    _leaving: list[Any]
     active_requests: dict[str, Any]
     block_new_requests: bool
 
@@ -32,6 +34,8 @@ class _Besides:
             raise PagesExhaustedError(why)
         if not state.initial_tokens:
             raise ValueError("the prompt is empty: a request needs at least one token")
+        if self.images is not None:
+            state.held_images = self.images.hold(state.initial_tokens)
         if state.num_children and len(state.initial_tokens) == 1:  # the engine forks before the last token: there is none
             children, state.num_children = state.num_children, 0
             for i in range(children):
@@ -39,6 +43,23 @@ class _Besides:
                 child.request_id = f"{state.request_id}__child#{i}"
                 super().add_waiting_request(child)  # type: ignore[misc]
         super().add_waiting_request(state)  # type: ignore[misc]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self._leaving = []
+
+    def finish_request(self, request_id: str) -> None:
+        if (state := self.active_requests.get(request_id)) is not None:
+            self._leaving.append(vars(state).pop("held_images", None))  # a soft reset asks for them at once
+        super().finish_request(request_id)  # type: ignore[misc]
+
+    def clear_cancelled_requests(self) -> list[Any]:
+        """The engine asks in each of its rounds, without requests, too; it may have the states of its last step for long."""
+        self._leaving.clear()
+        found: list[Any] = super().clear_cancelled_requests()  # type: ignore[misc]
+        for state in found:
+            vars(state).pop("held_images", None)
+        return found
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[Any, bool, int, int]:
         compression = self.cache.compression

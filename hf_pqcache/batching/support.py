@@ -65,6 +65,7 @@ _SIGNATURES: dict[tuple[str, str], tuple[str, ...]] = {
     ("scheduler", "PrefillFirstScheduler.schedule_batch"): ("token_budget", "cache_budget"),
     ("scheduler", "Scheduler.add_waiting_request"): ("state",),
     ("scheduler", "Scheduler.finish_request"): ("request_id",),
+    ("scheduler", "Scheduler.clear_cancelled_requests"): (),
     ("input_outputs", "ContinuousBatchingIOs.prepare_batch_tensors"): ("requests_in_batch", "use_decode_fast_path"),
 }  # fmt: skip
 
@@ -122,3 +123,8 @@ def why_unfit(model: Any) -> str | None:
             if facts.sinks:
                 return f"{type(module).__name__} has attention sinks of its own"
     return None
+
+
+def base_of(model: Any) -> Any:
+    """The model of transformers itself: LoRA's wrapper passes calls on."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
