@@ -16,7 +16,7 @@ from hf_pqcache.eval.bench import latency, plot
 from hf_pqcache.eval.bench import serve as bench
 from hf_pqcache.eval.bench.latency import Goal, Served
 from hf_pqcache.eval.bench.load import moments
-from hf_pqcache.serve.engine import VARIANTS
+from hf_pqcache.serve.manager import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LINE = ["bench", "serve", "--model", "tiny", "--dtype", "float32", "--prompt-tokens", "40", "--output-tokens", "6"]

@@ -239,6 +239,8 @@ SHEET: dict[str, tuple[str, dict[str, str]]] = {
             "cut --port 0": "cut short",
             "tiny --host 192.0.2.1": "192.0.2.1:8000 cannot be listened on",
             "tiny --device cuda": "sees no CUDA device",
+            "tiny --tp 2 --press knorm:0.5": "--press sees the heads of one process only",
+            "tiny --tp 2 --device-map auto": "leave out --device and --device-map",
             "tiny --press nothing:0.5": "press 'nothing' is unknown",
             "tiny --bits stock --press knorm:0.5": "press= is for blocks of ours",
             "tiny --greenctx-main-ratio 0.5": "does nothing without --compress partition",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from served import GREEDY, PROMPTS, Served, answers_of_generate, crowd, eventually, is_idle, served, tiny
 
-from hf_pqcache.serve.engine import EngineSettings
+from hf_pqcache.serve.manager import EngineSettings
 from hf_pqcache.serve.server import Running
 from hf_pqcache.serve.service import Limits
 

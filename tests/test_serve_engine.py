@@ -11,8 +11,9 @@ from served import GREEDY, PROMPTS, answers_of_generate, served, tiny
 
 from hf_pqcache.batching import streams
 from hf_pqcache.cli.commands import _options, serve
-from hf_pqcache.serve import engine
-from hf_pqcache.serve.engine import SIGNATURES, VARIANTS, Engine, EngineSettings
+from hf_pqcache.serve import manager
+from hf_pqcache.serve.engine import Engine
+from hf_pqcache.serve.manager import SIGNATURES, VARIANTS, EngineSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODULE = "transformers.generation.continuous_batching"
@@ -54,15 +55,15 @@ def test_what_the_first_client_says_decides_nothing_for_others() -> None:
 
 @pytest.mark.parametrize("path", SIGNATURES)
 def test_a_part_that_transformers_lacks_is_named(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert engine.missing_parts() == []
+    assert manager.missing_parts() == []
     module, *owners, name = path.split(".")
     owner: Any = importlib.import_module(f"{MODULE}.{module}")
     for part in owners:
         owner = getattr(owner, part)
     monkeypatch.setattr(owner, name, lambda self: None)
-    assert {missing.split()[0] for missing in engine.missing_parts()} == {path}
+    assert {missing.split()[0] for missing in manager.missing_parts()} == {path}
     with pytest.raises(ImportError, match=path):
-        engine.make_manager(tiny()[0], EngineSettings("stock"))
+        manager.make_manager(tiny()[0], EngineSettings("stock"))
 
 
 def test_a_press_and_what_cannot_be_had_are_served_and_said() -> None:

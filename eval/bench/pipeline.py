@@ -17,7 +17,7 @@ from hf_pqcache.batching.streams import Partition
 from hf_pqcache.eval.bench.latency import Goal, Served, figures
 from hf_pqcache.eval.bench.serve import answers, check_logits, conditions, free, running
 from hf_pqcache.eval.measure.speed import random_prompt
-from hf_pqcache.serve.engine import EngineSettings
+from hf_pqcache.serve.manager import EngineSettings
 
 #: Variant -> what blocks hold, and how prompts get there.
 VARIANTS = {

@@ -27,7 +27,7 @@ from hf_pqcache.eval.bench.kernel import copy_bandwidth
 from hf_pqcache.eval.bench.latency import Goal, Served, figures
 from hf_pqcache.eval.measure.speed import random_prompt
 from hf_pqcache.models.names import cache_kwargs
-from hf_pqcache.serve.engine import VARIANTS, EngineSettings, make_manager, requests_that_fit
+from hf_pqcache.serve.manager import VARIANTS, EngineSettings, make_manager, requests_that_fit
 
 #: Prompt and steps that are compared before; the prompt is longer than the exact window.
 CHECK_TOKENS, CHECK_STEPS = 400, 4

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.distributed import DistributedConfig
 
 from hf_pqcache.codebook import hub
 
@@ -37,6 +38,7 @@ def load_model(
     quantization: str | None = None,
     trust_remote_code: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
+    is_parallel: bool = False,
 ) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer). A local folder is read without asking the Hub anything.
 
@@ -50,6 +52,8 @@ def load_model(
         quantization: one of QUANTIZATIONS, weights become that as they are loaded.
         trust_remote_code: whether code of the repository may run.
         model_kwargs: more arguments of `from_pretrained`.
+        is_parallel: whether the processes of RANK and WORLD_SIZE share the model, each some of its heads, on the GPU of its
+            LOCAL_RANK; in place of `device`.
 
     Raises:
         ValueError: an unknown dtype, device or quantization, or damaged weights. ImportError: a library for quantized
@@ -73,7 +77,9 @@ def load_model(
         options["quantization_config"] = getattr(transformers, kind)(**settings)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     try:
-        if device_map is not None or device == "auto":
+        if is_parallel:
+            options["distributed_config"] = DistributedConfig(tp_plan="auto")
+        elif device_map is not None or device == "auto":
             options["device_map"] = device_map or "auto"
         elif "gguf_file" not in where and ("quantization_config" in options or _is_quantized(source, where)):
             options.setdefault("device_map", {"": device})  # quantized weights do not move once they are loaded
@@ -82,7 +88,7 @@ def load_model(
         raise
     except Exception as error:
         raise _told(name, error) from error
-    if "device_map" not in options:
+    if "device_map" not in options and not is_parallel:
         model.to(device)
     return model.eval(), tokenizer
 

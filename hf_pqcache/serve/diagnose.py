@@ -40,7 +40,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _engine() -> Finding:
-    from hf_pqcache.serve.engine import check
+    from hf_pqcache.serve.manager import check
 
     try:
         check()
@@ -71,7 +71,7 @@ def _beside() -> Finding:
 
 def _answer() -> Finding:
     """Serve the embedded model, and ask it."""
-    from hf_pqcache.serve.engine import EngineSettings
+    from hf_pqcache.serve.manager import EngineSettings
     from hf_pqcache.serve.server import Running
     from hf_pqcache.serve.service import Limits
 

@@ -1,170 +1,37 @@
 """Transformers' continuous batching as a server needs it: submit, hear of every token, cancel, look inside.
 
-The only file of the server that touches the manager's private parts: `missing_parts` says which of them are not as expected.
+The only file of the server that touches the running manager's private parts; `manager.py` says which there must be.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import itertools
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
 from typing import Any
 
-from hf_pqcache.config import PQConfig
 from hf_pqcache.demo import TEXT
 from hf_pqcache.models.positions import max_positions
 from hf_pqcache.serve import figures
+from hf_pqcache.serve.group import Group, LostError
+from hf_pqcache.serve.manager import EngineSettings, make_manager
 from hf_pqcache.serve.sampling import Sampler, Sampling
 
-#: What blocks hold: codes of so many bits; tokens as they are, in blocks of ours or in transformers' own.
-VARIANTS = ("4", "3", "2", "exact", "stock")
-#: What is not left to transformers on a CPU.
-CPU_SIZES: dict[str, Any] = {"cache_tokens": 16384, "max_batch_tokens": 512, "max_requests": 64}
+#: In which a process that has ended is known to have.
+LOST_S = 1.0
 #: Of a prompt that is answered before the server is ready, and of the text that comes first of all.
 WARM_UP_TOKENS, USUAL_TOKENS = 64, 512
 #: Most requests at a time whose scores depend on their tokens before: each takes 2 bytes of every token of the vocabulary.
 HISTORIES = 256
-#: Signatures that the sampler and this file rely on, in module `transformers.generation.continuous_batching`.
-SIGNATURES = {
-    "continuous_api.ContinuousBatchingManager.add_request": {"input_ids", "request_id", "max_new_tokens", "streaming"}
-    | {"record_timestamps", "eos_token_id", "logit_processor_kwargs"},
-    "continuous_api.ContinuousBatchingManager.register_result_handler": {"request_id", "callback"},
-    "cb_logits_processors.ContinuousBatchingLogitsProcessorList.check_kwargs": {"kwargs"},
-    "cb_logits_processors.ContinuousBatchingLogitsProcessorList.fill_defaults": {"int32_tensor"},
-    "cb_logits_processors.ContinuousBatchingLogitsProcessorList.prepare_tensor_args": {"requests_in_batch", "arg_storage"},
-    "cb_logits_processors.ContinuousBatchingLogitsProcessorList.__call__": {"input_ids", "scores", "logits_processor_args"},
-    "cache.PagedAttentionCache.search_prefix_match": {"request_id", "prompt_ids"},
-    "cache.PagedAttentionCache.can_store_request_tokens": {"state", "request_len", "dry_run"},
-    "continuous_api.ContinuousMixin.init_continuous_batching": {
-        "generation_config",
-        "continuous_batching_config",
-        "workload_hints",
-    },
-    "utils.WorkloadHints": {"max_prompt_length", "max_generated_length", "num_requests"},
-    "requests.RequestState.__init__": {"initial_tokens", "position_offset", "_true_initial_tokens", "logit_processor_kwargs"},
-}
 
 
-def missing_parts() -> list[str]:
-    """What this release of transformers lacks of the parts that the server needs; none if it can run."""
-    from importlib import import_module
+class Awake(threading.Event):
+    """Never waits: a process that follows is paced by the one that leads, with whom it meets each step."""
 
-    found = []
-    for path, names in SIGNATURES.items():
-        module, *attributes = path.split(".")
-        try:
-            part: Any = import_module(f"transformers.generation.continuous_batching.{module}")
-            for attribute in attributes:
-                part = getattr(part, attribute)
-            if missing := names - set(inspect.signature(part).parameters):
-                found.append(f"{path} has no {', '.join(sorted(missing))}")
-        except (ImportError, AttributeError):
-            found.append(path)
-    return found
-
-
-def check() -> None:
-    """Raises ImportError where transformers is too old, or has changed a part that the server needs."""
-    from hf_pqcache.batching import support
-
-    if why := support.why_unsupported():
-        raise ImportError(why)
-    if missing := missing_parts():
-        raise ImportError(
-            f"continuous batching of this release of transformers lacks {missing[0]}; 5.20 to 5.24 have what serve needs"
-        )
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Sizes of the engine; None leaves one to transformers.
-
-    Attributes:
-        variant: of VARIANTS.
-        cache_tokens: room of the pool. page_size: tokens of a block. max_requests: most that run at a time.
-        context, longest_prompt: most tokens of a request, and of them of its prompt, where the workload is known.
-        max_batch_tokens: most tokens of a step. shares_prefixes: whether equal beginnings are stored once.
-        compiles: whether torch.compile fuses what lies between attentions of decode steps.
-        compress, partition, press: of `enable_batching`; the press by name.
-        memory_share: of what the device has free, the most that the engine takes.
-
-    Raises ValueError for what transformers' own blocks cannot do.
-    """
-
-    variant: str = "4"
-    cache_tokens: int | None = None
-    page_size: int | None = None
-    max_requests: int | None = None
-    max_batch_tokens: int | None = None
-    shares_prefixes: bool = True
-    context: int | None = None
-    longest_prompt: int | None = None
-    compress: str = "inline"
-    partition: Any = None
-    press: str | None = None
-    memory_share: float | None = None
-    compiles: bool = False
-
-    def __post_init__(self) -> None:
-        only_ours = {"press": self.press is not None, "compress": self.compress != "inline"}
-        if self.variant == "stock" and (asked := [name for name, value in only_ours.items() if value]):
-            raise ValueError(f"{asked[0]}= is for blocks of ours, and stock blocks are transformers' own; take another variant")
-
-    @property
-    def told(self) -> str:
-        """What requests are kept as, in words."""
-        kind = f"{self.variant} bits" if self.variant.isdigit() else f"{self.variant} blocks"
-        return kind if self.press is None else f"{kind}, press {self.press}"
-
-
-def make_manager(model: Any, settings: EngineSettings) -> Any:
-    """A `ContinuousBatchingManager` of transformers that has not started, greedy.
-
-    Raises ImportError where transformers has not the parts that the server needs, and what `enable_batching` raises.
-    """
-    check()
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-    from transformers.generation.continuous_batching.utils import WorkloadHints
-
-    from hf_pqcache.batching import disable_batching, enable_batching
-
-    if model.device.type == "cpu":  # its memory is everybody's, and masks of a step take batch x pool
-        given = {name: getattr(settings, name) or size for name, size in CPU_SIZES.items()}
-        given["cache_tokens"] = settings.cache_tokens or max(CPU_SIZES["cache_tokens"], settings.context or 0)
-        settings = replace(settings, **given)
-    if settings.variant == "stock":
-        page_size = settings.page_size or ContinuousBatchingConfig().page_size
-        disable_batching(model)
-    else:
-        page_size = settings.page_size or PQConfig().page_size
-        kept: dict[str, Any] = {"exact": True} if settings.variant == "exact" else {"bits": int(settings.variant)}
-        kept |= {"compress": settings.compress, "partition": settings.partition, "press": settings.press}
-        # A bound alone is not what requests are like: room is not shared out by it.
-        is_known = settings.longest_prompt is not None
-        enable_batching(model, **kept, page_size=page_size, max_length=settings.context if is_known else None)
-    config = ContinuousBatchingConfig(
-        page_size=page_size,
-        num_blocks=None if settings.cache_tokens is None else -(-settings.cache_tokens // page_size),
-        max_requests_per_batch=settings.max_requests,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_memory_percent=settings.memory_share,
-        allow_block_sharing=settings.shares_prefixes,
-        default_compile_level=int(settings.compiles),
-    )
-    hints = None
-    if settings.longest_prompt is not None and settings.context is not None:
-        hints = WorkloadHints(settings.longest_prompt, settings.context - settings.longest_prompt, settings.max_requests or 0)
-    greedy = GenerationConfig(do_sample=False, eos_token_id=-1)
-    return model.init_continuous_batching(greedy, config, hints)
-
-
-def requests_that_fit(manager: Any, context: int) -> int:
-    """How many requests of `context` tokens the pool of a warmed-up manager holds at a time."""
-    cache, config = manager.batch_processor.cache, manager.continuous_batching_config
-    most: int = config.max_requests_per_batch  # of ours, what windows and blocks have been made for
-    return most if hasattr(cache, "why_unfit") else max(1, min(most, cache.num_blocks // -(-context // config.page_size)))
+    def wait(self, timeout: float | None = None) -> bool:
+        return True
 
 
 def usual_ids(tokenizer: Any, vocab_size: int) -> list[int]:
@@ -178,19 +45,31 @@ class Engine:
 
     Args:
         model: the causal LM. settings: of `make_manager`.
+        group: of the processes that share the model, if this one leads them. when_failed: called in the engine's thread if a
+            step fails of a process that follows.
 
     Attributes:
         capacity: most tokens of one request, its answer included. vocab_size: token ids are below it.
         most_requests: that run at a time. slots: of them, with a history. prefix_hits: tokens that were not computed again.
     """
 
-    def __init__(self, model: Any, settings: EngineSettings) -> None:
-        self.variant, self.settings = settings.variant, settings
+    def __init__(
+        self,
+        model: Any,
+        settings: EngineSettings,
+        group: Group | None = None,
+        when_failed: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.variant, self.settings, self.group = settings.variant, settings, group
         self.manager = make_manager(model, settings)
+        if (found := self.manager.distributed_helper.tp_size) != settings.processes:
+            raise ValueError(f"the model is spread over {found} processes, and the engine's settings say {settings.processes}")
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.slots = min(HISTORIES, settings.max_requests or HISTORIES)
         self.sampler = Sampler(self.vocab_size, self.slots, model.device, self._stream)
         self.manager.logit_processor = self.sampler
+        if group is not None or when_failed is not None:
+            self._part_with_the_lost(when_failed)
         self.numbers = itertools.count()
         self.samplings: dict[str, Sampling] = {}
         self.histories = asyncio.Semaphore(self.slots)
@@ -211,6 +90,8 @@ class Engine:
         Raises RuntimeError if the engine cannot answer.
         """
         self.manager.start()
+        if not self.manager.is_tp_driver:
+            return
         most = min(self.capacity, max_positions(self.manager.model.config) or self.capacity) - WARM_UP_TOKENS // 8
         zeros = [0] * min(WARM_UP_TOKENS, most)
         usual = zeros if tokenizer is None else usual_ids(tokenizer, self.vocab_size)[:most] or zeros
@@ -220,13 +101,48 @@ class Engine:
             if output is None or output.error is not None:
                 raise RuntimeError(f"the engine does not answer: {'it ended' if output is None else output.error}")
 
+    def follow(self) -> None:
+        """Compute the steps of the process that leads, until its engine ends. What comes of requests is not heard here."""
+        self.manager._wake_up_loop = Awake()
+        while self.manager.is_running():
+            self.manager.get_result(timeout=1)
+
     def stop(self, timeout: float | None = None) -> None:
-        """End at once: what still runs fails."""
+        """End at once: what still runs fails. Of a group of which a process is lost, the others end; a thread may be left."""
+        if self.group is not None and self.group.error is not None:
+            self.group.end()
+            return
+        if self.group is not None:
+            self.group.may_end()
         self.manager.stop(block=True, timeout=timeout, hard_stop=True)
-        self.manager.destroy()
+        if not self.manager.is_running():
+            self.manager.destroy()
+        if self.group is not None:
+            self.group.end()
 
     def is_alive(self) -> bool:
-        return bool(self.manager.is_running())
+        return bool(self.manager.is_running()) and (self.group is None or self.group.error is None)
+
+    @property
+    def why_dead(self) -> str:
+        """What clients are told of an engine that is not alive."""
+        lost = None if self.group is None else self.group.error
+        return f"the engine has died{f' ({lost})' if lost else ''}; the server has to be started anew"
+
+    def _part_with_the_lost(self, when_failed: Callable[[BaseException], None] | None) -> None:
+        """Of several processes, those that cannot compute a step with the others do not wait for them."""
+        handle = self.manager._handle_critical_error
+
+        def handled(error: Exception, batch_processor: Any) -> None:
+            if when_failed is not None:
+                when_failed(error)
+            if self.group is not None:
+                self.group.lost.wait(LOST_S)  # the connection breaks before the process is known to have ended
+                self.group.end()
+            with suppress(RuntimeError):  # of the others, who are told
+                handle(self.group.error or error if self.group is not None else error, batch_processor)
+
+        self.manager._handle_critical_error = handled
 
     async def submit(
         self, ids: Sequence[int], max_tokens: int, sampling: Sampling, hear: Callable[[Any], None], is_streaming: bool
@@ -238,6 +154,7 @@ class Engine:
         """
         if sampling.has_history:
             await self.histories.acquire()
+            self.sampler.take(sampling)
         name = f"request-{next(self.numbers)}"
 
         def heard(output: Any) -> None:
@@ -322,3 +239,25 @@ class Engine:
         for part in [pair.device_io for pair in inputs.io_pairs] if hasattr(inputs, "io_pairs") else [inputs]:
             own = part._get_graph_key
             part._get_graph_key = lambda own=own: own() if self.sampler.is_plain else (*own(), "sampled")
+
+
+def started(
+    load: Callable[[], tuple[Any, Any]], settings: EngineSettings, when_lost: Callable[[LostError], None]
+) -> tuple[Any, Any, Engine]:
+    """A model, its tokenizer and its engine, which runs; in several processes if the settings say so.
+
+    Args:
+        load: makes (model, tokenizer), in each process. when_lost: as of `Group`; what is waited for here may never come then.
+    """
+    group = Group(settings.processes, (load, settings), when_lost) if settings.processes > 1 else None
+    try:
+        model, tokenizer = load()
+        engine = Engine(model, settings, group)
+        engine.start(tokenizer)
+    except BaseException as error:
+        if group is None:
+            raise
+        group.lost.wait(LOST_S)
+        group.end()
+        raise group.error or error from None
+    return model, tokenizer, engine

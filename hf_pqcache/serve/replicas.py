@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,8 +30,10 @@ from starlette.responses import Response, StreamingResponse
 from hf_pqcache.serve import lines, log
 from hf_pqcache.serve.answers import DONE, sse
 from hf_pqcache.serve.app import UNBUFFERED, make_app
-from hf_pqcache.serve.engine import Engine, EngineSettings
+from hf_pqcache.serve.engine import started
 from hf_pqcache.serve.errors import ApiError
+from hf_pqcache.serve.group import LostError
+from hf_pqcache.serve.manager import EngineSettings
 from hf_pqcache.serve.prefix import key_of, ranked, with_label
 from hf_pqcache.serve.relay import Start, call
 from hf_pqcache.serve.server import bound
@@ -98,9 +101,7 @@ class Replica:
         if is_logged:
             lines.send(replica=self.id)
         self.service = Service(name, limits)
-        model, tokenizer = load()
-        engine = Engine(model, settings)
-        engine.start(tokenizer)
+        model, tokenizer, engine = started(load, settings, _end)
         self.service.ready(model, tokenizer, engine)
         self.app = make_app(self.service, api_key)
         self.watch: asyncio.Task[None] | None = None
@@ -122,6 +123,16 @@ class Replica:
         """Ray asks. Raises RuntimeError once the engine is dead: Ray starts another replica."""
         if self.service.engine is None or not self.service.engine.is_alive():
             raise RuntimeError("the engine has died")
+
+
+def _end(error: LostError) -> None:
+    """End this replica before its requests fail: those of which nothing has been sent are asked again elsewhere.
+
+    Ray starts another one, with all processes that share the model.
+    """
+    log.tell("process_lost", why=str(error))
+    time.sleep(2 * lines.TOGETHER_S if log.LOGGER.isEnabledFor(logging.INFO) else 0)
+    os._exit(1)
 
 
 class Front:

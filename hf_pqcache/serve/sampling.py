@@ -37,6 +37,7 @@ class Sampling:
         repetition_penalty: of tokens in the prompt or generated; presence_penalty, frequency_penalty: of generated ones.
         min_tokens: before so many, none of `ends` is taken. seed: 64 bits.
         ends: token ids that end the request.
+        slot: of its history, if it has one; `Sampler.take` says which, in one process for all that compute the same steps.
     """
 
     temperature: float = 1.0
@@ -50,7 +51,6 @@ class Sampling:
     seed: int = 0
     ends: tuple[int, ...] = ()
     slot: int | None = field(default=None, init=False)
-    is_over: bool = field(default=False, init=False)
 
     @property
     def has_history(self) -> bool:
@@ -87,7 +87,7 @@ class Sampler:
         #: (slots + 1, vocab_size): requests without a history share the last row, which says nothing.
         self.history = torch.zeros(slots + 1, vocab_size, dtype=torch.int16, device=device)
         self.hashes = _mix(torch.arange(vocab_size, device=device))
-        self.free = list(range(slots))
+        self.free, self.taken = list(range(slots)), set[Sampling]()
         self.lock = threading.Lock()
         #: Whether the batch in preparation takes the largest scores as they are; CUDA graphs differ by it.
         self.is_plain = True
@@ -101,13 +101,22 @@ class Sampler:
         """int32 (rows, 1): what padding has."""
         int32_tensor.copy_(self._columns([(PLAIN, 0, False)]))
 
-    def release(self, sampling: Sampling) -> None:
-        """The request is over, or has been cancelled: another one may have its slot. Called from any thread."""
+    def take(self, sampling: Sampling) -> None:
+        """Give a request with a history a slot, of which there must be one. Called from any thread."""
         with self.lock:
-            sampling.is_over = True
-            if sampling.slot is not None:
+            sampling.slot = self.free.pop()
+            self.taken.add(sampling)
+
+    def release(self, sampling: Sampling) -> None:
+        """The request is over, or has been cancelled: another one may have its slot, and begins by overwriting it.
+
+        A step that is under way may still write there; it comes before the other's first. Called from any thread.
+        """
+        with self.lock:
+            if sampling in self.taken:
+                self.taken.remove(sampling)
+                assert sampling.slot is not None
                 self.free.append(sampling.slot)
-                sampling.slot = None
 
     def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: Tensor) -> Tensor:
         """Write the arguments of the next step's requests into int32 (rows, columns). In the engine's thread."""
@@ -145,12 +154,8 @@ class Sampler:
         return torch.cat([torch.tensor(floats).view(torch.int32), torch.tensor(ints, dtype=torch.int32)], dim=1).T
 
     def _begin_history(self, sampling: Sampling, prompt: list[int], generated: list[int]) -> None:
-        """Take a slot, or keep the one it has, and write what has been before the next token."""
-        with self.lock:
-            if sampling.slot is None and not sampling.is_over and self.free:
-                sampling.slot = self.free.pop()
-            slot = sampling.slot
-        if slot is None:
+        """Write what has been before the next token."""
+        if (slot := sampling.slot) is None:
             return
         row = torch.zeros(self.history.shape[1], dtype=torch.int64)
         if generated:

@@ -15,8 +15,9 @@ import uvicorn
 
 from hf_pqcache.serve import log
 from hf_pqcache.serve.app import make_app
-from hf_pqcache.serve.engine import Engine, EngineSettings
+from hf_pqcache.serve.engine import started
 from hf_pqcache.serve.errors import ApiError
+from hf_pqcache.serve.manager import EngineSettings
 from hf_pqcache.serve.service import Limits, Service
 
 #: Beyond the time that running requests get: answers are written, connections closed.
@@ -138,9 +139,7 @@ class Running:
 
     def _make_ready(self) -> None:
         try:
-            model, tokenizer = self.load()
-            engine = Engine(model, self.settings)
-            engine.start(tokenizer)
+            model, tokenizer, engine = started(self.load, self.settings, self._lose)
             with self.lock:
                 if not self.is_over:
                     self.service.ready(model, tokenizer, engine)
@@ -149,8 +148,13 @@ class Running:
             else:
                 self.when_ready(self.service)
         except BaseException as error:
-            self.error = error
-            self.server.should_exit = True
+            self._lose(error)
+        self.is_ready.set()
+
+    def _lose(self, error: BaseException) -> None:
+        """End, as nothing can be served any more."""
+        self.error = self.error or error
+        self.server.should_exit = True
         self.is_ready.set()
 
 

@@ -84,7 +84,7 @@ class Service:
         if self.is_draining:
             raise ApiError(503, "the server is about to end and takes no more requests", code="draining")
         if not self.engine.is_alive():
-            raise ApiError(503, "the engine has died; the server has to be started anew", code="engine_dead")
+            raise ApiError(503, self.engine.why_dead, code="engine_dead")
         return self.engine
 
     def check_model(self, asked: str | None) -> None:
@@ -132,7 +132,7 @@ class Service:
             self.engine.drain()
             if not self.engine.is_alive():
                 log.tell("engine_dead", running=len(self.runs))
-                self.abort(ApiError(500, "the engine has died; the server has to be started anew", code="engine_dead"))
+                self.abort(ApiError(500, self.engine.why_dead, code="engine_dead"))
 
     def abort(self, error: ApiError) -> None:
         """End all runs with an error."""

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from hf_pqcache import PagedPQCache, demo, pressed
 from hf_pqcache.models.names import cache_kwargs
-from hf_pqcache.serve.engine import EngineSettings
+from hf_pqcache.serve.manager import EngineSettings
 from hf_pqcache.serve.server import Running
 from hf_pqcache.serve.service import Limits, Service
 

@@ -20,7 +20,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 #: Names of `hf_pqcache.eval.session.models.QUANTIZATIONS`.
 QUANTIZATIONS = ("bnb-4bit", "bnb-8bit", "hqq-4bit", "hqq-8bit", "quanto-int4", "quanto-int8", "torchao-int8")
-#: Of `hf_pqcache.serve.engine`: what blocks of many requests hold.
+#: Of `hf_pqcache.serve.manager`: what blocks of many requests hold.
 VARIANTS = ("4", "3", "2", "exact", "stock")
 #: Of `hf_pqcache.batching.streams`: when finished prompts are stored.
 COMPRESS = ("inline", "stream", "partition")

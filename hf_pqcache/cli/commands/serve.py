@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import partial
-from typing import Any
+from importlib import import_module
+from typing import Any, NoReturn
 
 import click
 
@@ -55,6 +57,7 @@ from hf_pqcache.cli.commands import _options, _output, _types
 @click.option(
     "--log", "is_logged", is_flag=True, help="A line of JSON for each request on the error stream, of all replicas; no prompts."
 )
+@click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, or GPUs, that share a model.")
 @click.option("--replicas", type=click.IntRange(min=1), help="Processes with the model, on Ray Serve; extra 'ray'.")
 @click.option("--most-replicas", type=click.IntRange(min=1), help="As many under load; Ray adds and removes them.")
 @_options.loading_options
@@ -71,6 +74,7 @@ def command(
     max_body: int,
     drain_seconds: float,
     is_logged: bool,
+    tp: int,
     replicas: int | None,
     most_replicas: int | None,
     revision: str | None,
@@ -88,55 +92,107 @@ def command(
     /metrics is for Prometheus; hf_pqcache/serve/grafana.json is a dashboard of it. `pqcache doctor --serve` looks whether all
     is there.
 
-    With --replicas requests that begin alike go to the same one. A replica that dies is started anew; requests of which it
-    had sent nothing are asked again elsewhere, streams end with an error. RAY_ADDRESS names a cluster to join.
-
-    \b
-    Example:  pqcache serve tiny --replicas 2 --press snapkv:0.5
-
     --press prunes each prompt; equal beginnings are not shared then. Where the GPU cannot be divided, or there is none,
     --compress takes the simpler way, and the line that says it is ready tells why.
+
+    With --tp several processes share the model, each some of its heads, on a GPU of its own. If one of them ends, so does the
+    server.
+
+    With --replicas requests that begin alike go to the same one, which may be several processes. A replica that dies is
+    started anew; requests of which it had sent nothing are asked again elsewhere, streams end with an error. RAY_ADDRESS names
+    a cluster to join.
+
+    \b
+    Example:  pqcache serve tiny --press snapkv:0.5 --port 8765
+              pqcache serve tiny --tp 2 --port 8765
+              pqcache serve tiny --replicas 2 --tp 2 --port 8765
 
     \b
     Then:     curl -s localhost:8765/v1/completions \\
                 -d '{"prompt": "The owl is", "max_tokens": 16}'
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise click.UsageError("serve runs in one process: start one for each GPU, without torchrun, and spread requests")
+        raise click.UsageError("serve starts the processes that share the model itself: leave out torchrun, and give --tp")
     loading = _options.loading_of(options)
     from hf_pqcache.eval.session.model_config import load_model_config
     from hf_pqcache.eval.session.models import check_device, load_model, public_name
 
     described = load_model_config(model, {"revision": revision})
     check_device(loading["device"])
-    try:
-        from hf_pqcache.compressors.parse import parse
-        from hf_pqcache.serve import log
-        from hf_pqcache.serve.engine import EngineSettings, check
-        from hf_pqcache.serve.server import Running
-        from hf_pqcache.serve.service import Limits
-    except ModuleNotFoundError as error:
-        raise click.ClickException(f"{error.name} is not installed; type: pip install 'hf-pqcache[serve]'") from error
+    _check_installed()
+    from hf_pqcache.serve import log
+    from hf_pqcache.serve.group import LostError
+    from hf_pqcache.serve.server import Running
+    from hf_pqcache.serve.service import Limits
 
-    check()
     if is_logged:
         log.start()
     note = (lambda text: None) if quiet else _output.note
-    load = partial(load_model, described.source, revision=described.revision, **loading)
-    partition = _partition(options)
-    sizes = EngineSettings(variant, shares_prefixes=not options.pop("no_prefix_sharing"), partition=partition, **options)
-    if sizes.press is not None:
-        parse(sizes.press)
+    _check_processes(tp, loading, options, is_here=not (replicas or most_replicas))
+    load = partial(load_model, described.source, revision=described.revision, is_parallel=tp > 1, **loading)
     limits = Limits(context, max_queue, max_body * 2**20, drain_seconds)
-    what = load, name or public_name(model), sizes, limits
+    what = load, name or public_name(model), _sizes(variant, tp, options), limits
     if replicas or most_replicas:
-        _serve_replicas(what, host, port, api_key, (replicas or 1, most_replicas), loading["device"], is_logged)
+        fleet = _fleet(replicas or 1, most_replicas, tp, loading["device"], is_logged)
+        _serve_replicas(what, host, port, api_key, fleet)
         return
     running = Running(
         *what, host=host, port=port, api_key=api_key, when_ready=lambda service: note(_ready(service, running.url))
     )
     note(f"loading {running.service.name}; {running.url}/health says when it is ready")
-    running.run()
+    try:
+        running.run()
+    except LostError as error:
+        click.echo(f"Error: {error}", err=True)
+        _leave(1)
+    if tp > 1:
+        _leave(0)
+
+
+def _check_installed() -> None:
+    """Raises ClickException without the extra, ImportError without what transformers has to offer."""
+    try:
+        import_module("hf_pqcache.serve.server")
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is not installed; type: pip install 'hf-pqcache[serve]'") from error
+    from hf_pqcache.serve.manager import check
+
+    check()
+
+
+def _sizes(variant: str, tp: int, options: dict[str, Any]) -> Any:
+    """The engine's settings. Raises ValueError and UsageError for those that do not go together."""
+    from hf_pqcache.compressors.parse import parse
+    from hf_pqcache.serve.manager import EngineSettings
+
+    shares_prefixes, partition = not options.pop("no_prefix_sharing"), _partition(options)
+    sizes = EngineSettings(variant, shares_prefixes=shares_prefixes, partition=partition, processes=tp, **options)
+    if sizes.press is not None:
+        parse(sizes.press)
+    return sizes
+
+
+def _leave(code: int) -> NoReturn:
+    """End though a thread may wait for the other processes without end, or NCCL for captured graphs with its collectives."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _check_processes(tp: int, loading: dict[str, Any], options: dict[str, Any], *, is_here: bool) -> None:
+    """Raises UsageError for what several processes that share the model cannot do; is_here: whether on this machine."""
+    if tp == 1:
+        return
+    import torch
+
+    if loading["device"] not in (None, "cpu") or "device_map" in loading:
+        raise click.UsageError("--tp spreads the model over the first GPUs itself: leave out --device and --device-map")
+    if options["press"] is not None:
+        raise click.UsageError("--press sees the heads of one process only: leave out --tp, or the press")
+    if loading["device"] == "cpu" and torch.cuda.is_available():
+        raise click.UsageError("--tp takes GPUs where there are some: hide them by CUDA_VISIBLE_DEVICES= instead")
+    if is_here and torch.cuda.is_available() and torch.cuda.device_count() < tp:
+        raise click.UsageError(f"--tp {tp}: this machine has {torch.cuda.device_count()} GPUs")
 
 
 #: By the lane that prompts take.
@@ -171,25 +227,23 @@ def _ready(service: Any, url: str) -> str:
     return f"ready: {service.name} on {url}, {kind}, {told}"
 
 
-def _serve_replicas(
-    what: tuple[Any, ...],
-    host: str,
-    port: int,
-    api_key: str | None,
-    count: tuple[int, int | None],
-    device: str,
-    is_logged: bool,
-) -> None:
+def _fleet(replicas: int, most: int | None, tp: int, device: str | None, is_logged: bool) -> dict[str, Any]:
+    """What `replicas.Fleet` takes."""
     import torch
 
+    gpus = float(tp) if device != "cpu" and torch.cuda.is_available() else 0.0
+    return {"replicas": replicas, "most": most, "gpus": gpus, "cpus": float(tp), "is_logged": is_logged}
+
+
+def _serve_replicas(what: tuple[Any, ...], host: str, port: int, api_key: str | None, fleet: dict[str, Any]) -> None:
     try:
         from hf_pqcache.serve import replicas
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is not installed; type: pip install 'hf-pqcache[ray]'") from error
-    gpus = 1.0 if device != "cpu" and torch.cuda.is_available() else 0.0
-    fleet = replicas.Fleet(*count, gpus=gpus, is_logged=is_logged)
 
     def tell(url: str) -> None:
-        _output.note(f"ready: {what[1]} on {url}, {what[2].told}, {count[0]} replicas, on Ray {replicas.ray.__version__}")
+        count = f"{fleet['replicas']} replicas, on Ray {replicas.ray.__version__}"
+        _output.note(f"ready: {what[1]} on {url}, {what[2].told}, {count}")
 
-    replicas.run(replicas.application(*what, fleet=fleet, api_key=api_key), host, port, fleet, tell)
+    made = replicas.Fleet(**fleet)
+    replicas.run(replicas.application(*what, fleet=made, api_key=api_key), host, port, made, tell)
