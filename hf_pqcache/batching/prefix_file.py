@@ -4,6 +4,7 @@ before anything is taken in."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,21 @@ def unpack(cache: SlotCache, own: Mapping[str, Any], most: int, data: bytes) -> 
     prefixes = Prefixes(**tensors)
     _check(cache, prefixes, most)
     return prefixes
+
+
+def texts_of(data: bytes) -> list[list[int]]:
+    """The token ids that blocks are of, in bytes that `unpack` has accepted; what others go on from is part of those."""
+    tensors = sequence_file.unpack(data, PREFIXES)[1]
+    tokens, parents = tensors["tokens"].tolist(), tensors["parents"].tolist()
+    firsts = dict(zip((n for n, parent in enumerate(parents) if parent < 0), tensors["sink_tokens"].tolist(), strict=True))
+    texts = []
+    for last in {*range(len(parents))} - {*parents}:
+        run, number = [], last
+        while number >= 0:
+            run.append(tokens[number])
+            first, number = number, parents[number]
+        texts.append([*firsts[first], *chain.from_iterable(reversed(run))])
+    return texts
 
 
 def known_tokens(model: Any) -> int:

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from hf_pqcache.serve import log
 from hf_pqcache.serve.answers import DONE, Answers, sse
 from hf_pqcache.serve.errors import ApiError
+from hf_pqcache.serve.prefix import key_of_request
 from hf_pqcache.serve.protocol import job_of, parse
 from hf_pqcache.serve.run import Event, Run
 from hf_pqcache.serve.service import Service
@@ -122,8 +123,8 @@ class Handlers:
     async def _complete(self, request: Request, is_chat: bool) -> Response:
         arrival = time.perf_counter()
         self.service.check_ready()
-        job = job_of(parse(await self._body(request)), is_chat)
-        run = await self.service.run(job, arrival)
+        document = parse(await self._body(request))
+        run = await self.service.run(job := job_of(document, is_chat), arrival, key_of_request(document))
         answers = Answers(job, self.service.name, run)
         try:
             events = run.events()

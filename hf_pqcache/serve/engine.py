@@ -8,21 +8,26 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_pqcache.demo import TEXT
 from hf_pqcache.models.positions import max_positions
 from hf_pqcache.serve import figures
 from hf_pqcache.serve.group import Group, LostError
 from hf_pqcache.serve.manager import EngineSettings, make_manager
+from hf_pqcache.serve.recent import Recent, Text
 from hf_pqcache.serve.sampling import Sampler, Sampling
+from hf_pqcache.serve.usual import usual_ids
+
+if TYPE_CHECKING:
+    from hf_pqcache.batching.prefixes import Taken
 
 #: In which a process that has ended is known to have.
 LOST_S = 1.0
-#: Of a prompt that is answered before the server is ready, and of the text that comes first of all.
-WARM_UP_TOKENS, USUAL_TOKENS = 64, 512
+#: Of a prompt that is answered before the server is ready.
+WARM_UP_TOKENS = 64
 #: Most requests at a time whose scores depend on their tokens before: each takes 2 bytes of every token of the vocabulary.
 HISTORIES = 256
 
@@ -32,12 +37,6 @@ class Awake(threading.Event):
 
     def wait(self, timeout: float | None = None) -> bool:
         return True
-
-
-def usual_ids(tokenizer: Any, vocab_size: int) -> list[int]:
-    """A text of everyday words, as tokens; fewer where the tokenizer has few."""
-    text = TEXT.read_text(encoding="utf-8")[: 8 * USUAL_TOKENS]
-    return [token for token in tokenizer(text, verbose=False)["input_ids"] if 0 <= token < vocab_size][:USUAL_TOKENS]
 
 
 class Engine:
@@ -51,6 +50,7 @@ class Engine:
     Attributes:
         capacity: most tokens of one request, its answer included. vocab_size: token ids are below it.
         most_requests: that run at a time. slots: of them, with a history. prefix_hits: tokens that were not computed again.
+        recent: the last texts, for `export_prefixes`.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Engine:
         self._count_prefix_hits()
         self._part_graphs()
         self.capacity = self._capacity()
+        self.recent = Recent(self.cache.num_blocks * self.manager.continuous_batching_config.page_size)
         self.most_requests = int(self.manager.continuous_batching_config.max_requests_per_batch)
 
     def start(self, tokenizer: Any = None) -> None:
@@ -143,6 +144,27 @@ class Engine:
                 handle(self.group.error or error if self.group is not None else error, batch_processor)
 
         self.manager._handle_critical_error = handled
+
+    @property
+    def exchanges_prefixes(self) -> bool:
+        """Whether prefixes may leave, or come from elsewhere."""
+        return self.variant != "stock" and self.cache.use_prefix_sharing and not self.manager._is_parallel
+
+    def export_prefixes(self, texts: Sequence[Text], most_bytes: int | None = None) -> bytes:
+        """What is stored of texts, the most important first, as `export_prefixes` of the manager says. In any thread."""
+        return bytes(self.manager.export_prefixes([text.ids for text in texts], most_bytes=most_bytes))
+
+    def import_prefixes(self, data: bytes, texts: Sequence[Text] | None = None) -> Taken:
+        """Keep what another engine has exported, as `import_prefixes` of the manager says. In any thread.
+
+        texts: that they are of; None is whatever `data` has, of unknown keys.
+        """
+        from hf_pqcache.batching.prefix_file import texts_of
+
+        taken: Taken = self.manager.import_prefixes(data)
+        for key, ids in reversed(texts or [Text(None, array("i", ids)) for ids in texts_of(data)]):
+            self.recent.note(key, ids)
+        return taken
 
     async def submit(
         self, ids: Sequence[int], max_tokens: int, sampling: Sampling, hear: Callable[[Any], None], is_streaming: bool
@@ -242,17 +264,22 @@ class Engine:
 
 
 def started(
-    load: Callable[[], tuple[Any, Any]], settings: EngineSettings, when_lost: Callable[[LostError], None]
+    load: Callable[[], tuple[Any, Any]],
+    settings: EngineSettings,
+    when_lost: Callable[[LostError], None],
+    before: Callable[[Engine], None] = lambda engine: None,
 ) -> tuple[Any, Any, Engine]:
     """A model, its tokenizer and its engine, which runs; in several processes if the settings say so.
 
     Args:
         load: makes (model, tokenizer), in each process. when_lost: as of `Group`; what is waited for here may never come then.
+        before: called with the engine before it is asked anything.
     """
     group = Group(settings.processes, (load, settings), when_lost) if settings.processes > 1 else None
     try:
         model, tokenizer = load()
         engine = Engine(model, settings, group)
+        before(engine)
         engine.start(tokenizer)
     except BaseException as error:
         if group is None:

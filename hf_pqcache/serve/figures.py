@@ -39,6 +39,10 @@ def _fill(cache: Any) -> dict[str, float]:
     fill, free, total = cache.allocator.fill(), len(cache.allocator.free_slots), cache.layers.num_slots
     found = {"owned_bytes": fill["owned"], "empty_bytes": fill["empty"], "slots_used": total - free, "slots_free": free}
     found["stored_beside"] = cache.compression.counts["beside"]
+    size, tokens = cache.allocator.bytes_per_block, cache.allocator.tokens_per_page
+    for name in ("imported", "exported"):
+        found |= {f"{name}_tokens": cache.exchanged[name] * tokens, f"{name}_bytes": cache.exchanged[name] * size}
+    found["refused_imports"] = cache.exchanged["refused"]
     return found | ({} if cache.pruning is None else {"pruned_tokens": cache.pruning.pruned_tokens})
 
 

@@ -33,6 +33,11 @@ GAUGES = {
 COUNTERS = {
     "prefix_hits": ("pqcache_prefix_hit_tokens", "Tokens of prompts that were stored already"),
     "stored_beside": ("pqcache_prompts_stored_beside", "Prompts that were stored beside steps of other requests"),
+    "imported_tokens": ("pqcache_prefix_imported_tokens", "Tokens of prefixes that came from another replica, or a file"),
+    "imported_bytes": ("pqcache_prefix_imported_bytes", "Bytes of their blocks"),
+    "exported_tokens": ("pqcache_prefix_exported_tokens", "Tokens of prefixes that were handed over, or saved"),
+    "exported_bytes": ("pqcache_prefix_exported_bytes", "Bytes of their blocks"),
+    "refused_imports": ("pqcache_prefix_imports_refused", "Times that prefixes from elsewhere did not fit here"),
     "pruned_tokens": ("pqcache_pruned_tokens", "Tokens of prompts that a press has taken away"),
 }
 

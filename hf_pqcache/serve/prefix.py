@@ -17,11 +17,14 @@ def key_of(body: bytes) -> str | None:
     """By what a completion or chat is known: how its text begins. None for everything else, and for what is no request."""
     try:
         document = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(document, dict):
-        return None
-    said: Any = document.get("prompt", document.get("messages"))
+    return key_of_request(document) if isinstance(document, dict) else None
+
+
+def key_of_request(document: Mapping[str, Any]) -> str | None:
+    """The same of a body that has been read."""
+    said: Any = document.get("prompt") or document.get("messages")
     if isinstance(said, list) and said and isinstance(said[0], dict):
         text = "\n".join(f"{one.get('role')}: {one.get('content')}" for one in said if isinstance(one, dict))
     elif isinstance(said, list) and said and isinstance(said[0], int):

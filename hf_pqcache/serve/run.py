@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from hf_pqcache.serve import log
@@ -34,10 +34,14 @@ class Choice:
     sampling: Sampling
     text: TextStream
     name: str | None = None
-    tokens: int = 0
+    said: list[int] = field(default_factory=list)
     first: float | None = None
     last: float = 0.0
     is_over: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return len(self.said)
 
 
 class Run:
@@ -47,7 +51,7 @@ class Run:
         is_streaming: whether texts are wanted as they are made. arrival: when the request came, `time.perf_counter`.
 
     Attributes:
-        tells_silence: whether tokens that bring no text yet are events, too.
+        tells_silence: whether tokens that bring no text yet are events, too. key: by which routers know how it begins.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, choices: list[Choice], is_streaming: bool, arrival: float) -> None:
@@ -56,6 +60,7 @@ class Run:
         self.queue: asyncio.Queue[tuple[Choice, Any] | ApiError] = asyncio.Queue()
         self.arrival = arrival
         self.tells_silence = False
+        self.key: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -109,7 +114,7 @@ class Run:
         is_ended = output.is_finished()
         text = ""
         for position, token in enumerate(new):
-            choice.tokens += 1
+            choice.said.append(token)
             is_end = is_ended and position == len(new) - 1 and token in choice.sampling.ends
             text += "" if is_end else choice.text.add(token)
             if choice.text.is_stopped:
@@ -131,6 +136,8 @@ class Run:
     def _end(self, choice: Choice, outcome: str) -> None:
         if not choice.is_over:
             choice.is_over = True
+            if choice.said:
+                self.engine.recent.note(self.key, [*choice.ids, *choice.said])
             self.metrics.ended(outcome, self.arrival, choice.first, choice.last, choice.tokens)
             first = None if choice.first is None else choice.first - self.arrival
             counts = {"prompt_tokens": len(choice.ids), "tokens": choice.tokens}

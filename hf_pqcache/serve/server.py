@@ -8,14 +8,15 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
-from hf_pqcache.serve import log
+from hf_pqcache.serve import log, saved
 from hf_pqcache.serve.app import make_app
-from hf_pqcache.serve.engine import started
+from hf_pqcache.serve.engine import Engine, started
 from hf_pqcache.serve.errors import ApiError
 from hf_pqcache.serve.manager import EngineSettings
 from hf_pqcache.serve.service import Limits, Service
@@ -64,7 +65,8 @@ class Running:
 
     Args:
         load: makes (model, tokenizer); called while the port already answers that it is not ready.
-        name: of the model, for clients. port: 0 takes a free one.
+        name: of the model, for clients. port: 0 takes a free one. prefixes: a file that the engine's prefixes are loaded from,
+            if it is there, and saved to in the end.
 
     Raises OSError if the port is taken.
     """
@@ -79,8 +81,10 @@ class Running:
         host: str = "127.0.0.1",
         port: int = 0,
         api_key: str | None = None,
+        prefixes: Path | None = None,
         when_ready: Callable[[Service], None] = lambda service: None,
     ) -> None:
+        self.prefixes = prefixes
         self.load, self.settings, self.when_ready = load, settings, when_ready
         self.service = Service(name, limits)
         self.socket = bound(host, port)
@@ -112,9 +116,20 @@ class Running:
             with self.lock:
                 self.is_over, engine = True, self.service.engine
             if engine is not None:
-                engine.stop(timeout=CLOSING_S)
+                self._end(engine)
         if self.error is not None:
             raise self.error
+
+    def _before(self, engine: Engine) -> None:
+        if self.prefixes is not None:
+            saved.load(engine, self.prefixes)
+
+    def _end(self, engine: Engine) -> None:
+        try:
+            if self.prefixes is not None and engine.is_alive():
+                saved.save(engine, self.prefixes, self.service.limits.prefix_bytes)
+        finally:
+            engine.stop(timeout=CLOSING_S)
 
     @contextmanager
     def background(self) -> Iterator[str]:
@@ -139,7 +154,7 @@ class Running:
 
     def _make_ready(self) -> None:
         try:
-            model, tokenizer, engine = started(self.load, self.settings, self._lose)
+            model, tokenizer, engine = started(self.load, self.settings, self._lose, self._before)
             with self.lock:
                 if not self.is_over:
                     self.service.ready(model, tokenizer, engine)

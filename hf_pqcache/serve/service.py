@@ -31,12 +31,14 @@ class Limits:
     Attributes:
         context: most tokens of a prompt and its answer; None leaves it to the model and the pool.
         queue: most choices that wait or run. body_bytes: of one request. drain_s: time that running requests get at the end.
+        prefix_bytes: most of what is then saved, or handed over, of prefixes.
     """
 
     context: int | None = None
     queue: int = 1024
     body_bytes: int = 32 * 2**20
     drain_s: float = 30.0
+    prefix_bytes: int = 2**30
 
 
 class Service:
@@ -91,8 +93,11 @@ class Service:
         if asked is not None and asked != self.name:
             raise ApiError(404, f"the model {asked!r} is not served here; {self.name!r} is", "model", "model_not_found")
 
-    async def run(self, job: Job, arrival: float) -> Run:
-        """Let a job in: its choices, ready to go. Raises ApiError where it cannot be served, or not now."""
+    async def run(self, job: Job, arrival: float, key: str | None = None) -> Run:
+        """Let a job in: its choices, ready to go. Raises ApiError where it cannot be served, or not now.
+
+        key: by which routers know how it begins.
+        """
         engine = self.check_ready()
         self.check_model(job.model)
         wanted = job.choices * (1 if job.is_chat else len(job.prompts))
@@ -114,7 +119,7 @@ class Service:
             self.metrics.prompt_tokens.inc(len(ids))
             self.metrics.prompt_length.observe(len(ids))
         run = Run(engine, self.metrics, choices, job.is_streaming, arrival)
-        run.tells_silence = job.repeats_usage
+        run.tells_silence, run.key = job.repeats_usage, key
         self.runs.add(run)
         return run
 

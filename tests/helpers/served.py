@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -80,11 +81,13 @@ def tiny() -> tuple[Any, Any]:
 
 
 @contextmanager
-def served(limits: Limits | None = None, api_key: str | None = None, **sizes: Any) -> Iterator[Served]:
+def served(
+    limits: Limits | None = None, api_key: str | None = None, prefixes: Path | None = None, **sizes: Any
+) -> Iterator[Served]:
     """The embedded model from when it is ready."""
     model, tokenizer = tiny()
     settings = EngineSettings(**{**SETTINGS, **sizes})
-    running = Running(lambda: (model, tokenizer), "tiny", settings, limits or Limits(), api_key=api_key)
+    running = Running(lambda: (model, tokenizer), "tiny", settings, limits or Limits(), api_key=api_key, prefixes=prefixes)
     with running.background() as url:
         found = Served(url, model, tokenizer, running.service, running.server.drain)
         try:

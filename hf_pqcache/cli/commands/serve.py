@@ -6,6 +6,7 @@ import os
 import sys
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -55,6 +56,14 @@ from hf_pqcache.cli.commands import _options, _output, _types
 @click.option("--greenctx-main-ratio", type=float, help="For steps; what compression leaves if absent.")
 @click.option("--greenctx-main-stream", is_flag=True, help="Keep steps to their share; else they have the whole device.")
 @click.option(
+    "--prefixes",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File of what equal beginnings have stored: loaded if it is there, saved at the end.",
+)
+@click.option(
+    "--prefix-mib", type=click.IntRange(min=0), default=1024, show_default=True, help="Most of prefixes that leave at the end."
+)
+@click.option(
     "--log", "is_logged", is_flag=True, help="A line of JSON for each request on the error stream, of all replicas; no prompts."
 )
 @click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, or GPUs, that share a model.")
@@ -73,6 +82,8 @@ def command(
     max_queue: int,
     max_body: int,
     drain_seconds: float,
+    prefixes: Path | None,
+    prefix_mib: int,
     is_logged: bool,
     tp: int,
     replicas: int | None,
@@ -102,10 +113,14 @@ def command(
     started anew; requests of which it had sent nothing are asked again elsewhere, streams end with an error. RAY_ADDRESS names
     a cluster to join.
 
+    --prefixes lets a restarted server, and whoever goes on with a conversation tomorrow, begin where the last one ended, as
+    codes. A file of another model or other settings is refused.
+
     \b
     Example:  pqcache serve tiny --press snapkv:0.5 --port 8765
               pqcache serve tiny --tp 2 --port 8765
               pqcache serve tiny --replicas 2 --tp 2 --port 8765
+              pqcache serve tiny --prefixes tiny.prefixes
 
     \b
     Then:     curl -s localhost:8765/v1/completions \\
@@ -130,15 +145,18 @@ def command(
     note = (lambda text: None) if quiet else _output.note
     _check_processes(tp, loading, options, is_here=not (replicas or most_replicas))
     load = partial(load_model, described.source, revision=described.revision, is_parallel=tp > 1, **loading)
-    limits = Limits(context, max_queue, max_body * 2**20, drain_seconds)
+    limits = Limits(context, max_queue, max_body * 2**20, drain_seconds, prefix_mib * 2**20)
     what = load, name or public_name(model), _sizes(variant, tp, options), limits
+    _check_prefixes(prefixes, what[2], bool(replicas or most_replicas))
     if replicas or most_replicas:
         fleet = _fleet(replicas or 1, most_replicas, tp, loading["device"], is_logged)
         _serve_replicas(what, host, port, api_key, fleet)
         return
-    running = Running(
-        *what, host=host, port=port, api_key=api_key, when_ready=lambda service: note(_ready(service, running.url))
-    )
+
+    def tell(service: Any) -> None:
+        note(_ready(service, running.url))
+
+    running = Running(*what, host=host, port=port, api_key=api_key, prefixes=prefixes, when_ready=tell)
     note(f"loading {running.service.name}; {running.url}/health says when it is ready")
     try:
         running.run()
@@ -193,6 +211,21 @@ def _check_processes(tp: int, loading: dict[str, Any], options: dict[str, Any], 
         raise click.UsageError("--tp takes GPUs where there are some: hide them by CUDA_VISIBLE_DEVICES= instead")
     if is_here and torch.cuda.is_available() and torch.cuda.device_count() < tp:
         raise click.UsageError(f"--tp {tp}: this machine has {torch.cuda.device_count()} GPUs")
+
+
+def _check_prefixes(path: Path | None, sizes: Any, are_replicas: bool) -> None:
+    """Raises UsageError where there are no prefixes to be kept in a file."""
+    why = None
+    if are_replicas:
+        why = "replicas hand theirs over to each other; leave out one of --prefixes and --replicas"
+    elif sizes.variant == "stock":
+        why = "stock blocks are transformers' own, which it lets nobody have; take other --bits"
+    elif sizes.processes > 1:
+        why = "each of the processes that share a model holds its own heads; leave out one of --prefixes and --tp"
+    elif sizes.press is not None or not sizes.shares_prefixes:
+        why = f"nothing is shared with {'--no-prefix-sharing' if sizes.press is None else '--press'}; leave out one of them"
+    if path is not None and why is not None:
+        raise click.UsageError(f"--prefixes {path}: {why}")
 
 
 #: By the lane that prompts take.
