@@ -232,30 +232,13 @@ def test_a_file_of_text_alone_still_loads(tmp_path: Path) -> None:
     assert not MLPCompressor.from_pretrained(tmp_path).merges_images
 
 
-def processor() -> Any:
-    """Of the tiny model: "<image>" stands for an image's tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {f"w{i}": i for i in range(126)} | {"<unk>": 126, "<image>": IMAGE}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<image>"])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="w0")
-    size = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
-    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-    return transformers.LlavaProcessor(
-        image_processor=kind(**size), tokenizer=fast, patch_size=14, vision_feature_select_strategy="default",
-        image_token="<image>", num_additional_image_tokens=1,
-    )  # fmt: skip
-
-
 def test_lines_of_images_and_text(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     image.new("RGB", (80, 60), (200, 30, 30)).save(tmp_path / "red.png")
     words = " ".join(f"w{i}" for i in range(30))
     lines = [{"image": "red.png", "text": f"w1 <image> {words}"}, {"text": words}]
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
-    config, made = tiny_llava.model().config, processor()
+    config, made = tiny_llava.model().config, tiny_llava.processor()
     first, second = samples_of(tmp_path / "a.jsonl", made, config, answer=10)
     assert first.ids[0].tolist() == [1, *[IMAGE] * FEATURES, *range(30)]
     assert getattr(first.pixels, "shape", None) == (1, 3, 56, 56)
@@ -282,7 +265,7 @@ def test_the_command_learns_from_images(tmp_path: Path) -> None:
     from hf_pqcache.cli.app import main
 
     tiny_llava.model().save_pretrained(tmp_path / "llava")
-    processor().save_pretrained(tmp_path / "llava")
+    tiny_llava.processor().save_pretrained(tmp_path / "llava")
     image.new("RGB", (80, 60), (200, 30, 30)).save(tmp_path / "red.png")
     words = " ".join(f"w{i}" for i in range(50))
     line = json.dumps({"image": "red.png", "text": f"w1 <image> {words}"})

@@ -59,7 +59,8 @@ WRONG_CHATS: list[tuple[str, Any]] = [
     ("messages[0]", [5]),
     ("messages[0]", [{"content": "a"}]),
     ("messages[0].content", [{"role": "user"}]),
-    ("messages[0].content", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+    ("messages[0].content", [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]),
+    ("messages[0].content", [{"role": "user", "content": [{"type": "image_url", "image_url": 3}]}]),
     ("messages[1].content", [{"role": "user", "content": "a"}, {"role": "user", "content": [5]}]),
 ]
 

@@ -11,17 +11,6 @@ from hf_pqcache.compressors.training import Sample
 from hf_pqcache.models.images import image_token
 
 
-def load_processor(name: str | Path, revision: str | None = None) -> Any:
-    """The processor of a model that takes images. Raises OSError, ValueError or ImportError in one line."""
-    from transformers import AutoProcessor
-
-    where = {"local_files_only": True} if Path(name).exists() else {"revision": revision}
-    try:
-        return AutoProcessor.from_pretrained(name, **where)
-    except (OSError, ValueError, ImportError) as error:
-        raise type(error)(f"cannot load the processor of {name}: {' '.join(str(error).split())}") from error
-
-
 def samples_of(path: Path, processor: Any, config: Any, answer: int) -> list[Sample]:
     """A sample of each line {"image": FILE or [FILE, ...], "text": TEXT} of `path`, the last `answer` tokens to be predicted.
 

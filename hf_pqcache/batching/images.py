@@ -65,28 +65,28 @@ class Images:
     def end(self) -> None:
         del self._embedding.forward
 
-    def ids_of(self, pixels: Tensor) -> list[range]:
-        """Token ids of images (n, ...), computing the features of those that are new. They are there when this returns.
+    def ids_of(self, pixels: Tensor) -> tuple[list[range], Hold]:
+        """Token ids of images (n, ...), and what keeps these; those that are new are looked at before this returns.
 
         Raises ImagesExhaustedError where requests under way need the room.
         """
         keys = [hashlib.blake2b(one.detach().cpu().contiguous().view(torch.uint8).numpy()).digest() for one in pixels]
-        with Hold(self, ()) as kept:  # what is known must not make room for the others
-            with self._lock:
-                new = [i for i, key in enumerate(keys) if not self._keep(key, kept) and key not in keys[:i]]
-            if new:
-                with torch.no_grad():
-                    given = self.model.get_image_features(pixel_values=pixels[new].to(self.table.device, self.table.dtype))
-                for i, features in zip(new, getattr(given, "pooler_output", given), strict=True):
-                    with self._lock:
-                        if not self._keep(keys[i], kept):
-                            self._known[keys[i]] = self._add(features.reshape(-1, self.table.shape[1]))
-                            self._keep(keys[i], kept)
-                if self.table.device.type == "cuda":  # the engine reads them on a stream of its own
-                    torch.cuda.current_stream(self.table.device).synchronize()
-            with self._lock:
-                found = [self._known[key] for key in keys]
-        return [range(self.first + one.start, self.first + one.stop) for one in found]
+        kept = Hold(self, ())  # what is known must not make room for the others
+        with self._lock:
+            new = [i for i, key in enumerate(keys) if not self._keep(key, kept) and key not in keys[:i]]
+        if new:
+            with torch.no_grad():
+                given = self.model.get_image_features(pixel_values=pixels[new].to(self.table.device, self.table.dtype))
+            for i, features in zip(new, getattr(given, "pooler_output", given), strict=True):
+                with self._lock:
+                    if not self._keep(keys[i], kept):
+                        self._known[keys[i]] = self._add(features.reshape(-1, self.table.shape[1]))
+                        self._keep(keys[i], kept)
+            if self.table.device.type == "cuda":  # the engine reads them on a stream of its own
+                torch.cuda.current_stream(self.table.device).synchronize()
+        with self._lock:
+            found = [self._known[key] for key in keys]
+        return [range(self.first + one.start, self.first + one.stop) for one in found], kept
 
     def _keep(self, key: bytes, kept: Hold) -> bool:
         """Whether an image is known; it is kept then."""
@@ -153,7 +153,7 @@ class Hold:
         self._images, self._starts = images, list[int]()
         for one in ranges:
             self.add(one)
-        self._end = finalize(self, _release, images, self._starts)
+        finalize(self, _release, images, self._starts)
 
     def add(self, one: range) -> None:
         with self._images._lock:
@@ -162,12 +162,6 @@ class Hold:
 
     def __deepcopy__(self, memo: Any) -> Hold:
         return Hold(self._images, [range(start, start) for start in self._starts])
-
-    def __enter__(self) -> Hold:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._end()
 
 
 def _release(images: Images, starts: list[int]) -> None:
@@ -230,13 +224,19 @@ def image_prompt(model: Any, input_ids: Sequence[int] | Tensor, pixel_values: Te
     Raises ValueError if there are more or fewer image tokens than features, ImagesExhaustedError if requests under way have
     taken all room.
     """
+    return held_prompt(model, input_ids, pixel_values)[0]
+
+
+def held_prompt(model: Any, input_ids: Sequence[int] | Tensor, pixel_values: Tensor) -> tuple[list[int], Hold]:
+    """As `image_prompt`, with what keeps its images remembered as long as it lives."""
     images, base = of(model), base_of(model)
     if images is None:
         raise ValueError("the model has no room for images: call enable_batching(model, images=...) first")
     ids = [int(token) for token in (input_ids.flatten().tolist() if isinstance(input_ids, Tensor) else input_ids)]
     place: Any = image_token(base.config)
-    found = [token for run in images.ids_of(pixel_values) for token in run]
+    runs, kept = images.ids_of(pixel_values)
+    found = [token for run in runs for token in run]
     if (count := ids.count(place)) != len(found):
         raise ValueError(f"the prompt has {count} image tokens, and its {len(pixel_values)} images have {len(found)} features")
     following = iter(found)
-    return [next(following) if token == place else token for token in ids]
+    return [next(following) if token == place else token for token in ids], kept

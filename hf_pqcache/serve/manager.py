@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_pqcache.config import PQConfig
+from hf_pqcache.models.images import image_token
 
 #: What blocks hold: codes of so many bits; tokens as they are, in blocks of ours or in transformers' own.
 VARIANTS = ("4", "3", "2", "exact", "stock")
 #: What is not left to transformers on a CPU.
 CPU_SIZES: dict[str, Any] = {"cache_tokens": 16384, "max_batch_tokens": 512, "max_requests": 64}
+#: Of images that are remembered at a time, if nobody says how many: LLaVA-1.5 makes 576 of one.
+IMAGE_TOKENS = 32768
 #: Signatures that the sampler and this file rely on, in module `transformers.generation.continuous_batching`.
 SIGNATURES = {
     "continuous_api.ContinuousBatchingManager.add_request": {"input_ids", "request_id", "max_new_tokens", "streaming"}
@@ -79,6 +82,7 @@ class EngineSettings:
         processes: that share the model, each some of its heads (tensor parallelism).
         compiles: whether torch.compile fuses what lies between attentions of decode steps.
         compress, partition, press: of `enable_batching`; the press by name.
+        image_tokens: of images that are remembered at a time, for a model that takes some; 0 takes none.
         memory_share: of what the device has free, the most that the engine takes.
 
     Raises ValueError for what transformers' own blocks cannot do.
@@ -95,12 +99,13 @@ class EngineSettings:
     compress: str = "inline"
     partition: Any = None
     press: str | None = None
+    image_tokens: int | None = None
     processes: int = 1
     memory_share: float | None = None
     compiles: bool = False
 
     def __post_init__(self) -> None:
-        only_ours = {"press": self.press is not None, "compress": self.compress != "inline"}
+        only_ours = {"press": self.press is not None, "compress": self.compress != "inline", "image_tokens": self.image_tokens}
         if self.variant == "stock" and (asked := [name for name, value in only_ours.items() if value]):
             raise ValueError(f"{asked[0]}= is for blocks of ours, and stock blocks are transformers' own; take another variant")
 
@@ -110,6 +115,21 @@ class EngineSettings:
         kind = f"{self.variant} bits" if self.variant.isdigit() else f"{self.variant} blocks"
         kind += "" if self.press is None else f", press {self.press}"
         return kind if self.processes == 1 else f"{kind}, {self.processes} processes share the model"
+
+
+def image_room(model: Any, settings: EngineSettings) -> tuple[int | None, str]:
+    """(tokens of images that the engine has room for, why it takes none)."""
+    from hf_pqcache.batching.images import why_unfit
+
+    if image_token(model.config) is None:
+        return None, "this model takes no images"
+    if why := why_unfit(model):
+        return None, why
+    if settings.processes > 1:
+        return None, "images are looked at by one process, and several share the model here (--tp)"
+    if settings.variant == "stock" or settings.image_tokens == 0:
+        return None, "images are turned off (--bits stock, or --image-tokens 0)"
+    return settings.image_tokens or IMAGE_TOKENS, ""
 
 
 def make_manager(model: Any, settings: EngineSettings) -> Any:
@@ -134,6 +154,7 @@ def make_manager(model: Any, settings: EngineSettings) -> Any:
         page_size = settings.page_size or PQConfig().page_size
         kept: dict[str, Any] = {"exact": True} if settings.variant == "exact" else {"bits": int(settings.variant)}
         kept |= {"compress": settings.compress, "partition": settings.partition, "press": settings.press}
+        kept |= {"images": image_room(model, settings)[0]}
         # A bound alone is not what requests are like: room is not shared out by it.
         is_known = settings.longest_prompt is not None
         enable_batching(model, **kept, page_size=page_size, max_length=settings.context if is_known else None)

@@ -50,7 +50,8 @@ class Job:
     """A request that is in order, as far as one can say without the model.
 
     Attributes:
-        prompts: texts or lists of token ids; of a chat, none. messages: of a chat.
+        prompts: texts or lists of token ids; of a chat, none. messages: of a chat, contents as texts; one with images as parts,
+            {"type": "text", "text"} or {"type": "image", "url", "field"}. has_images: whether one of them is such.
         template: more arguments of the chat template. choices: answers to each prompt.
         max_tokens: None leaves it to the server. sampling: what was given of `Sampling`'s fields.
     """
@@ -71,6 +72,10 @@ class Job:
     is_streaming: bool
     includes_usage: bool
     repeats_usage: bool
+
+    @property
+    def has_images(self) -> bool:
+        return any(isinstance(message["content"], list) for message in self.messages)
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -158,7 +163,7 @@ def _prompts(body: Mapping[str, Any]) -> list[str | list[int]]:
 
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Messages whose contents are texts. Parts of a content are joined."""
+    """Messages whose contents are texts, of several parts joined; or, where there are images, lists of parts."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise refused("messages", f"messages should be a list that is not empty, got {_kind(messages)}")
@@ -168,8 +173,10 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise refused(f"messages[{i}]", f"messages[{i}] should be an object with a role, got {_kind(message)}")
         content = message.get("content")
         if isinstance(content, list):
-            content = "".join(_part(part, i) for part in content)
-        if not isinstance(content, str):
+            parts = [_part(part, f"messages[{i}].content") for part in content]
+            is_text = all(part["type"] == "text" for part in parts)
+            content = "".join(part["text"] for part in parts) if is_text else parts
+        if not isinstance(content, str | list):
             raise refused(f"messages[{i}].content", f"messages[{i}].content should be a text, got {_kind(content)}")
         found.append({**message, "content": content})
     return found
@@ -183,12 +190,17 @@ def _template(body: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _part(part: Any, i: int) -> str:
+def _part(part: Any, name: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else _kind(part)
-    if kind != "text" or not isinstance(part.get("text"), str):
-        raise refused(f"messages[{i}].content", f"messages[{i}].content: only parts of type text are supported, got {kind}")
-    text: str = part["text"]
-    return text
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind == "image_url":
+        given = part.get("image_url")
+        url = given.get("url") if isinstance(given, dict) else given
+        if not isinstance(url, str):
+            raise refused(name, f"{name}: image_url should be an object with a url, got {_kind(given)}")
+        return {"type": "image", "url": url, "field": f"{name}.image_url"}
+    raise refused(name, f"{name}: only parts of type text and image_url are supported, got {kind}")
 
 
 def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ class Run:
 
     Attributes:
         tells_silence: whether tokens that bring no text yet are events, too. key: by which routers know how it begins.
+        images: what keeps those of its prompt.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, choices: list[Choice], is_streaming: bool, arrival: float) -> None:
@@ -61,6 +62,7 @@ class Run:
         self.arrival = arrival
         self.tells_silence = False
         self.key: str | None = None
+        self.images: Any = None
 
     @property
     def tokens(self) -> int:

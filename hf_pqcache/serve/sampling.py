@@ -160,7 +160,8 @@ class Sampler:
         row = torch.zeros(self.history.shape[1], dtype=torch.int64)
         if generated:
             row += torch.bincount(torch.tensor(generated), minlength=len(row)).clamp(max=COUNT)
-        row[torch.tensor(prompt)] += IN_PROMPT
+        words = [token for token in prompt if token < len(row)]  # the others are of images
+        row[torch.tensor(words, dtype=torch.long)] += IN_PROMPT
         row[list(sampling.ends)] += ENDS
         stream = self.stream()
         with nullcontext() if stream is None else torch.cuda.stream(stream):  # after the steps that still use the slot

@@ -16,6 +16,7 @@ from hf_pqcache.serve.metrics import Metrics
 from hf_pqcache.serve.protocol import Job, sampling_of
 from hf_pqcache.serve.run import Choice, Run
 from hf_pqcache.serve.text import TextStream
+from hf_pqcache.serve.vision import Vision
 
 #: Of a completion that does not say, as OpenAI has it; a chat goes on to the end of the context.
 DEFAULT_TOKENS = 16
@@ -56,6 +57,7 @@ class Service:
         self.created = int(time.time())
         self.engine: Engine | None = None
         self.tokenizer: Any = None
+        self.vision: Vision | None = None
         self.is_draining = False
         self.runs: set[Run] = set()
         self.admitted = 0  # choices whose prompts are being turned into tokens
@@ -70,6 +72,7 @@ class Service:
         self.ends = tuple(end for end in ends if 0 <= end < engine.vocab_size)
         special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
         self.special = {text: token for text, token in special if token < engine.vocab_size}
+        self.vision = Vision(model, engine.settings)
         config = model.generation_config
         self.defaults: Mapping[str, float] = {}
         if config.do_sample:
@@ -110,7 +113,7 @@ class Service:
             )
         self.admitted += wanted
         try:
-            prompts = await asyncio.to_thread(self._token_ids, job)
+            prompts, images = await asyncio.to_thread(self._token_ids, job)
         finally:
             self.admitted -= wanted
         each = [ids for ids in prompts for _ in range(job.choices)]
@@ -119,13 +122,14 @@ class Service:
             self.metrics.prompt_tokens.inc(len(ids))
             self.metrics.prompt_length.observe(len(ids))
         run = Run(engine, self.metrics, choices, job.is_streaming, arrival)
-        run.tells_silence, run.key = job.repeats_usage, key
+        run.tells_silence, run.key, run.images = job.repeats_usage, key, images
         self.runs.add(run)
         return run
 
     def end(self, run: Run) -> None:
         """Cancel what is left of a run and forget it."""
         run.close()
+        run.images = None
         self.runs.discard(run)
 
     async def watch(self) -> None:
@@ -147,10 +151,15 @@ class Service:
     def _state(self) -> dict[str, float]:
         return {} if self.engine is None else self.engine.state()
 
-    def _token_ids(self, job: Job) -> list[list[int]]:
-        """Of each prompt; of a chat the template's."""
+    def _token_ids(self, job: Job) -> tuple[list[list[int]], Any]:
+        """Of each prompt; of a chat the template's, and what keeps its images."""
         try:
-            return [self._chat_ids(job)] if job.is_chat else [self._text_ids(prompt) for prompt in job.prompts]
+            if not job.is_chat:
+                return [self._text_ids(prompt) for prompt in job.prompts], None
+            if self.vision is not None and (job.has_images or self.vision.has_template):
+                ids, images = self.vision.prompt(job.messages, job.template)
+                return [ids], images
+            return [self._chat_ids(job)], None
         except ApiError:
             raise
         except Exception as error:  # a template or a tokenizer says no, each in its own way
@@ -171,7 +180,7 @@ class Service:
         name = "messages" if job.is_chat else "prompt"
         if not ids:
             raise refused(name, "the prompt has no tokens; give at least one")
-        if min(ids) < 0 or max(ids) >= engine.vocab_size:
+        if not job.has_images and (min(ids) < 0 or max(ids) >= engine.vocab_size):  # images have ids of their own
             raise refused(name, f"token ids should be from 0 to {engine.vocab_size - 1}, got {min(ids)} to {max(ids)}")
         if any(not 0 <= one < engine.vocab_size for one in job.stop_ids):
             raise refused("stop_token_ids", f"token ids should be from 0 to {engine.vocab_size - 1}")

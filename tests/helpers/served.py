@@ -82,10 +82,14 @@ def tiny() -> tuple[Any, Any]:
 
 @contextmanager
 def served(
-    limits: Limits | None = None, api_key: str | None = None, prefixes: Path | None = None, **sizes: Any
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    prefixes: Path | None = None,
+    load: Callable[[], tuple[Any, Any]] = tiny,
+    **sizes: Any,
 ) -> Iterator[Served]:
-    """The embedded model from when it is ready."""
-    model, tokenizer = tiny()
+    """The embedded model, or another one, from when it is ready."""
+    model, tokenizer = load()
     settings = EngineSettings(**{**SETTINGS, **sizes})
     running = Running(lambda: (model, tokenizer), "tiny", settings, limits or Limits(), api_key=api_key, prefixes=prefixes)
     with running.background() as url:

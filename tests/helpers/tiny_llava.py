@@ -43,3 +43,20 @@ def prompt(images: int, after: int, seed: int) -> list[int]:
     made = torch.Generator().manual_seed(seed)
     words = torch.randint(2, 120, (after,), generator=made).tolist()
     return [1, 5, 6, *([IMAGE] * FEATURES + [9, 8]) * images, *words]
+
+
+def processor() -> Any:
+    """Of the tiny model: "<image>" stands for an image's tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(126)} | {"<unk>": 126, "<image>": IMAGE}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<image>"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="w0")
+    size = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    return transformers.LlavaProcessor(
+        image_processor=kind(**size), tokenizer=fast, patch_size=14, vision_feature_select_strategy="default",
+        image_token="<image>", num_additional_image_tokens=1,
+    )  # fmt: skip

@@ -46,6 +46,11 @@ from hf_pqcache.cli.commands import _options, _output, _types
 @click.option("--compile", "compiles", is_flag=True, help="Faster decode steps on a GPU, for a longer start: torch.compile.")
 @_options.press_option
 @click.option(
+    "--image-tokens",
+    type=_types.Length(),
+    help="Room for images of all requests, where the model takes some: 32K; 0 takes none.",
+)
+@click.option(
     "--compress",
     type=click.Choice(_options.COMPRESS),
     default="inline",
@@ -105,6 +110,8 @@ def command(
 
     --press prunes each prompt; equal beginnings are not shared then. Where the GPU cannot be divided, or there is none,
     --compress takes the simpler way, and the line that says it is ready tells why.
+
+    A model of LLaVA's kind takes images in chats, as data: URLs (image_url parts); nothing is fetched.
 
     With --tp several processes share the model, each some of its heads, on a GPU of its own. If one of them ends, so does the
     server.

@@ -66,8 +66,9 @@ def command(
     from hf_pqcache.compressors.training import Training
     from hf_pqcache.eval.learnt_press import learn, loss_curve
     from hf_pqcache.eval.session.models import token_ids
-    from hf_pqcache.eval.session.pictures import load_processor, samples_of
+    from hf_pqcache.eval.session.pictures import samples_of
     from hf_pqcache.eval.session.texts import text_of
+    from hf_pqcache.models.processor import load_processor
 
     if images is not None:
         _options.refuse_unused("beside --images", {"text": "--text", "prompt": "--prompt"})
