@@ -27,7 +27,7 @@ from ray.serve.schema import LoggingConfig
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from hf_pqcache.serve import lines, log
+from hf_pqcache.serve import heirs, lines, log
 from hf_pqcache.serve.answers import DONE, sse
 from hf_pqcache.serve.app import UNBUFFERED, make_app
 from hf_pqcache.serve.engine import started
@@ -35,6 +35,7 @@ from hf_pqcache.serve.errors import ApiError
 from hf_pqcache.serve.group import LostError
 from hf_pqcache.serve.manager import EngineSettings
 from hf_pqcache.serve.prefix import key_of, ranked, with_label
+from hf_pqcache.serve.recent import Text
 from hf_pqcache.serve.relay import Start, call
 from hf_pqcache.serve.server import bound
 from hf_pqcache.serve.service import Limits, Service
@@ -118,6 +119,22 @@ class Replica:
     async def figures(self) -> tuple[str, str]:
         """(replica, its metrics as Prometheus reads them)."""
         return self.id, self.service.metrics.text().decode()
+
+    async def called(self) -> str:
+        """The name by which the router knows this replica."""
+        return self.id
+
+    async def inherit(self, data: bytes, texts: list[Text], key: str | None = None) -> dict[str, int]:
+        """Prefixes of a replica that ends; `key` is for the router. Raises ValueError where they do not fit."""
+        assert self.service.engine is not None
+        return await heirs.inherit(self.service.engine, data, texts)
+
+    async def __del__(self) -> None:
+        """Ray calls it once all requests have been answered, and then ends the process."""
+        service = getattr(self, "service", None)
+        if service is not None and service.engine is not None:
+            others = serve.get_deployment_handle("Replica", NAME)
+            await heirs.hand_over(service.engine, self.id, others, service.limits.prefix_bytes)
 
     def check_health(self) -> None:
         """Ray asks. Raises RuntimeError once the engine is dead: Ray starts another replica."""
@@ -255,7 +272,8 @@ def application(
         max_ongoing_requests=limits.queue,
         ray_actor_options={"num_cpus": fleet.cpus, "num_gpus": fleet.gpus},
         health_check_period_s=HEALTH_S,
-        graceful_shutdown_timeout_s=limits.drain_s,
+        graceful_shutdown_wait_loop_s=heirs.LOOK_S,
+        graceful_shutdown_timeout_s=limits.drain_s + heirs.HAND_OVER_S,
         request_router_config=RequestRouterConfig(request_router_class=router),
         **scaling,
     )

@@ -66,7 +66,11 @@ from hf_pqcache.cli.commands import _options, _output, _types
     help="File of what equal beginnings have stored: loaded if it is there, saved at the end.",
 )
 @click.option(
-    "--prefix-mib", type=click.IntRange(min=0), default=1024, show_default=True, help="Most of prefixes that leave at the end."
+    "--prefix-mib",
+    type=click.IntRange(min=0),
+    default=1024,
+    show_default=True,
+    help="Most that is kept of prefixes at the end.",
 )
 @click.option(
     "--log", "is_logged", is_flag=True, help="A line of JSON for each request on the error stream, of all replicas; no prompts."
@@ -117,8 +121,8 @@ def command(
     server.
 
     With --replicas requests that begin alike go to the same one, which may be several processes. A replica that dies is
-    started anew; requests of which it had sent nothing are asked again elsewhere, streams end with an error. RAY_ADDRESS names
-    a cluster to join.
+    started anew; requests of which it had sent nothing are asked again elsewhere, streams end with an error. One that Ray takes
+    away hands its prefixes to those that get its requests. RAY_ADDRESS names a cluster to join.
 
     --prefixes lets a restarted server, and whoever goes on with a conversation tomorrow, begin where the last one ended, as
     codes. A file of another model or other settings is refused.
