@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import GREEDY, PROMPTS, eventually, served
+import torch
+from served import GREEDY, PROMPTS, eventually, served, tiny
 
 from hf_pqcache.serve import group as groups
 from hf_pqcache.serve.group import Group, LostError
@@ -34,13 +35,23 @@ ASKED: tuple[dict[str, Any], ...] = (
 )
 
 
+def untied(folder: Path) -> str:
+    """The embedded model with an output layer of its own, which processes share, too."""
+    model, tokenizer = tiny()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(folder / "untied")
+    tokenizer.save_pretrained(folder / "untied")
+    return str(folder / "untied")
+
+
 @contextmanager
-def shared(folder: Path, *more: str) -> Iterator[tuple[Any, Any, Path]]:
+def shared(folder: Path, *more: str, model: str = "tiny") -> Iterator[tuple[Any, Any, Path]]:
     """`pqcache serve --tp 2` from when it is ready -> (a client, the process, the file with what it says)."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     said = folder / "said.txt"
-    command = [sys.executable, "-m", "hf_pqcache", "serve", "tiny", "--tp", "2", "--port", str(port), *SIZES, *more]
+    command = [sys.executable, "-m", "hf_pqcache", "serve", model, "--tp", "2", "--port", str(port), *SIZES, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": ""}
     with said.open("w") as file:
         server = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
@@ -73,7 +84,7 @@ def figure(client: Any, name: str) -> float:
 def test_two_processes_answer_as_one_and_end_with_it(tmp_path: Path) -> None:
     with served(cache_tokens=4096) as alone:
         expected = texts(alone.client)
-    with shared(tmp_path) as (client, server, said):
+    with shared(tmp_path, model=untied(tmp_path)) as (client, server, said):
         assert texts(client) == expected
         body = {"prompt": PROMPTS[0], "max_tokens": 3000, "ignore_eos": True, "stream": True, "repetition_penalty": 1.1}
         for _ in range(3):
