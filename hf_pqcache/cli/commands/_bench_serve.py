@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from hf_pqcache.cli.commands import _options, _output, _shapes, _types
+from hf_pqcache.cli.commands import _bench_replicas, _options, _output, _shapes, _types
 
 FULL = "full"
 
@@ -48,6 +48,14 @@ class _Concurrency(click.ParamType):
     multiple=True,
     help="Requests a second over HTTP, at random moments, whether the server keeps up or not; may be repeated.",
 )
+@click.option(
+    "--replicas",
+    type=_types.Lengths(),
+    help="1,2: servers with so many replicas over HTTP, one after the other, under the same load; extra 'ray'.",
+)
+@click.option("--seconds", type=click.FloatRange(min=1), default=60, show_default=True, help="That count, with --replicas.")
+@click.option("--max-requests", type=click.IntRange(min=1), help="That a replica runs at a time, with --replicas.")
+@click.option("--pin", "is_pinned", is_flag=True, help="Give each replica a core of the CPU to itself.")
 @click.option("--goal-ttft-ms", type=float, default=2000, show_default=True, help="First token of a good request.")
 @click.option("--goal-tpot-ms", type=float, default=50, show_default=True, help="Time between its later tokens.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of prompts, and of moments.")
@@ -68,6 +76,7 @@ def command(
     concurrency: list[int | None],
     requests: int | None,
     rates: Sequence[float],
+    replicas: list[int] | None,
     goal_ttft_ms: float,
     goal_tpot_ms: float,
     seed: int,
@@ -83,6 +92,7 @@ def command(
 
     Prompts are random and all different; throughput counts generated tokens. Without --request-rate a request that ends is
     followed by the next one; with it requests come when they come, to a server in this process from a client in another.
+    With --replicas clients ask servers of their own for whole answers, and what ends within --seconds counts.
 
     \b
     Example:  pqcache bench serve --model tiny --prompt-tokens 64 \\
@@ -93,6 +103,11 @@ def command(
     loading = _options.loading_of({**options})
     for path in (json_file, plot):
         _output.check_writable(path)
+    if replicas:
+        sizes = prompt_tokens, output_tokens, concurrency
+        _bench_replicas.run(str(model), replicas, variants, sizes, {"seed": seed, **options}, json_file)
+        return
+    _options.refuse_unused("without --replicas", _bench_replicas.ONLY)
     from hf_pqcache.eval.bench.load import ask
     from hf_pqcache.eval.bench.serve import Case, Goal, bench_serve
 
@@ -112,18 +127,30 @@ def command(
     if missing:
         loaded, tokenizer = _shapes.load(shape, model, options["revision"], loading)
         goal, start = Goal(goal_ttft_ms, goal_tpot_ms), _starter(loaded, tokenizer, name)
-        try:
-            for row in bench_serve(loaded, name, missing, goal, start=start, ask=ask, is_checked=not no_check, note=note):
-                rows.append(row)
-                note(_line(row))
-                if json_file not in (None, _output.STDOUT):
-                    _output.save_json(json_file, [*others, *rows])
-        except RuntimeError as error:
-            raise click.ClickException(str(error)) from error
+        measured = bench_serve(loaded, name, missing, goal, start=start, ask=ask, is_checked=not no_check, note=note)
+        _collect(measured, rows, others, json_file, note)
     _print(rows)
     _output.write_json(json_file, [*others, *rows])
     if plot is not None:
         _draw(rows, plot)
+
+
+def _collect(
+    measured: Iterable[dict[str, Any]],
+    rows: list[dict[str, Any]],
+    others: Sequence[dict[str, Any]],
+    json_file: Path | None,
+    note: Callable[[str], None],
+) -> None:
+    """Add rows as they come, and write all of them each time."""
+    try:
+        for row in measured:
+            rows.append(row)
+            note(_line(row))
+            if json_file not in (None, _output.STDOUT):
+                _output.save_json(json_file, [*others, *rows])
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _draw(rows: list[dict[str, Any]], plot: Path) -> None:

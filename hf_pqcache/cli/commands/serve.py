@@ -76,6 +76,7 @@ from hf_pqcache.cli.commands import _options, _output, _types
     "--log", "is_logged", is_flag=True, help="A line of JSON for each request on the error stream, of all replicas; no prompts."
 )
 @click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, or GPUs, that share a model.")
+@click.option("--pin", "is_pinned", is_flag=True, help="Give each process with the model a core of the CPU to itself; Linux.")
 @click.option("--replicas", type=click.IntRange(min=1), help="Processes with the model, on Ray Serve; extra 'ray'.")
 @click.option("--most-replicas", type=click.IntRange(min=1), help="As many under load; Ray adds and removes them.")
 @_options.loading_options
@@ -95,6 +96,7 @@ def command(
     prefix_mib: int,
     is_logged: bool,
     tp: int,
+    is_pinned: bool,
     replicas: int | None,
     most_replicas: int | None,
     revision: str | None,
@@ -147,7 +149,6 @@ def command(
     check_device(loading["device"])
     _check_installed()
     from hf_pqcache.serve import log
-    from hf_pqcache.serve.group import LostError
     from hf_pqcache.serve.server import Running
     from hf_pqcache.serve.service import Limits
 
@@ -156,6 +157,7 @@ def command(
     note = (lambda text: None) if quiet else _output.note
     _check_processes(tp, loading, options, is_here=not (replicas or most_replicas))
     load = partial(load_model, described.source, revision=described.revision, is_parallel=tp > 1, **loading)
+    load = _pinned(load, loading["device"]) if is_pinned else load
     limits = Limits(context, max_queue, max_body * 2**20, drain_seconds, prefix_mib * 2**20)
     what = load, name or public_name(model), _sizes(variant, tp, options), limits
     _check_prefixes(prefixes, what[2], bool(replicas or most_replicas))
@@ -169,6 +171,13 @@ def command(
 
     running = Running(*what, host=host, port=port, api_key=api_key, prefixes=prefixes, when_ready=tell)
     note(f"loading {running.service.name}; {running.url}/health says when it is ready")
+    _run(running, tp)
+
+
+def _run(running: Any, tp: int) -> None:
+    """Serve until the end, which does not wait for other processes that share the model."""
+    from hf_pqcache.serve.group import LostError
+
     try:
         running.run()
     except LostError as error:
@@ -222,6 +231,19 @@ def _check_processes(tp: int, loading: dict[str, Any], options: dict[str, Any], 
         raise click.UsageError("--tp takes GPUs where there are some: hide them by CUDA_VISIBLE_DEVICES= instead")
     if is_here and torch.cuda.is_available() and torch.cuda.device_count() < tp:
         raise click.UsageError(f"--tp {tp}: this machine has {torch.cuda.device_count()} GPUs")
+
+
+def _pinned(load: Any, device: str | None) -> Any:
+    """A way to load a model that gives its process a core. Raises UsageError where that cannot be, or helps nobody."""
+    import torch
+
+    if not hasattr(os, "sched_setaffinity"):
+        raise click.UsageError("--pin needs Linux, which can keep a process on a core: leave it out")
+    if device != "cpu" and torch.cuda.is_available():
+        raise click.UsageError("--pin is for models on a CPU: leave it out, or give --device cpu")
+    from hf_pqcache.serve.cores import pinned
+
+    return partial(pinned, load)
 
 
 def _check_prefixes(path: Path | None, sizes: Any, are_replicas: bool) -> None:
