@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def test_a_server_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
         assert text == right
         assert server.metric("pqcache_prefix_imported_tokens_total") >= hits - 4 > 100
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert os.name != "posix" or file.stat().st_mode & 0o077 == 0
 
 
 def test_a_file_of_something_else_is_refused_and_left(tmp_path: Path) -> None:

@@ -133,7 +133,8 @@ class Replica:
         """Ray calls it once all requests have been answered, and then ends the process."""
         service = getattr(self, "service", None)
         if service is not None and service.engine is not None:
-            others = serve.get_deployment_handle("Replica", NAME)
+            own = serve.get_replica_context()
+            others = serve.get_deployment_handle(own.deployment, own.app_name)
             await heirs.hand_over(service.engine, self.id, others, service.limits.prefix_bytes)
 
     def check_health(self) -> None:

@@ -24,11 +24,15 @@ def load(engine: Engine, path: Path) -> None:
 
 
 def save(engine: Engine, path: Path, most_bytes: int) -> None:
-    """Write what the engine has stored of its last texts; at no moment is there half a file. Raises OSError."""
+    """Write what the engine has stored of its last texts; at no moment is there half a file. Raises OSError.
+
+    The file says what clients have asked, so it is for its owner's eyes only.
+    """
     data = engine.export_prefixes(engine.recent.texts(), most_bytes)
     half = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        half.write_bytes(data)
+        with open(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(data)
         half.replace(path)
     finally:
         half.unlink(missing_ok=True)

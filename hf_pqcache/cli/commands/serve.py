@@ -127,7 +127,7 @@ def command(
     away hands its prefixes to those that get its requests. RAY_ADDRESS names a cluster to join.
 
     --prefixes lets a restarted server, and whoever goes on with a conversation tomorrow, begin where the last one ended, as
-    codes. A file of another model or other settings is refused.
+    codes. The file tells what was asked. One of another model or other settings is refused.
 
     \b
     Example:  pqcache serve tiny --press snapkv:0.5 --port 8765
@@ -290,7 +290,8 @@ def _ready(service: Any, url: str) -> str:
         why = f" ({facts['compress_because']})" if facts["compress_because"] else ""
         kind += f", prompts stored {_STORED[facts['compress']]}{why}"
     told = f"{service.context:,} tokens a request, {service.engine.most_requests} requests at a time"
-    return f"ready: {service.name} on {url}, {kind}, {told}"
+    loaded = engine.state().get("imported_tokens")
+    return f"ready: {service.name} on {url}, {kind}, {told}" + (f", {loaded:,} tokens of prefixes" if loaded else "")
 
 
 def _fleet(replicas: int, most: int | None, tp: int, device: str | None, is_logged: bool) -> dict[str, Any]:
