@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -61,12 +62,13 @@ def test_equal_to_generate_in_little_room(model: Any, exact: bool) -> None:
         for begin in range(0, SHOWN, 4):
             asked_now = [image_prompt(model, prompt(i), pixels[[i]]) for i in range(begin, begin + 4)]
             new = [manager.add_request(ids, max_new_tokens=NEW) for ids in asked_now]
-            while set(new) - set(found) and manager.is_running():
+            until = time.monotonic() + 60
+            while set(new) - set(found) and manager.is_running() and time.monotonic() < until:
                 if (result := manager.get_result(timeout=1)) is not None and result.is_finished():
                     found[result.request_id] = result
             names += new
-            while manager.stats()["images"]["held"] and manager.is_running():
-                pass
+            while manager.stats()["images"]["held"] and time.monotonic() < until:
+                time.sleep(0.01)
     disable_batching(model)
     assert all(found[name].error is None for name in names)
     pairs = [(found[name].generated_tokens[:10], tokens[:10]) for name, tokens in zip(names, wanted, strict=True)]
