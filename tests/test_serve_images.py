@@ -107,7 +107,8 @@ def test_new_images_without_end(server: Served, folder: Path) -> None:
     shown = [said(server, chat(shade)) for shade in range(0, 250, 25)]
     assert shown[1] == expected(folder, 25)
     assert shown == [said(server, chat(shade)) for shade in range(0, 250, 25)]
-    assert eventually(lambda: is_idle(server))
+    assert eventually(lambda: is_idle(server) and server.metric("pqcache_image_tokens_held ") == 0)
+    assert server.metric("pqcache_image_tokens ") == server.metric("pqcache_image_tokens_room ") == ROOM
 
 
 def test_more_at_a_time_than_there_is_room_for(server: Served) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_pqcache.batching.images import of
+
 
 def state(settings: Any, manager: Any) -> dict[str, float]:
     """Requests that wait and run, blocks used and free, and what `_fill` says.
@@ -20,6 +22,7 @@ def state(settings: Any, manager: Any) -> dict[str, float]:
         "blocks_used": cache.num_blocks - free,
         "pool_bytes": cache.cache_tensor.nbytes,
         **(_stock_fill(processor) if settings.variant == "stock" else _fill(cache)),
+        **_images(manager.model),
     }
 
 
@@ -44,6 +47,14 @@ def _fill(cache: Any) -> dict[str, float]:
         found |= {f"{name}_tokens": cache.exchanged[name] * tokens, f"{name}_bytes": cache.exchanged[name] * size}
     found["refused_imports"] = cache.exchanged["refused"]
     return found | ({} if cache.pruning is None else {"pruned_tokens": cache.pruning.pruned_tokens})
+
+
+def _images(model: Any) -> dict[str, float]:
+    """Tokens of images that are remembered, and of them what requests may look at; none for a model that takes none."""
+    if (images := of(model)) is None:
+        return {}
+    found = images.stats()
+    return {"image_tokens": found["remembered"], "image_tokens_held": found["held"], "image_room": found["room"]}
 
 
 def _stock_fill(processor: Any) -> dict[str, float]:
