@@ -7,6 +7,7 @@ advance: `hub.fail("GET /user/repo/resolve", 503, times=2)`.
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import importlib
 import json
@@ -246,6 +247,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: the garbage collector, which some tests call, need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

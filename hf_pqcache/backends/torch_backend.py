@@ -100,11 +100,30 @@ def row_tokens(view: LayerView, which: Side, row: int, length: int, in_pages: in
 
 def dense(view: LayerView, which: Side, lengths: Sequence[int], left_pad: Sequence[int], total: int) -> Tensor:
     """Keys or values as an uncompressed cache would hold them: (B, H, total, d), zeros where a row has no token."""
-    window = _window(view, which)
+    window, size, sinks = _window(view, which), view.config.page_size, view.config.sink_tokens
     out = window.new_zeros(len(lengths), window.shape[1], total, window.shape[3])
-    for row, (length, start) in enumerate(zip(lengths, left_pad, strict=True)):
-        out[row, :, start : start + length] = row_tokens(view, which, row, length)[:, : total - start]
+    for rows in _rows_together([view.coded_tokens(length) // size for length in lengths]):
+        pages = [view.page_numbers(row, 0, view.coded_tokens(lengths[row]) // size) for row in rows]
+        decoded = decode_pages(view, which, [page for of_row in pages for page in of_row])
+        for row, of_row in zip(rows, pages, strict=True):
+            own, decoded = decoded.split([len(of_row) * size, decoded.shape[1] - len(of_row) * size], dim=1)
+            length, coded = lengths[row], own.shape[1]
+            parts = [read_window(view, which, row, 0, min(length, sinks)), own]
+            parts.append(read_window(view, which, row, min(length, sinks) + coded, length))
+            start = left_pad[row]
+            out[row, :, start : start + length] = torch.cat(parts, dim=1)[:, : total - start]
     return out
+
+
+def _rows_together(pages: Sequence[int]) -> Iterator[list[int]]:
+    """Neighbouring rows, each with so many pages, that have few enough of them to be decoded at once; one row at least."""
+    begin = together = 0
+    for row, count in enumerate(pages):
+        if row > begin and together + count > PAGES_PER_CHUNK:
+            yield list(range(begin, row))
+            begin, together = row, 0
+        together += count
+    yield list(range(begin, len(pages)))
 
 
 def attend(

@@ -39,6 +39,9 @@ class ReferenceLayer(DynamicLayer):
         self.equaliser: Tensor | None = None  # of the first page that was written
         self.pages: list[int] = []  # tokens of each row in pages that were written before a crop
         self.paged: tuple[Tensor, Tensor] | None = None  # what those pages stand for, where they do
+        self._known: dict[
+            tuple[Side, int], tuple[Tensor, Tensor]
+        ] = {}  # of each side and row: pages, and what codes make of them
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Several new tokens at once see each other exactly, and the past as the cache holds it before they enter."""
@@ -86,6 +89,7 @@ class ReferenceLayer(DynamicLayer):
                 self.values[row, :, first:last] = decoded[1][row, :, first:last]
         if not any(self._coded()):
             self.equaliser = None
+            self._known.clear()
         # Tokens that come now are in no slot that was used again.
         rows = zip(self.most, self._row_lengths(), strict=True)
         self.most = [min(most, length + self.config.window_slots) for most, length in rows]
@@ -94,6 +98,7 @@ class ReferenceLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self.starts, self.most, self.pages, self.equaliser, self.paged = [], [], [], None, None
+        self._known.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
@@ -127,8 +132,21 @@ class ReferenceLayer(DynamicLayer):
         for row, (start, written, coded) in enumerate(zip(self.starts, self.pages, self._coded(), strict=True)):
             if coded > written:
                 place = slice(start + self.config.sink_tokens + written, start + self.config.sink_tokens + coded)
-                out[row, :, place] = codec.decode(codec.encode(out[row, :, place]), out.dtype)
+                out[row, :, place] = self._decoded(codec, row, out[row, :, place].clone())
         return out
+
+    def _decoded(self, codec: CodedPages, row: int, x: Tensor) -> Tensor:
+        """What codes make of x (H, n, d), some pages of a row; those that were there a step ago are known."""
+        key, size = (codec.layout.which, row), 0
+        parts: list[Tensor] = []
+        known = self._known.get(key, (x[:, :0], x[:, :0]))
+        if known[0].dtype == x.dtype and torch.equal(known[0], x[:, : known[0].shape[1]]):
+            parts, size = [known[1]], known[0].shape[1]
+        if size < x.shape[1]:
+            parts.append(codec.decode(codec.encode(x[:, size:]), x.dtype))
+        decoded = torch.cat(parts, dim=1)
+        self._known[key] = x, decoded
+        return decoded
 
     def note_equaliser(self) -> None:
         """Make the equaliser of the first keys that are in pages, if there are any and there is none yet."""
@@ -139,6 +157,7 @@ class ReferenceLayer(DynamicLayer):
             first = self.starts[row] + self.config.sink_tokens
             last = first + min(coded, normalise.EQUALISER_TOKENS)
             self.equaliser = normalise.equaliser(self.keys[row, :, first:last])
+            self._known.clear()
 
 
 class HybridReferenceLayer(LinearAttentionAndFullAttentionLayer, ReferenceLayer):  # type: ignore[misc, override]
