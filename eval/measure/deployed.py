@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from hf_pqcache.config import PQConfig
 from hf_pqcache.eval.measure.perplexity import spans
+from hf_pqcache.eval.measure.shares import Each, one_by_one, summed
 from hf_pqcache.models.names import cache_kwargs
 from hf_pqcache.models.positions import check_positions, max_positions
 
@@ -50,6 +51,7 @@ def cache_perplexity(
     is_prompt: bool = False,
     max_windows: int | None = None,
     progress: bool = True,
+    each: Each = one_by_one,
 ) -> float:
     """Strided perplexity of a text under a real cache; windows, strides and scored tokens are those of `perplexity`.
 
@@ -62,6 +64,7 @@ def cache_perplexity(
         is_prompt: whether the first step is a prompt, none of whose tokens is scored, nor the one that it predicts.
         batch: windows that run together, as rows. It changes no figure where the rows of a cache are independent, and
             spares time on a GPU.
+        each: how batches of windows are gone through, see `shares.py`.
 
     Raises ValueError for impossible sizes.
     """
@@ -79,15 +82,19 @@ def cache_perplexity(
             raise ValueError(f"a prompt of {prefill} tokens leaves none to score in a window of {window}")
     check_positions(min(window, ids.numel()), max_positions(model.config), "a perplexity window", "the window")
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    count = sum(end - first for _, end, first in parts)
     tokens = sum(end - begin for begin, end, _ in parts)
+    batches = list(_batches(parts, batch))
     with tqdm(total=tokens, desc="perplexity, cache", unit="token", disable=not progress, leave=False) as bar:
-        for rows in _batches(parts, batch):
-            length = rows[0][1] - rows[0][0]
+
+        def loss(i: int) -> float:
+            rows = batches[i]
             windows = torch.stack([ids[begin:end] for begin, end, _ in rows]).to(device)
             firsts = [first - begin for begin, _, first in rows]
-            total += _window_loss(model, windows, firsts, make_cache(length, len(rows)), chunk, prefill, bar.update)
-            count += sum(end - first for _, end, first in rows)
+            cache = make_cache(rows[0][1] - rows[0][0], len(rows))
+            return _window_loss(model, windows, firsts, cache, chunk, prefill, bar.update)
+
+        total = summed(each(len(batches), loss))
     return math.exp(min(total / count, 700.0))
 
 

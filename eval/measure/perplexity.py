@@ -28,6 +28,7 @@ from hf_pqcache.codebook import normalise, pq, shipped
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.codebook.samples import compressible_layers
 from hf_pqcache.config import PQConfig, Side
+from hf_pqcache.eval.measure.shares import Each, one_by_one, summed
 from hf_pqcache.eval.session.caches import codes_of, head_dim_of
 from hf_pqcache.eval.session.models import token_ids
 from hf_pqcache.models.positions import check_positions, max_positions
@@ -79,6 +80,7 @@ def perplexity(
     config: PQConfig | None = None,
     max_windows: int | None = None,
     progress: bool = True,
+    each: Each = one_by_one,
 ) -> PerplexityResult:
     """Perplexity of `text` in windows of fresh context.
 
@@ -94,7 +96,7 @@ def perplexity(
         config: shape of the simulated cache; a codebook decides how vectors are cut and coded. None means the codebook's
             settings, or the defaults.
         max_windows: stop after so many windows.
-        progress: show a progress bar.
+        progress: show a progress bar. each: how windows are gone through, see `shares.py`.
 
     Raises:
         ValueError: fewer than two tokens, an impossible window or stride, a codebook of another model.
@@ -117,18 +119,15 @@ def perplexity(
         raise ValueError(f"the text has {ids.numel()} tokens; perplexity needs at least two")
     check_positions(min(window, ids.numel()), max_positions(model.config), "a perplexity window", "the window")
 
-    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
     try:
-        with simulated_attention(model, codebook, config, mode):
-            for begin, end, first in tqdm(parts, desc=f"perplexity, {mode}", unit="window", disable=not progress, leave=False):
-                row = ids[begin:end].to(device)
-                total += _negative_log_likelihood(model, row, first - begin)
-                count += end - first
+        told: dict[str, Any] = {"desc": f"perplexity, {mode}", "unit": "window", "disable": not progress, "leave": False}
+        with simulated_attention(model, codebook, config, mode), tqdm(total=len(parts), **told) as bar:
+            total = _loss(model, ids, parts, each, bar)
     finally:
         model.train(was_training)
+    count = sum(end - first for _, end, first in parts)
     return PerplexityResult(
         value=math.exp(min(total / count, 700.0)),
         tokens=count,
@@ -323,6 +322,18 @@ def spans(num_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int,
         scored = end
         if end == num_tokens:
             return
+
+
+def _loss(model: Any, ids: Tensor, parts: Sequence[tuple[int, int, int]], each: Each, bar: Any) -> float:
+    """Sum of all windows' -log p."""
+    device = next(model.parameters()).device
+
+    def loss(i: int) -> float:
+        begin, end, first = parts[i]
+        bar.update()
+        return _negative_log_likelihood(model, ids[begin:end].to(device), first - begin)
+
+    return summed(each(len(parts), loss))
 
 
 def _negative_log_likelihood(model: Any, ids: Tensor, first: int) -> float:

@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from tqdm.auto import tqdm
 
-from hf_pqcache.eval.measure.journal import Journal
-from hf_pqcache.eval.session import distributed
+from hf_pqcache.eval.measure import shares
 from hf_pqcache.eval.session.results import Row
 from hf_pqcache.eval.session.session import Session
 from hf_pqcache.models.names import cache_kwargs
@@ -60,13 +58,9 @@ def predict(
     use_chat: bool,
 ) -> dict[int, str]:
     """Greedy answers of all questions, this process's share of them made here; kept beside the results, if these are."""
-    rank, processes = distributed.world()
-    path = session.results.path
-    folder = None if path is None else path.with_suffix(".predictions") / key[:16]
-    journal = Journal(folder, rank, processes, fresh=session.force)
     model, tokenizer = session.model, session.tokenizer
-    todo = [i for i in range(rank, len(questions), processes) if i not in journal.predictions]
-    for i in tqdm(todo, desc=name, unit="example", disable=not session.progress or rank > 0, leave=False):
+
+    def answer(i: int) -> str:
         ids = token_ids(tokenizer, questions[i].prompt, max_tokens, use_chat).to(model.device)
         out = model.generate(
             ids,
@@ -76,8 +70,9 @@ def predict(
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
             **cache_kwargs(session.cache.make(model, ids.shape[1] + new_tokens)),
         )
-        journal.add(i, str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
-    return distributed.gather(journal.predictions)
+        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+    return shares.texts(session, key, len(questions), answer, name=name, unit="example")
 
 
 def measure(

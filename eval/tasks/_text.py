@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_pqcache.cache.footprint import plan_memory
+from hf_pqcache.eval.measure import shares
 from hf_pqcache.eval.measure.deployed import CHUNK, PREFILL, cache_perplexity
 from hf_pqcache.eval.measure.perplexity import perplexity
 from hf_pqcache.eval.session import hub_data
@@ -194,9 +195,11 @@ def run_perplexity(
         if ids.numel() < window:
             raise ValueError(f"{name} has {ids.numel()} tokens, less than a window of {window}: use a longer text")
         common: dict[str, Any] = {"window": window, "stride": stride, "max_windows": limit, "progress": session.progress}
+        at_once = _windows_at_once(session, window) if mode == "cache" else 1
+        common["each"] = shares.figures(session, [row.key, str(at_once)], name=name, unit="window")
         if mode == "cache":
             steps: dict[str, Any] = {"chunk": chunk or CHUNK, "prefill": prompt or PREFILL, "is_prompt": prompt is not None}
-            steps["batch"] = _windows_at_once(session, window)
+            steps["batch"] = at_once
             return [cache_perplexity(model, ids, lambda n, rows: spec.make(model, n, rows), **steps, **common)]
         config = spec.config if spec.name == "pq" else None
         options: dict[str, Any] = {"mode": mode, "codebook": spec.codebook, "config": config}

@@ -7,13 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
-from hf_pqcache.eval.measure import longbench
-from hf_pqcache.eval.measure.journal import Journal
+from hf_pqcache.eval.measure import longbench, shares
 from hf_pqcache.eval.measure.longbench_scores import first_line, score
 from hf_pqcache.eval.measure.questions import first_of, stderr
-from hf_pqcache.eval.session import distributed, hub_data
+from hf_pqcache.eval.session import hub_data
 from hf_pqcache.eval.session.results import Row
 from hf_pqcache.eval.session.session import Session
 from hf_pqcache.models.positions import check_positions, max_positions
@@ -129,17 +126,14 @@ class LongBenchTask:
         self, session: Session, data: list[dict[str, Any]], key: str, max_tokens: int, new_tokens: int, chat: bool
     ) -> dict[int, str]:
         """Predictions of all examples, this process's share of them made here."""
-        rank, processes = distributed.world()
-        path = session.results.path
-        folder = None if path is None else path.with_suffix(".predictions") / key[:16]
-        journal = Journal(folder, rank, processes, fresh=session.force)
-        todo = [i for i in range(rank, len(data), processes) if i not in journal.predictions]
-        for i in tqdm(todo, desc=self.name, unit="example", disable=not session.progress or rank > 0, leave=False):
+
+        def predict(i: int) -> str:
             text = longbench.prompt(self.dataset, data[i])
             ids = longbench.prompt_ids(session.tokenizer, text, self.dataset, max_tokens, chat)
             cache = session.cache.make(session.model, ids.shape[1] + new_tokens)
-            journal.add(i, longbench.answer(session.model, session.tokenizer, ids, self.dataset, new_tokens, cache))
-        return distributed.gather(journal.predictions)
+            return longbench.answer(session.model, session.tokenizer, ids, self.dataset, new_tokens, cache)
+
+        return shares.texts(session, key, len(data), predict, name=self.name, unit="example")
 
 
 tasks = tuple(LongBenchTask(name) for name in (*NAMES, *NAMES_E))

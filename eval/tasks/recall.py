@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from hf_pqcache.eval.measure import shares
 from hf_pqcache.eval.measure.recall import ANSWER_TOKENS, check_recall, recall_at
+from hf_pqcache.eval.session import distributed
 from hf_pqcache.eval.session.models import token_ids
 from hf_pqcache.eval.session.results import Row
 from hf_pqcache.eval.session.session import Session
@@ -44,29 +47,36 @@ class RecallTask:
         filler = token_ids(session.tokenizer, text)
         check_recall(session.tokenizer, filler, lengths, depths, max_positions(session.model.config))
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        done: list[Row] = []
         cells = [(tokens, depth) for tokens in lengths for depth in depths]
-        for tokens, depth in tqdm(cells, desc="recall", unit="cell", disable=not session.progress, leave=False):
+        rows = []
+        for tokens, depth in cells:
             told: dict[str, Any] = {"tokens": tokens, "depth": depth, "count": count, "text_sha256": digest}
             told |= {"question": "after"} if question_after else {}
-            row = session.row(self.name, self.version, "recall", **told)
+            rows.append(session.row(self.name, self.version, "recall", **told))
 
-            def run(tokens: int = tokens, depth: float = depth) -> list[float]:
-                make = session.cache.make
-                found = recall_at(
-                    session.model,
-                    session.tokenizer,
-                    filler,
-                    lambda: make(session.model, tokens + ANSWER_TOKENS),
-                    tokens=tokens,
-                    depths=[depth] * count,
-                    seed=session.seed,
-                    question_after=question_after,
-                )
-                return [sum(found) / count]
+        def share(i: int) -> float:
+            tokens, depth = cells[i]
+            found = recall_at(
+                session.model,
+                session.tokenizer,
+                filler,
+                lambda: session.cache.make(session.model, tokens + ANSWER_TOKENS),
+                tokens=tokens,
+                depths=[depth] * count,
+                seed=session.seed,
+                question_after=question_after,
+            )
+            return sum(found) / count
 
-            done += session.measure([row], run)
-        return done
+        def value(i: int) -> float:
+            is_known = rows[i].key in session.results and not session.force
+            return session.results[rows[i].key].value if is_known else share(i)
+
+        if distributed.world()[1] > 1:
+            values = shares.figures(session, [row.key for row in rows], name="recall", unit="cell")(len(rows), value)
+            return [session.measure([row], partial(list, [found]))[0] for row, found in zip(rows, values, strict=True)]
+        bar = tqdm(list(enumerate(rows)), desc="recall", unit="cell", disable=not session.progress, leave=False)
+        return [session.measure([row], lambda i=i: [share(i)])[0] for i, row in bar]  # type: ignore[misc]
 
 
 task = RecallTask()

@@ -21,6 +21,15 @@ def reads_data(when: Callable[[dict[str, Any]], bool] = lambda options: True) ->
     return mark
 
 
+#: Of a task whose work can be shared: its value never comes to the task itself.
+ray_option = click.option(
+    "--ray",
+    "ray_workers",
+    type=click.IntRange(min=1),
+    help="Share the work among so many workers of Ray; one that is lost costs what it had begun.",
+)
+
+
 def task_of(group: click.Group) -> Callable[[Callable[..., Any]], click.Command]:
     """Subcommands of `group`: options of a session, and a function (task registry, setup, **options) -> (session -> rows).
 

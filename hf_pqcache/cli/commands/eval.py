@@ -10,12 +10,15 @@ import click
 
 from hf_pqcache.cli.commands import _options, _output, _types
 from hf_pqcache.cli.commands._groups import Group
-from hf_pqcache.cli.commands._tasks import reads_data, task_of
+from hf_pqcache.cli.commands._tasks import ray_option, reads_data, task_of
 
 
 @click.group(cls=Group)
 def command() -> None:
     """Measure a model under one cache, by task.
+
+    Where a task has --ray 4, so many workers share it, of the cluster that RAY_ADDRESS names or of this machine; its rows are
+    those of one process. All need a folder in common for --results. `accelerate launch -m hf_pqcache eval ...` does the same.
 
     \b
     Example:  pqcache eval memory --model tiny --lengths 512 --results rows.jsonl
@@ -36,6 +39,7 @@ def _windows(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--stride", type=click.IntRange(min=1), help="The next window starts so many tokens later."),
         click.option("--window", type=click.IntRange(min=2), help="Tokens of a window; the model config's if absent."),
         click.option("--split", type=click.Choice(["test", "validation", "train"]), default="test", show_default=True),
+        ray_option,
     ):
         function = option(function)
     return function
@@ -92,13 +96,10 @@ def ptb(get: Any, setup: Any, **options: Any) -> Any:
 @click.option(
     "--chat/--no-chat", "use_chat", default=None, help="Chat template where the official runs have one; if the model has one."
 )
-@click.option("--ray", "ray_workers", type=click.IntRange(min=1), help="Share the examples among so many workers of Ray.")
+@ray_option
 @reads_data()
 def longbench(get: Any, setup: Any, *, names: list[str], max_tokens: int | None, data_dir: Any, **options: Any) -> Any:
-    """LongBench; `accelerate launch -m hf_pqcache eval longbench ...` shares the examples among processes.
-
-    --ray 4 shares them among workers of the cluster that RAY_ADDRESS names, or of this machine; one that is lost costs what it
-    had begun. All need a folder in common for --results.
+    """LongBench.
 
     \b
     Example:  pqcache eval longbench --model tiny --data-dir data --tasks qasper \\
@@ -149,6 +150,7 @@ def _questions(function: Callable[..., Any]) -> Callable[..., Any]:
             "--max-length", "max_tokens", type=click.IntRange(min=2), help="Of a prompt; what the model holds if absent."
         ),
         click.option("--limit", type=_types.Limit(), help="First examples only, or a share such as 0.1."),
+        ray_option,
     ):
         function = option(function)
     return function
@@ -203,6 +205,7 @@ def infinitebench(get: Any, setup: Any, *, names: list[str], **options: Any) -> 
     "--tasks", "names", default="all", type=_types.Words(), show_default=True, help="all, or niah_single_1,vt,qa_1,..."
 )
 @click.option("--count", "limit", type=click.IntRange(min=1), default=20, show_default=True, help="Examples of each cell.")
+@ray_option
 @reads_data(lambda options: any(name.startswith("qa_") for name in options["names"]))
 def ruler(get: Any, setup: Any, *, names: list[str], lengths: list[int] | None, limit: int, data_dir: Any) -> Any:
     """RULER, made for your lengths: all its synthetic tasks, offline; qa_1 and qa_2 over SQuAD and HotpotQA.
@@ -274,6 +277,7 @@ def _is_text_of_data_set(options: dict[str, Any]) -> bool:
     "--question-after", is_flag=True, help="Ask in a turn of its own: what prunes the text does not know the question."
 )
 @_options.text_option("Filler")
+@ray_option
 @click.option("--plot", type=_options.FILE, help="Draw recall over depth and length here (PNG; needs matplotlib).")
 @reads_data(_is_text_of_data_set)
 def recall(
@@ -296,6 +300,7 @@ def recall(
     """
     from hf_pqcache.eval.measure.lengths import lengths_within
     from hf_pqcache.eval.measure.recall import ANSWER_TOKENS, check_recall
+    from hf_pqcache.eval.session.distributed import is_main
     from hf_pqcache.eval.session.models import token_ids
     from hf_pqcache.eval.session.texts import text_of
 
@@ -308,7 +313,7 @@ def recall(
     def run(session: Any) -> Any:
         asked = {"lengths": chosen, "depths": depths, "count": count, "question_after": question_after}
         rows = get("recall").run(session, filler, **asked)
-        if plot is not None:
+        if plot is not None and is_main():
             from hf_pqcache.eval.report.charts import recall_maps
             from hf_pqcache.eval.report.plots import save_png
 
