@@ -105,6 +105,7 @@ def test_answers_refusals_and_figures(url: str) -> None:
 
 
 def test_lines_of_all_replicas_come_to_one_place(url: str, said: Path) -> None:
+    time.sleep(1)  # lines of requests before
     before = len(events(said))
     for number in range(12):
         ask(url, prompt=f"{number} {SECRET}", **GREEDY)

@@ -18,6 +18,8 @@ from hf_pqcache.serve import log
 NAME, NAMESPACE = "pqcache-lines", "serve"
 #: In which lines go together.
 TOGETHER_S = 0.1
+#: In which the last of them is written.
+_END_S = 5.0
 
 
 class Collector:
@@ -97,5 +99,8 @@ class Collected:
             self.stream.flush()
 
     def stop(self) -> None:
-        """Give the last lines their time."""
+        """Give the last lines their time, then let go of Ray, which ends a process that asks it for more afterwards."""
         time.sleep(3 * TOGETHER_S)
+        with suppress(Exception):
+            ray.kill(self.collector)
+        self.thread.join(_END_S)
