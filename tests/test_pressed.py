@@ -96,7 +96,7 @@ def steps(model: Any, cache: Any, ids: Tensor, together: int = 5) -> Tensor:
 
 
 @pytest.mark.parametrize("spec", [*SPECS, "uneven"])
-@pytest.mark.parametrize("name", ["llama", "llama" + LOUD, "qwen3", "phi3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama" + LOUD, "qwen3", "phi3", "gemma3"])
 def test_a_pruned_cache_computes_what_a_pruned_dynamic_cache_does(name: str, spec: str) -> None:
     model, book = model_of(name), codebook_of(name.removesuffix(LOUD))
     ids, press = tokens(2, PROMPT + STEPS), press_of(spec)
