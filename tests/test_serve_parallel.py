@@ -5,28 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from served import GREEDY, PROMPTS, eventually, served, tiny
+from serving_processes import figure, shared
 
 from hf_pqcache.serve import group as groups
 from hf_pqcache.serve.group import Group, LostError
 
-httpx = pytest.importorskip("httpx")
-psutil = pytest.importorskip("psutil")
 pytestmark = pytest.mark.usefixtures("one_thread")
-SIZES = ("--dtype", "float32", "--cache-tokens", "4K", "--page-size", "16", "--max-requests", "16", "--max-batch-tokens", "128")
 #: Each way in which a choice may depend on what is kept in this process: draws, histories, a prompt in chunks.
 ASKED: tuple[dict[str, Any], ...] = (
     {"prompt": list(PROMPTS), **GREEDY},
@@ -45,39 +39,9 @@ def untied(folder: Path) -> str:
     return str(folder / "untied")
 
 
-@contextmanager
-def shared(folder: Path, *more: str, model: str = "tiny") -> Iterator[tuple[Any, Any, Path]]:
-    """`pqcache serve --tp 2` from when it is ready -> (a client, the process, the file with what it says)."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    said = folder / "said.txt"
-    command = [sys.executable, "-m", "hf_pqcache", "serve", model, "--tp", "2", "--port", str(port), *SIZES, *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": ""}
-    with said.open("w") as file:
-        server = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        while "ready: " not in said.read_text():
-            assert server.poll() is None, said.read_text()
-            time.sleep(0.1)
-        assert "2 processes share the model" in said.read_text()
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            yield client, server, said
-    finally:
-        if more:
-            server.send_signal(signal.SIGTERM)  # Ray's own processes end with it
-            server.wait(60)
-        server.kill()
-        server.wait()
-
-
 def texts(client: Any) -> list[list[str]]:
     answers = [client.post("/v1/completions", json=body) for body in ASKED]
     return [[choice["text"] for choice in answer.json()["choices"]] for answer in answers]
-
-
-def figure(client: Any, name: str) -> float:
-    lines = client.get("/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
 @pytest.mark.slow

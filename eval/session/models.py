@@ -63,7 +63,7 @@ def load_model(
         raise ValueError(f"dtype={dtype!r} is unknown; use one of {DTYPES}")
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization={quantization!r} is unknown; use one of {sorted(QUANTIZATIONS)}")
-    device = check_device(device)
+    device = "auto" if is_parallel else check_device(device)  # which would begin on the first GPU in all processes
     source, where = _where(str(name), revision, trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **(model_kwargs or {})}
     if attn_implementation is not None:

@@ -16,7 +16,8 @@ support = pytest.importorskip("hf_pqcache.batching.support")
 if support.why_unsupported():
     pytest.skip(support.why_unsupported(), allow_module_level=True)
 
-from hf_pqcache.serve.engine import Engine, EngineSettings  # noqa: E402
+from hf_pqcache.serve.engine import Engine  # noqa: E402
+from hf_pqcache.serve.manager import EngineSettings  # noqa: E402
 from hf_pqcache.serve.sampling import Sampler, Sampling  # noqa: E402
 
 KINDS: tuple[dict[str, Any], ...] = (
@@ -36,6 +37,10 @@ def test_a_replayed_graph_draws_what_a_cpu_draws() -> None:
     last, scores = torch.zeros(rows, dtype=torch.int32, device="cuda"), torch.zeros(rows, VOCABULARY, device="cuda")
     draw, graph = torch.Generator().manual_seed(0), None
     sampled = [[Sampling(**kind) for kind in KINDS] for _ in range(2)]
+    for sampler, own in zip((on_gpu, on_cpu), sampled, strict=True):
+        for sampling in own:
+            if sampling.has_history:
+                sampler.take(sampling)
     tokens = [4] * len(KINDS)
     for step in range(steps):
         chosen = [i for i in range(len(KINDS)) if (step + i) % 4 or step == 0]
