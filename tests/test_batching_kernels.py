@@ -41,6 +41,28 @@ def run(model: Any, exact: bool, sequences: int = 1, **changes: Any) -> tuple[li
     return [found[name] for name in names], stats
 
 
+def test_kernels_read_a_prefix_from_elsewhere_as_one_of_their_own(model: Any) -> None:
+    def ask(manager: Any, prompt: list[int]) -> list[int]:
+        found = results(manager, {name := manager.add_request(prompt, max_new_tokens=6)}, seconds=200)[name]
+        assert found.error is None
+        return list(found.generated_tokens)
+
+    def managed(model: Any) -> Any:
+        config = engine(allow_block_sharing=True, max_requests_per_batch=2, num_blocks=40)
+        return enable_batching(model, **CODED).continuous_batching_context_manager(greedy(), continuous_batching_config=config)
+
+    text = list(prompts()[9])
+    with kernels_on_cpu(harness.EmulatedKernel), managed(model) as there, managed(copy.deepcopy(model)) as here:
+        ask(there, text)
+        data = there.export_prefixes([text])
+        assert here.import_prefixes(data).imported >= 2
+        assert ask(here, [*text, 5, 6]) == ask(there, [*text, 5, 6])
+        assert here.export_prefixes([text]) == data
+        assert there.stats()["backend"]["name"] != "torch"
+        assert there.stats()["prefix_tokens"] == here.stats()["prefix_tokens"] > 0
+    disable_batching(model)
+
+
 @pytest.mark.parametrize("exact", [False, True], ids=["coded", "exact"])
 def test_kernels_serve_an_engine_as_plain_torch_does(model: Any, exact: bool) -> None:
     plain, _ = run(model, exact)

@@ -258,6 +258,14 @@ def test_of_another_model(talk: bytes) -> None:
         refused(manager, talk, "float32")
 
 
+def test_what_are_no_prompts(fresh: Any) -> None:
+    for none in ([1, 2, 3], ["text"], [[0.5]], [None]):
+        with pytest.raises(TypeError):
+            fresh.export_prefixes(none)
+    tensors = fresh.export_prefixes([torch.tensor(LONG)])
+    assert tensors == fresh.export_prefixes([LONG])
+
+
 def test_engines_that_share_nothing(talk: bytes) -> None:
     with managed(allow_block_sharing=False) as manager, pytest.raises(ValueError, match="allow_block_sharing"):
         manager.export_prefixes([LONG])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import takewhile
+from operator import index
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +38,7 @@ class Portable:
         Raises:
             RuntimeError: the manager has not been started or warmed up.
             ValueError: it shares no prefixes.
+            TypeError: prompts are no lists of token ids.
             NotImplementedError: the model is spread over several processes.
         """
         with self._between_steps() as cache:
@@ -98,5 +102,7 @@ class Portable:
 
 
 def _before(ids: Sequence[int], most: int) -> list[int]:
-    """The tokens before the first one that only this process knows."""
-    return list(ids[: next((i for i, token in enumerate(ids) if token >= most), len(ids))])
+    """The tokens before the first one that only this process knows. Raises TypeError for what are no tokens."""
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise TypeError(f"prompts must be lists of token ids, one of them is {short(ids)}")
+    return list(takewhile(lambda token: token < most, map(index, ids)))
