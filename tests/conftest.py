@@ -7,6 +7,7 @@ advance: `hub.fail("GET /user/repo/resolve", 503, times=2)`.
 from __future__ import annotations
 
 import base64
+import functools
 import gc
 import hashlib
 import importlib
@@ -306,6 +307,21 @@ def quick_kmeans() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         kmeans = module.kmeans
         patch.setattr(module, "kmeans", few_steps)
+        yield
+
+
+@pytest.fixture(scope="session")
+def one_task_index() -> Iterator[None]:
+    """The harness reads its own thousands of files once for all tests, not for each that asks for its tasks."""
+    index = importlib.import_module("lm_eval.tasks.manager").TaskIndex
+    own, build = Path(importlib.import_module("lm_eval.tasks").__file__ or "").parent, index.build
+    of_own = functools.cache(lambda: build([own]))
+
+    def remembered(paths: Any) -> Any:
+        return {name: task for path in paths for name, task in (of_own() if path == own else build([path])).items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "build", staticmethod(remembered))
         yield
 
 

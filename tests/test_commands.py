@@ -26,7 +26,7 @@ from hf_pqcache import Codebook, demo
 from hf_pqcache.cli import main
 from hf_pqcache.eval.session.results import Results, Row
 
-pytestmark = pytest.mark.usefixtures("one_thread", "quick_kmeans")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_kmeans", "one_task_index")
 #: Command -> (a right line, {a wrong line: what its one line says}). Lines run in a folder with what `folder` puts there.
 SHEET: dict[str, tuple[str, dict[str, str]]] = {
     "bench kernel": (

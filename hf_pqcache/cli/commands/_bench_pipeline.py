@@ -94,8 +94,9 @@ def command(
     throughput counts generated tokens. Several ratios are a sweep: each is measured.
 
     \b
-    Example:  pqcache bench pipeline --models tiny --synthetic-context 64 \\
-              --synthetic-output 8 --synthetic-batch-sizes 4 --json pipeline.json
+    Example:  pqcache bench pipeline --models tiny --variants baseline,triad \\
+              --synthetic-context 64 --synthetic-output 8 \\
+              --synthetic-batch-sizes 4 --json pipeline.json
     """
     for path in (json_file, plot):
         _output.check_writable(path)

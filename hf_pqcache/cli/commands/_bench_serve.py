@@ -95,8 +95,9 @@ def command(
     With --replicas clients ask servers of their own for whole answers, and what ends within --seconds counts.
 
     \b
-    Example:  pqcache bench serve --model tiny --prompt-tokens 64 \\
-              --output-tokens 8 --concurrency 4 --json serve.json
+    Example:  pqcache bench serve --model tiny --variant exact --variant 4 \\
+              --prompt-tokens 64 --output-tokens 8 --concurrency 4 \\
+              --json serve.json
     """
     if (shape is None) == (model is None):
         raise click.UsageError("give one of --shape and --model")

@@ -295,7 +295,7 @@ def recall(
     """Pass keys over depth and length.
 
     \b
-    Example:  pqcache eval recall --model tiny --lengths 512,1K --count 1 \\
+    Example:  pqcache eval recall --model tiny --lengths 256,512 --count 1 \\
               --results rows.jsonl --plot recall.png
     """
     from hf_pqcache.eval.measure.lengths import lengths_within
