@@ -23,13 +23,15 @@ LINE = ["bench", "serve", "--model", "tiny", "--prompt-tokens", "16", "--output-
 
 
 def test_a_closed_loop_counts_what_ends_in_time() -> None:
-    load = Load(prompt_tokens=8, output_tokens=6, clients=3, warm_up_s=0.3, seconds=1.0)
+    load = Load(prompt_tokens=8, output_tokens=6, clients=3, warm_up_s=0.3, seconds=1.6)
     with served() as server:
         row = asyncio.run(bench._closed_loop(server.url, psutil.Process(), load))
         asked = server.metric('pqcache_requests_total{outcome="length"}')
     assert 0 < row["requests"] < asked, "neither what came before nor what was under way"
     assert 3 * row["requests"] <= row["throughput_tok_s"] * row["seconds"] <= 9 * row["requests"]
-    assert row["seconds"] == pytest.approx(1.0, abs=0.3)
+    assert row["seconds"] == pytest.approx(1.6, abs=0.3)
+    assert len(row["replica_running"]) == 1
+    assert 0 <= row["replica_running"][0] <= 3
     assert row["request_p50_s"] <= row["request_p99_s"]
     assert row["replica_cores_busy"] == []  # this process is client and server
     assert row["other_cores_busy"] > 0.1
@@ -60,7 +62,7 @@ def test_rows_compare_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def measure(words: list[str], count: int, load: Load) -> dict[str, Any]:
         told.append((words, load))
-        return {"replicas": count, **bench._row([(1.0, 0.5, 10 * count)], 2.0, ({}, 0.0), ({}, 0.0))}
+        return {"replicas": count, **bench._row([(1.0, 0.5, 10 * count)], 2.0, ({}, 0.0), ({}, 0.0)), "replica_running": [1.0]}
 
     monkeypatch.setattr(bench, "measure", measure)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace())

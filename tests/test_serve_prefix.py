@@ -54,6 +54,9 @@ def test_a_replica_with_too_much_is_spared() -> None:
     assert ranked("key", {first: SLACK - 1, second: 0}) == [first, second]
     assert ranked("key", {first: SLACK, second: 0}) == [second, first]
     assert ranked("key", {first: SLACK + 5, second: 6}) == [first, second]
+    assert ranked("key", {first: 4, second: 3}, places=4) == [second, first], "there is a place for it"
+    assert ranked("key", {first: 3, second: 0}, places=4) == [first, second]
+    assert ranked("key", {first: 6, second: 4}, places=4) == [first, second], "it would wait in either"
     assert ranked(None, {"a": 3, "b": 1, "c": 2}) == ["b", "c", "a"]
     assert ranked("key", {}) == []
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import httpx
@@ -112,13 +113,30 @@ async def _closed_loop(url: str, server: psutil.Process, load: Load) -> dict[str
         try:
             await _unless_failed(clients, load.warm_up_s)
             begin, before = time.perf_counter(), _busy(server)
+            sampler = asyncio.create_task(_running(client))
             await _unless_failed(clients, load.seconds)
             end, after = time.perf_counter(), _busy(server)
+            sampler.cancel()
+            (running,) = await asyncio.gather(sampler)
         finally:
             for one in clients:
                 one.cancel()
             await asyncio.gather(*clients, return_exceptions=True)
-    return _row([one for one in ended if begin < one[0] <= end], end - begin, before, after)
+    return _row([one for one in ended if begin < one[0] <= end], end - begin, before, after) | {"replica_running": running}
+
+
+async def _running(client: httpx.AsyncClient) -> list[float]:
+    """Requests that each replica works on, the mean of moments a second apart, once this is cancelled."""
+    seen: dict[str, list[float]] = {}
+    try:
+        while True:
+            await asyncio.sleep(1)
+            for line in (await client.get("/metrics")).text.splitlines():
+                name, _, value = line.rpartition(" ")
+                if name.startswith("pqcache_requests_running"):
+                    seen.setdefault(name, []).append(float(value))
+    except asyncio.CancelledError:
+        return sorted(fmean(values) for values in seen.values())
 
 
 async def _unless_failed(clients: Sequence[asyncio.Task[None]], seconds: float) -> None:

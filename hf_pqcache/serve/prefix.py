@@ -36,21 +36,22 @@ def key_of_request(document: Mapping[str, Any]) -> str | None:
     return hashlib.sha256(text[:BEGINNING].encode(errors="replace")).hexdigest() if text else None
 
 
-def ranked(key: str | None, load: Mapping[str, int]) -> list[str]:
+def ranked(key: str | None, load: Mapping[str, int], places: int | None = None) -> list[str]:
     """Replicas by preference.
 
     By rendezvous hashing (Thaler, Ravishankar 1996): every router comes to the same order, and a replica that comes or goes
-    moves its own requests only. Without a key, and where the preferred one has SLACK more requests than another, the idle
-    come first.
+    moves its own requests only. The preferred one is left out while a request would wait there for a place and find one
+    elsewhere, and while it has SLACK more requests than another. Without a key, the idle come first.
 
     Args:
-        load: requests that each has.
+        load: requests that each has. places: those of them that run at a time; None if nobody has said.
     """
     least = min(load.values(), default=0)
     if key is None:
         return sorted(load, key=lambda name: (load[name], name))
     first = sorted(load, key=lambda name: hashlib.sha256(f"{key} {name}".encode()).digest())
-    return sorted(first, key=lambda name: load[name] - least >= SLACK)  # stable
+    most = SLACK + least if places is None or least >= places else min(places, SLACK + least)
+    return sorted(first, key=lambda name: load[name] >= most)  # stable
 
 
 def with_label(texts: Mapping[str, str], label: str = "replica") -> str:

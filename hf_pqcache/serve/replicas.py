@@ -72,6 +72,10 @@ class Fleet:
 class PrefixRouter(RequestRouter):
     """Equal beginnings to the same replica, as `prefix.ranked` says."""
 
+    def initialize_state(self, places: int | None = None, **more: Any) -> None:
+        """Ray calls it; places: requests that a replica runs at a time, if it was told."""
+        self.places = places
+
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
@@ -79,7 +83,7 @@ class PrefixRouter(RequestRouter):
         key = pending_request.kwargs.get("key") if pending_request is not None else None
         named = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         load = {name: self.replica_queue_len_cache.get(replica.replica_id) or 0 for name, replica in named.items()}
-        return [[named[name]] for name in ranked(key, load)]
+        return [[named[name]] for name in ranked(key, load, self.places)]
 
 
 class Replica:
@@ -275,7 +279,9 @@ def application(
         health_check_period_s=HEALTH_S,
         graceful_shutdown_wait_loop_s=heirs.LOOK_S,
         graceful_shutdown_timeout_s=limits.drain_s + heirs.HAND_OVER_S,
-        request_router_config=RequestRouterConfig(request_router_class=router),
+        request_router_config=RequestRouterConfig(
+            request_router_class=router, request_router_kwargs={"places": settings.max_requests}
+        ),
         **scaling,
     )
     front = deployment(Front, name="Front", max_ongoing_requests=1 << 16, ray_actor_options={"num_cpus": 0})

@@ -79,6 +79,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         "times the first": [f"{row['times_first']:.2f}" for row in rows],
         "requests": [str(row["requests"]) for row in rows],
         **{f"request p{p} s": [f"{row[f'request_p{p}_s']:.1f}" for row in rows] for p in (50, 99)},
+        "running, of each": [", ".join(f"{count:.1f}" for count in row["replica_running"]) for row in rows],
         "cores busy, of each": [", ".join(f"{busy:.2f}" for busy in row["replica_cores_busy"]) for row in rows],
         "of all else": [f"{row['other_cores_busy']:.2f}" for row in rows],
     }
