@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +188,12 @@ def test_the_task_that_comes_along_needs_no_network(loaded: tuple[Any, Any]) -> 
     rows = tasks.get("harness").run(session, ["pqcache_articles"], limit=4)
     assert {row.metric for row in rows} == {"acc", "acc_norm"}
     assert all("stderr" in row.provenance for row in rows)
+
+
+def test_a_press_wants_a_prompt(folder: Path, loaded: tuple[Any, Any]) -> None:
+    """A rolling text is predicted from its first token on: nothing would be pruned under a press's name."""
+    model, tokenizer = loaded
+    spec = replace(CacheSpec.parse("paged-kv", 64), press="knorm:0.5")
+    lm = CacheLM(pretrained=model, tokenizer=tokenizer, cache=spec)
+    with pytest.raises(ValueError, match="a rolling text has none"):
+        evaluate(folder, lm, names=["toy_text"])

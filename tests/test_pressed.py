@@ -344,7 +344,14 @@ def test_presses_that_do_more_are_refused() -> None:
     base = type("Base", (), {"compress": lambda self, *a: None, "forward_hook": lambda self: None})
     decoding = type("Decoding", (base,), {"forward_hook": lambda self: None})
     model = build("llama")
-    for press, match in ((decoding(), "while decoding"), (object(), "is no press"), ("snapkv", "share"), ("x:0.5", "unknown")):
+    for press, match in (
+        (decoding(), "while decoding"),
+        (object(), "is no press"),
+        ("snapkv", "share"),
+        ("x:0.5", "unknown"),
+        ("knorm:1", "below 1"),
+        ("mlp", "folder"),
+    ):
         with pytest.raises(ValueError, match=match), pressed(model, press):
             pass
     masking = type("Masking", (), {"compress": lambda self, m, h, k, v, *r: (setattr(m, "masked_key_indices", 1), (k, v))[1]})()
@@ -353,6 +360,36 @@ def test_presses_that_do_more_are_refused() -> None:
     finally:
         for part in model.modules():
             vars(part).pop("masked_key_indices", None)
+
+
+def test_two_presses_at_once_are_refused() -> None:
+    model = build("llama")
+    with pressed(model, "knorm:0.5"), pytest.raises(ValueError, match="pressed already"), pressed(model, "snapkv:0.5"):
+        pass
+    with pressed(model, "snapkv:0.5"):
+        pass
+
+
+def test_a_prompt_in_pieces_is_refused() -> None:
+    """By generate's own prefill_chunk_size; later turns and guesses may come together."""
+    model, ids = build("llama"), tokens(1, PROMPT)
+
+    def turn(cache: Any, inputs: Tensor, **options: Any) -> Any:
+        options = {"max_new_tokens": 12, "do_sample": False} | options
+        return model.generate(inputs, **cache_kwargs(cache), **options)
+
+    expected, guessed, cache = (PagedKVCache(model.config, page_size=16) for _ in range(3))
+    with pressed(model, "knorm:0.5"):
+        found = turn(expected, ids)
+        with pytest.raises(ValueError, match="leave prefill_chunk_size out"):
+            turn(cache, ids, prefill_chunk_size=32)
+        assert cache.get_seq_length() == 0
+        assert turn(cache, ids, prefill_chunk_size=PROMPT).tolist() == found.tolist()
+        assert turn(guessed, ids, prompt_lookup_num_tokens=3).tolist() == found.tolist()
+        cache.reset()
+        first = turn(cache, ids, max_new_tokens=1)  # the next turn begins where the prompt ended
+        assert turn(cache, first, max_new_tokens=11).tolist() == found.tolist()
+        turn(cache, torch.cat([found, ids[:, :20]], dim=1))
 
 
 def test_pruning_while_decoding_and_later_assignments_are_refused() -> None:

@@ -135,6 +135,10 @@ class CacheLM(HFLM):
                     f"at most {self.max_length} tokens"
                 )
             tokens = tuple((context + continuation)[-(self.max_length + 1) : -1])
+            if self.spec.press and len(tokens) - len(continuation) < 1:
+                raise ValueError(
+                    f"press {self.spec.press} prunes prompts, and a rolling text has none: leave --press out, or such tasks"
+                )
             request = unique.setdefault((tokens, len(continuation)), _Request(tokens, len(continuation), []))
             request.targets.append((index, continuation))
         answers: dict[int, tuple[float, bool]] = {}

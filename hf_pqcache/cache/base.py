@@ -76,8 +76,13 @@ class PagedCache(Portable, DynamicCache):
 
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
-        self._pass.is_generating = value
+        self._pass.is_generating, self._pass.generation = value, self._pass.generation + 1
         self._decide()
+
+    @property
+    def generation(self) -> int:
+        """The number of the call of `generate` that passes come from; 0 if they come from none."""
+        return self._pass.generation if self._pass.is_generating else 0
 
     def _why_never(self, should_compile: bool, layers: list[Any], storage: Storage) -> str | None:
         """Why `generate` never compiles decode steps with this cache, whatever the model does, if so."""

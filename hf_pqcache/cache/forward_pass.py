@@ -43,6 +43,7 @@ class ForwardPass:
         why_never: why no decode step of this cache is ever compiled, if so.
         eager_because: why those of the `generate` under way, or of the next one, are not; None where they may be.
         press: what has pruned the prompt, in words.
+        generation: counts the calls of `generate`.
         is_generating: whether passes come from `generate`.
         compressed: the layers that a pass goes through, as the model's config says; those that a pass has not reached yet
             hold nothing.
@@ -59,6 +60,7 @@ class ForwardPass:
         self.why_never: str | None = None
         self.eager_because: str | None = None
         self.press: str | None = None
+        self.generation = 0
         self.is_generating = False
         self._damage: str | None = None
 

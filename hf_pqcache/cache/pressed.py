@@ -17,6 +17,9 @@ from hf_pqcache.compressors.press import Press
 from hf_pqcache.models import images
 from hf_pqcache.models.names import NAMES
 
+#: Models within `pressed`.
+_UNDER_WAY: weakref.WeakSet[Any] = weakref.WeakSet()
+
 
 @contextmanager
 def pressed(model: Any, press: Press | str) -> Iterator[None]:
@@ -31,15 +34,20 @@ def pressed(model: Any, press: Press | str) -> Iterator[None]:
         press: "snapkv:0.5", see `parse`, or an object with `compress`, see `Press`; any kvpress press that has no more.
 
     Raises:
-        ValueError: an unknown press, one that does more than compress a prompt, an encoder-decoder model. In the forward
-            pass: a padded batch, or keys and values that are not one number of tokens for all heads; the cache is empty
-            then, and usable.
+        ValueError: an unknown press, one that does more than compress a prompt, an encoder-decoder model, another press at
+            work. In the forward pass: a padded batch, a prompt that `generate` passes in pieces (prefill_chunk_size), or keys
+            and values that are not one number of tokens for all heads; the cache is empty then, and usable.
         RuntimeError: a compiled model; a layer whose attention does not go through transformers' attention interface.
     """
-    pressing = _Pressing(prepared(press, model), model)
+    chosen = prepared(press, model)
+    if model in _UNDER_WAY:
+        raise ValueError(f"the model's prompts are pressed already: leave one `pressed` before {press!r} begins")
+    pressing = _Pressing(chosen, model)
+    _UNDER_WAY.add(model)
     try:
         yield
     finally:
+        _UNDER_WAY.discard(model)
         pressing.end()
 
 
@@ -50,10 +58,10 @@ class _Pressing:
         self._press = press
         self._reached: weakref.WeakKeyDictionary[PagedCache, set[int]] = weakref.WeakKeyDictionary()
         self._told: dict[str, Any] = {}
+        self._ends: weakref.WeakKeyDictionary[PagedCache, tuple[int, int]] = weakref.WeakKeyDictionary()
         modules = [part for part in model.modules() if isinstance(getattr(part, "layer_idx", None), int)]
         self._handles = [part.register_forward_hook(self._hook(self._compress), with_kwargs=True) for part in modules]
-        if images.image_token(model.config) is not None:
-            self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._hook(self._check_reached), with_kwargs=True))
         self._take_back = lend_rotary(model, modules)
 
@@ -76,13 +84,24 @@ class _Pressing:
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None or ids.shape[1] > 1:
-            self._see_input(module, ids)
+        inputs = kwargs.get("inputs_embeds") if ids is None else ids
+        if inputs is None or inputs.shape[1] > 1:
+            self._see_input(module, ids, inputs, kwargs)
 
     @torch.compiler.disable
-    def _see_input(self, model: Any, ids: Tensor | None) -> None:
-        """Before the model: which tokens of what may be a prompt are of images?"""
+    def _see_input(self, model: Any, ids: Tensor | None, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Before the model: is it a prompt's next piece, and which tokens are of images?"""
         self._told = images.told(model.config, ids)
+        cache, wanted = _cache_of(kwargs), kwargs.get("logits_to_keep")
+        if not isinstance(cache, PagedCache) or inputs is None or not isinstance(wanted, int):
+            return
+        # Behind a prompt `generate` passes one token, or guesses, of which it wants all logits.
+        if self._ends.get(cache) == (cache.generation, cache.get_seq_length()) and wanted not in (0, inputs.shape[1]):
+            cache.reset()
+            raise ValueError(
+                "generate passes the prompt in pieces, and a press needs it whole: leave prefill_chunk_size out. The cache has "
+                "been reset"
+            )
 
     @torch.compiler.disable
     def _compress(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -120,6 +139,8 @@ class _Pressing:
         inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
         if not isinstance(cache, PagedCache) or inputs is None or cache.get_seq_length() != inputs.shape[1]:
             return
+        if cache.generation:
+            self._ends[cache] = cache.generation, inputs.shape[1]
         layers = {layer.index for layer in cache.layers if isinstance(layer, PagedLayer)}
         if missed := sorted(layers - self._reached.pop(cache, set())):
             cache.reset()

@@ -27,12 +27,17 @@ def parse(text: str) -> ScorePress | MLPCompressor:
     Raises ValueError naming the choices, FileNotFoundError for a folder without a press.
     """
     name, _, ratio = text.partition(":")
-    if name == LEARNT and ratio:
+    if name == LEARNT:
+        if not ratio:
+            raise ValueError(
+                f"press {text!r}: give the folder that `pqcache train-compressor` made after a colon, like mlp:compressor"
+            )
         return MLPCompressor.from_pretrained(ratio)
     if name not in PRESSES:
         raise ValueError(f"press {name!r} is unknown; use one of {(*PRESSES, LEARNT)}")
     try:
-        share = float(ratio)
+        return PRESSES[name](float(ratio))
     except ValueError:
-        raise ValueError(f"press {text!r}: give the share of tokens that goes after a colon, like {name}:0.5") from None
-    return PRESSES[name](share)
+        raise ValueError(
+            f"press {text!r}: give the share of tokens that goes, from 0 to below 1, after a colon, like {name}:0.5"
+        ) from None

@@ -65,6 +65,13 @@ def _pruned_padding() -> None:
         _raises(ValueError, "without padding", lambda: build("llama")(**padded(2, 50)[0], **cache_kwargs(cache)))
 
 
+def _pruned_pieces() -> None:
+    options = {"prefill_chunk_size": 16, "max_new_tokens": 2, **cache_kwargs(_cache(count=0))}
+    with pressed(build("llama"), "knorm:0.5"):
+        _raises(ValueError, "prefill_chunk_size", lambda: build("llama").generate(tokens(2, 40), **options))
+        _raises(ValueError, "pressed already", lambda: pressed(build("llama"), "snapkv:0.5").__enter__())
+
+
 def _pruned_crop() -> None:
     with pressed(build("llama"), "knorm:0.5"):
         cache = _cache()
@@ -250,6 +257,12 @@ ENTRIES = (
         "`ValueError`",
         "masks tell columns, and what a head keeps stands in another column than where it was",
         _pruned_padding,
+    ),
+    Entry(
+        "pruning a prompt that `generate` passes in pieces (`prefill_chunk_size`); two presses at once",
+        "`ValueError`",
+        "a press needs a prompt whole",
+        _pruned_pieces,
     ),
     Entry(
         "`crop` into a pruned prompt; assisted decoding over one, whose first pass is longer than the prompt",
