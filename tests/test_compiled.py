@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from graphs import NEW, Graphs, assert_same, generate
-from tiny_models import COMPILED, EAGER_ONLY, SMALL, build, codebook_of, padded, tokens
+from tiny_models import ALIKE, COMPILED, EAGER_ONLY, SMALL, build, codebook_of, padded, tokens
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -28,7 +28,7 @@ def graphs() -> Iterator[Graphs]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in COMPILED])
 def test_compiled_steps_equal_a_cache_that_decodes(name: str, graphs: Graphs) -> None:
     model, book = build(name), codebook_of(name)
     inputs, starts = padded(2, 50)

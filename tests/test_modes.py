@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from scenarios import SCENARIOS, Run, assert_same, is_supported
-from tiny_models import EAGER_ONLY, FUSED, MORE_FUSED, SMALL, build, codebook_of
+from tiny_models import ALIKE, EAGER_ONLY, FUSED, MORE_FUSED, SMALL, build, codebook_of
 from transformers import DynamicCache
 
 from hf_pqcache import PagedKVCache, PagedPQCache
@@ -14,8 +14,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Nothing in the other scenarios depends on the attention function.
 FEW = ("greedy, padded", "beams, padded", "turns, padded", "hand-made mask")
-#: To a cache they are as Llama and Qwen 3 are: the other scenarios by hand.
-ALIKE = {"mistral", "phi3"}
 CASES = [
     pytest.param(name, implementation, s, marks=[pytest.mark.slow] if name in ALIKE and s not in FEW else [])
     for name in FUSED

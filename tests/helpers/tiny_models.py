@@ -123,6 +123,8 @@ def _config(name: str) -> tuple[type, Any]:
 FUSED = ("llama", "qwen3", "mistral", "phi3", "opt", "gemma3", "gpt_oss", "llama4", "qwen3_next", "falcon_h1")
 #: More of them, for the tests that need not see every mode.
 MORE_FUSED = ("granite", "olmo2", "gpt2", "gemma2")
+#: To a cache they are as Llama and Qwen 3 are: what those are tested for they are by hand.
+ALIKE = ("mistral", "phi3")
 #: Those that transformers' own mask code can compile: every layer is full attention.
 COMPILED = ("llama", "qwen3", "mistral", "phi3", "granite", "olmo2", "gpt2", "opt")
 #: Models that do not support torch's SDPA.
