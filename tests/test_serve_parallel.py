@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +98,16 @@ def test_a_replica_of_two_processes_is_replaced_as_a_whole(tmp_path: Path) -> No
         (follower,) = [one for one in psutil.Process(server.pid).children(recursive=True) if groups.FOLLOWER in one.cmdline()]
         follower.kill()
         assert answer.result().json()["choices"][0]["text"] == expected, "nothing had been sent, so it was asked again"
+
+
+@pytest.mark.slow
+def test_replicas_that_cannot_be_made_say_why() -> None:
+    pytest.importorskip("ray.serve", reason="pip install 'hf-pqcache[ray]'")
+    command = [sys.executable, "-m", "hf_pqcache", "serve", "tiny", "--replicas", "1", "--tp", "3", "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    told = "Error: no replica could be started: ValueError: 2 KV heads cannot be divided among 3 processes"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, told)
 
 
 @pytest.fixture

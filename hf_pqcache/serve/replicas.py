@@ -1,54 +1,44 @@
 """Replicas of a server on Ray Serve: who gets a request, and what becomes of those of a replica that dies; knows no model.
 
-A replica is the same application as without Ray, called in its process. The front reads a request, asks the router for the
-replica that knows its beginning, and passes on what comes. Ray starts replicas, watches them and starts dead ones anew.
+A replica is the same application as without Ray, called in its process. The front (`front.py`) reads a request, asks the router
+for the replica that knows its beginning, and passes on what comes. Ray starts replicas, watches them and starts dead ones anew.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from ray.serve.schema import LoggingConfig
-from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
 
 from hf_pqcache.serve import heirs, lines, log
-from hf_pqcache.serve.answers import DONE, sse
-from hf_pqcache.serve.app import UNBUFFERED, make_app
+from hf_pqcache.serve.app import make_app
 from hf_pqcache.serve.engine import started
-from hf_pqcache.serve.errors import ApiError
+from hf_pqcache.serve.front import SERVED_BY, Front
 from hf_pqcache.serve.group import LostError
 from hf_pqcache.serve.manager import EngineSettings
-from hf_pqcache.serve.prefix import key_of, ranked, with_label
+from hf_pqcache.serve.prefix import ranked
 from hf_pqcache.serve.recent import Text
 from hf_pqcache.serve.relay import Start, call
 from hf_pqcache.serve.server import bound
 from hf_pqcache.serve.service import Limits, Service
 
-#: Of a request whose replica died before anything was sent.
-TRIES = 3
-#: Of an answer's and a request's headers, those that go through.
-PASSED = ("authorization", "content-type", "retry-after", "www-authenticate", *map(str.lower, UNBUFFERED))
-SERVED_BY = "x-served-by"
 NAME = "pqcache"
 HEALTH_S = 5.0
-#: That lines name; a client may have put anything into others.
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+#: What a replica that cannot be made gets to say why.
+SAYING_S = 5.0
 #: Of Ray's own processes: no line a request, no prompts.
 LOGGING: dict[str, Any] = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -67,6 +57,10 @@ class Fleet:
     gpus: float = 0.0
     cpus: float = 1.0
     is_logged: bool = False
+
+
+class StartError(RuntimeError):
+    """No replica could be made."""
 
 
 class PrefixRouter(RequestRouter):
@@ -106,7 +100,9 @@ class Replica:
         if is_logged:
             lines.send(replica=self.id)
         self.service = Service(name, limits)
-        model, tokenizer, engine = started(load, settings, _end)
+        is_made = threading.Event()
+        model, tokenizer, engine = started(load, settings, partial(_end, is_made))
+        is_made.set()
         self.service.ready(model, tokenizer, engine)
         self.app = make_app(self.service, api_key)
         self.watch: asyncio.Task[None] | None = None
@@ -147,108 +143,16 @@ class Replica:
             raise RuntimeError("the engine has died")
 
 
-def _end(error: LostError) -> None:
+def _end(is_made: threading.Event, error: LostError) -> None:
     """End this replica before its requests fail: those of which nothing has been sent are asked again elsewhere.
 
-    Ray starts another one, with all processes that share the model.
+    Ray starts another one, with all processes that share the model. One that is being made may say itself why it cannot be.
     """
     log.tell("process_lost", why=str(error))
+    if not is_made.is_set():
+        time.sleep(SAYING_S)
     time.sleep(2 * lines.TOGETHER_S if log.LOGGER.isEnabledFor(logging.INFO) else 0)
     os._exit(1)
-
-
-class Front:
-    """What clients talk to.
-
-    Args:
-        replicas: a handle. body_bytes: most of a request. is_logged: as of `Fleet`.
-    """
-
-    def __init__(self, replicas: Any, body_bytes: int, is_logged: bool = False) -> None:
-        if is_logged:
-            lines.send()
-        self.replicas, self.body_bytes = replicas, body_bytes
-        self.streaming = replicas.options(stream=True)
-
-    async def __call__(self, request: Request) -> Response:
-        try:
-            if request.url.path == "/metrics":
-                return await self._metrics()
-            return await self._passed_on(request, await self._body(request))
-        except ApiError as error:
-            log.tell("http", path=request.url.path if request.url.path in PATHS else "other", status=error.status)
-            return _error(error)
-
-    async def _metrics(self) -> Response:
-        found = await self.replicas.broadcast("figures").results_async(timeout_s=10)
-        return Response(with_label(dict(found)), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    async def _body(self, request: Request) -> bytes:
-        parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > self.body_bytes:
-                raise ApiError(413, f"the body is larger than the {self.body_bytes} bytes that this server takes")
-            parts.append(part)
-        return b"".join(parts)
-
-    async def _passed_on(self, request: Request, body: bytes) -> Response:
-        """The answer of a replica; of another one if it dies while nothing has been sent. Raises ApiError."""
-        path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-        headers = {name: value for name, value in request.headers.items() if name in PASSED}
-        for _ in range(TRIES):
-            parts = self.streaming.answer.remote(request.method, path, headers, body, key=key_of(body))
-            try:
-                start, first = await anext(parts), await anext(parts, b"")
-                told = {name: value for name, value in start.headers.items() if name in (*PASSED, SERVED_BY)}
-                if not told.get("content-type", "").startswith("text/event-stream"):
-                    whole = first + b"".join([part async for part in parts])
-                    return Response(whole, start.status, told)
-                return StreamingResponse(_stream(parts, first), start.status, told)
-            except (RayActorError, RayTaskError) as error:
-                _cancel(parts)
-                log.tell("replica_died" if _has_died(error) else "replica_failed", kind=type(error).__name__)
-                if not _has_died(error):
-                    raise ApiError(
-                        500, f"a replica failed: {' '.join(str(getattr(error, 'cause', error)).split())[:300]}"
-                    ) from error
-            except BaseException:
-                _cancel(parts)
-                raise
-        raise ApiError(503, f"{TRIES} replicas died while they answered this request; ask again", code="replica_died")
-
-
-async def _stream(parts: Any, first: bytes) -> AsyncIterator[bytes]:
-    """What comes; where it breaks off, an error that says so and the end of the stream."""
-    is_over = False
-    try:
-        yield first
-        async for part in parts:
-            yield part
-        is_over = True
-    except (RayActorError, RayTaskError, TaskCancelledError):
-        is_over = True
-        log.tell("stream_broken")
-        told = "the replica that made this answer has died; what came so far is right, ask again for the rest"
-        yield sse(ApiError(500, told, code="replica_died").body())
-        yield DONE
-    finally:
-        if not is_over:
-            _cancel(parts)  # the client has gone
-
-
-def _cancel(parts: Any) -> None:
-    with suppress(Exception):
-        parts.cancel()
-
-
-def _has_died(error: BaseException) -> bool:
-    """Whether it says that a replica's process is gone, or going."""
-    return isinstance(error, RayActorError) or isinstance(getattr(error, "cause", None), RayActorError)
-
-
-def _error(error: ApiError) -> Response:
-    return Response(json.dumps(error.body()), error.status, error.headers, "application/json")
 
 
 def application(
@@ -303,8 +207,18 @@ def start(app: Any, host: str, port: int, fleet: Fleet) -> lines.Collected | Non
         ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
     collected = lines.Collected() if fleet.is_logged else None
     serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=LoggingConfig(**LOGGING))
-    serve.run(app, name=NAME, route_prefix="/")
+    try:
+        serve.run(app, name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise StartError(f"no replica could be started: {_why_not() or error}") from error
     return collected
+
+
+def _why_not() -> str:
+    """The last line of what Ray knows of a replica that cannot be made: the error that it raised."""
+    found = serve.status().applications.get(NAME)
+    told = found.deployments["Replica"].message if found is not None and "Replica" in found.deployments else ""
+    return next((line.strip() for line in reversed(told.splitlines()) if line.strip()), "")
 
 
 def run(app: Any, host: str, port: int, fleet: Fleet, when_ready: Callable[[str], None]) -> None:

@@ -313,4 +313,7 @@ def _serve_replicas(what: tuple[Any, ...], host: str, port: int, api_key: str | 
         _output.note(f"ready: {what[1]} on {url}, {what[2].told}, {count}")
 
     made = replicas.Fleet(**fleet)
-    replicas.run(replicas.application(*what, fleet=made, api_key=api_key), host, port, made, tell)
+    try:
+        replicas.run(replicas.application(*what, fleet=made, api_key=api_key), host, port, made, tell)
+    except replicas.StartError as error:
+        raise click.ClickException(str(error)) from error
