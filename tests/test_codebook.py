@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from hf_pqcache import PagedPQCache
-from hf_pqcache.codebook import hub
+from hf_pqcache import PagedPQCache, disable_batching, enable_batching
+from hf_pqcache.codebook import hub, shipped
 from hf_pqcache.codebook.codebook import CONFIG_FILE, TENSOR_FILE, Codebook, to_float16
+from hf_pqcache.config import PQConfig
 
 
 def make(width: int = 2, bits: int = 4, sets: int = 1, seed: int = 0, **kw: Any) -> Codebook:
@@ -240,3 +243,30 @@ def test_hub_gets_and_gives_exactly_the_two_files(folder: Path, monkeypatch: pyt
     assert "base_model: user/model" in seen["files"]["README.md"]
     assert Codebook.from_pretrained("user/codebook", revision="v1").fingerprint == make().fingerprint
     assert seen["wanted"] == ("user/codebook", {TENSOR_FILE, CONFIG_FILE}, "v1")
+
+
+@pytest.mark.parametrize("take", ["cache", "batching"])
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"bits": 4}, "bits=4 asks for keys of"),
+        ({"num_bits": 7}, "num_bits=7 asks for keys of"),
+        ({"num_subspaces": 16}, "num_subspaces=16 asks for keys of"),
+        ({"value_bits": 4}, "value_bits=4 asks for values of"),
+        ({"value_subspaces": 16}, "value_subspaces=16 asks for values of"),
+    ],
+)
+def test_a_codebook_is_not_taken_for_what_it_is_not(take: str, asked: dict[str, int], told: str) -> None:
+    """The codebook would win in silence."""
+    model = tiny_models.build("llama")
+    head_dim = model.config.head_dim
+    book = shipped.codebook(PQConfig(bits=2), head_dim, head_dim)
+    use = partial(PagedPQCache, model.config, book) if take == "cache" else partial(enable_batching, model, codebook=book)
+    with pytest.raises(ValueError, match=told):
+        use(**asked)
+    own = book.codes("value", head_dim)
+    try:
+        use(bits=2)
+        use(value_bits=own.num_bits, value_subspaces=own.num_subspaces)
+    finally:
+        disable_batching(model)

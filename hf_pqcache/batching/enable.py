@@ -12,6 +12,7 @@ from hf_pqcache.batching import support
 from hf_pqcache.batching.lanes import Lane
 from hf_pqcache.batching.streams import COMPRESS, Partition
 from hf_pqcache.codebook import shipped
+from hf_pqcache.codebook.asked import check_asked
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.compressors.model import prepared
 from hf_pqcache.compressors.press import Press
@@ -123,11 +124,13 @@ def _stored(
             raise ValueError("exact=True keeps tokens as they are: pass no bits= and no codebook=")
         settings, book = PQConfig(sink_tokens=0, extended_residual=1).replace(**overrides), None
     else:
-        settings = (pq_config or PQConfig()).replace(**overrides, **({} if bits is None else {"bits": bits}))
+        overrides |= {} if bits is None else {"bits": bits}
+        settings = (pq_config or PQConfig()).replace(**overrides)
         head_dim = kv_shape(layer_configs(base.config.get_text_config())[0])[1]
         assert head_dim is not None  # why_unfit has seen it
         if codebook is not None:
             codebook.check_model(base.config)
+            check_asked(codebook, base.config, settings, overrides.keys())
         book = codebook or shipped.codebook(settings, head_dim, head_dim)
     return settings, book
 

@@ -15,6 +15,7 @@ from hf_pqcache import arguments
 from hf_pqcache.backends import dispatch
 from hf_pqcache.cache.base import PagedCache
 from hf_pqcache.codebook import shipped
+from hf_pqcache.codebook.asked import check_asked
 from hf_pqcache.codebook.codebook import Codebook
 from hf_pqcache.config import PQConfig, choose_page_size
 from hf_pqcache.models.positions import max_positions
@@ -31,7 +32,8 @@ class PagedPQCache(PagedCache):
         config: the model's config (`model.config`).
         codebook: centroids of a model's own, from `calibrate` or `Codebook.from_pretrained`. None takes those that come
             with the package, which suit every model.
-        pq_config: shape of the cache; None means PQConfig(). A codebook decides how vectors are cut and coded.
+        pq_config: shape of the cache; None means PQConfig(). A codebook decides how vectors are cut and coded;
+            `bits` and the like beside it are refused where they say something else.
         compile: whether `generate` may compile the decode step. None means yes where a CUDA device is there and kernels
             serve the model's shape; models whose attention cannot be reached in compiled code never are, nor is anything
             with `offload`.
@@ -74,6 +76,7 @@ class PagedPQCache(PagedCache):
             if not codebook.is_normalised:
                 raise ValueError("this codebook is MILLION's, for comparison (`pqcache run -m`); caches take normalised ones")
             codebook.check_model(config)
+            check_asked(codebook, config, settings, overrides.keys())
         layers: list[Any] = DynamicCache(config=config).layers
         book_of = partial(_codebook_for, settings, codebook)
         compile = _compiles(compile, text_config, book_of)
