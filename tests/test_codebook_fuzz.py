@@ -225,7 +225,8 @@ def test_a_codebook_of_another_model(head_dim: int, width: int, heads: int, laye
     side = torch.randn(1, 16, width).half()
     book = Codebook(side, side, metadata={"model": "user/model"})
     if head_dim % width == 0:
-        assert PagedPQCache(config, book).stats()["compressed_layers"] == list(range(layers))
+        for asked in ({}, {"num_bits": 4}, {"num_subspaces": head_dim // width} if head_dim // width >= 8 else {}):
+            assert PagedPQCache(config, book, **asked).stats()["compressed_layers"] == list(range(layers))
     else:
         with pytest.raises(ValueError, match=r"user/model.*use one of this model, or none at all"):
             PagedPQCache(config, book)

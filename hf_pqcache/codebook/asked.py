@@ -23,15 +23,25 @@ def check_asked(codebook: Codebook, config: Any, settings: PQConfig, asked: Coll
     layers = [] if has_latent_attention(text) else layer_configs(text)
     for head_dim in {found for layer in layers if (found := kv_shape(layer)[1]) is not None}:
         for which in get_args(Side):
-            own, wanted = codebook.codes(which, head_dim), settings.codes(which, head_dim)
+            sizes, bits = SIZES[which] & {*asked}, BITS[which] & {*asked}
+            own = codebook.codes(which, head_dim)
+            if not sizes | bits:
+                continue
+            # Where nobody asked into how many codes vectors are cut, the usual number may not even cut them.
+            wanted = settings.codes(which, head_dim) if sizes else own._replace(num_bits=_bits(settings, which))
             at_fault = set[str]()
             if own.num_subspaces != wanted.num_subspaces:
-                at_fault |= SIZES[which] & {*asked}
+                at_fault |= sizes
             if own.num_bits != wanted.num_bits:
-                at_fault |= BITS[which] & {*asked}
+                at_fault |= bits
             if at_fault:
                 given = ", ".join(f"{name}={getattr(settings, name)}" for name in sorted(at_fault))
                 raise ValueError(
                     f"{given} asks for {which}s of {wanted.num_subspaces} codes of {wanted.num_bits} bits, and this codebook "
                     f"has {own.num_subspaces} of {own.num_bits}: leave out one of the two"
                 )
+
+
+def _bits(settings: PQConfig, which: Side) -> int:
+    """Of a code, which is the same for vectors of any length."""
+    return settings.replace(num_subspaces=None, value_subspaces=None).codes(which, 128).num_bits
