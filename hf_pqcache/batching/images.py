@@ -92,7 +92,7 @@ class Images:
         """Whether an image is known; it is kept then."""
         if key not in self._known:
             return False
-        kept.add(self._known[key])
+        kept.add(self._known[key].start)
         return True
 
     def _add(self, features: Tensor) -> range:
@@ -143,25 +143,29 @@ class Images:
                     "an image of this prompt has been forgotten, others came meanwhile: call image_prompt again, and if this "
                     "happens often, raise images= of enable_batching"
                 )
-            return Hold(self, found)
+            return Hold(self, [known.start for known in found])
 
 
 class Hold:
-    """Images that are not forgotten while this lives. A copy holds them, too: the engine copies a request that it forks."""
+    """Images that are not forgotten while this lives. A copy holds them, too: the engine copies a request that it forks.
 
-    def __init__(self, images: Images, ranges: Iterable[range]) -> None:
+    Args:
+        starts: of their ranges, as in `Images._known`.
+    """
+
+    def __init__(self, images: Images, starts: Iterable[int]) -> None:
         self._images, self._starts = images, list[int]()
-        for one in ranges:
-            self.add(one)
+        for start in starts:
+            self.add(start)
         finalize(self, _release, images, self._starts)
 
-    def add(self, one: range) -> None:
+    def add(self, start: int) -> None:
         with self._images._lock:
-            self._starts.append(one.start)
-            self._images._held[one.start] += 1
+            self._starts.append(start)
+            self._images._held[start] += 1
 
     def __deepcopy__(self, memo: Any) -> Hold:
-        return Hold(self._images, [range(start, start) for start in self._starts])
+        return Hold(self._images, self._starts)
 
 
 def _release(images: Images, starts: list[int]) -> None:
